@@ -1,0 +1,17 @@
+"""Attention kernels registered as ``flashpte::`` operators.
+
+============================ ==================== ==========================================
+operator                     L_q                  kernel
+============================ ==================== ==========================================
+``flashpte::sdpa_decode``    1                    split-K (:mod:`flashpte.kernels.split_k`)
+``flashpte::sdpa_verify``    2 to 16              split-K (:mod:`flashpte.kernels.split_k`)
+``flashpte::sdpa_prefill``   any                  tiled (:mod:`flashpte.kernels.tiled`)
+``flashpte::tile_map``       (of a mask)          :mod:`flashpte.kernels.tile_map`
+============================ ==================== ==========================================
+"""
+
+from flashpte.kernels.ops import sdpa_decode, sdpa_prefill, sdpa_verify
+from flashpte.kernels.reference import attention_reference
+from flashpte.kernels.tile_map import tile_map
+
+__all__ = ["attention_reference", "sdpa_decode", "sdpa_prefill", "sdpa_verify", "tile_map"]

@@ -1,0 +1,81 @@
+"""What the launchers share: symbolic-safe arithmetic, argument checks, the result's memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flashpte.kernels.primitives import MASK_BOOL, MASK_FLOAT, MASK_NONE
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 512
+
+
+def cdiv(a: int, b: int) -> int:
+    """``ceil(a / b)`` that also takes symbolic integers without a guard."""
+    return (a + b - 1) // b
+
+
+def static_int(size: int | torch.SymInt) -> int | None:
+    """The value of a static size, ``None`` for a symbolic one. Never adds a guard."""
+    return size if isinstance(size, int) else None
+
+
+def broadcast_stride(tensor: torch.Tensor, dim: int) -> int:
+    """The stride to step with along ``dim``: 0 where the dimension has size 1, so that it broadcasts."""
+    return 0 if static_int(tensor.shape[dim]) == 1 else tensor.stride(dim)
+
+
+def mask_kind(mask: torch.Tensor | None) -> int:
+    """Which of the kernels' mask cases ``mask`` is."""
+    if mask is None:
+        return MASK_NONE
+    return MASK_BOOL if mask.dtype == torch.bool else MASK_FLOAT
+
+
+def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself if its last dimension is contiguous, else one contiguous copy."""
+    return tensor if static_int(tensor.stride(-1)) == 1 or static_int(tensor.shape[-1]) == 1 else tensor.contiguous()
+
+
+def empty_output(query: torch.Tensor, v_head_dim: int, dim_order: Sequence[int]) -> torch.Tensor:
+    """Uninitialised ``[B, H_q, L_q, D_v]`` whose dimensions lie in memory in ``dim_order``, outermost first."""
+    shape = (*query.shape[:3], v_head_dim)
+    inverse = [list(dim_order).index(d) for d in range(4)]
+    return query.new_empty([shape[d] for d in dim_order]).permute(inverse)
+
+
+def check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    dim_order: Sequence[int],
+) -> None:
+    """Raises ``ValueError`` with one sentence for arguments that no kernel here takes."""
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        raise ValueError(f"attention needs [B, H, L, D] tensors, got {query.dim()}, {key.dim()}, {value.dim()} dims")
+    if query.dtype not in SUPPORTED_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise ValueError(
+            "query, key, value must share one of bfloat16, float16, float32; "
+            f"got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"query and key head dims differ: {query.shape[3]} and {key.shape[3]}")
+    if query.shape[3] > MAX_HEAD_DIM or value.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"head dims above {MAX_HEAD_DIM} are not supported: {query.shape[3]}, {value.shape[3]}")
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of key/value heads; got {query.shape[1]}, {key.shape[1]}, {value.shape[1]}"
+        )
+    if mask is not None:
+        if is_causal:
+            raise ValueError("a mask together with is_causal is ambiguous")
+        if mask.dim() != 4:
+            raise ValueError(f"the mask must have 4 dimensions (size 1 where it is broadcast), got {mask.dim()}")
+        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise ValueError(f"the mask must be bool or float, got {mask.dtype}")
+    if sorted(dim_order) != [0, 1, 2, 3]:
+        raise ValueError(f"dim_order must be a permutation of 0..3, got {list(dim_order)}")

@@ -1,0 +1,105 @@
+"""The three attention operators: registration, fake and CPU implementations.
+
+An operator's CUDA implementation is its launcher (which AOTInductor traces into), its CPU implementation is the
+reference, and its fake gives shape, dtype and memory layout. All three agree on the layout, because models view the
+result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.library import triton_op
+
+from flashpte.kernels.launch import check_attention, empty_output
+from flashpte.kernels.reference import attention_reference
+from flashpte.kernels.split_k import launch_split_k
+from flashpte.kernels.tiled import launch_tiled
+
+
+@triton_op("flashpte::sdpa_decode", mutates_args=())
+def sdpa_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    tile_counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+) -> torch.Tensor:
+    """Attention of one query row (L_q = 1) over all keys, split-K.
+
+    Args:
+        query: ``[B, H_q, 1, D]``; bfloat16, float16 or float32; D up to 512.
+        key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
+        value: ``[B, H_kv, L_kv, D_v]``, same dtype.
+        attn_mask: 4-dimensional, size 1 where it is broadcast; bool (True = attend) or float (added to the scores).
+        tiles, tile_counts: the mask's ``flashpte::tile_map``, or ``None`` to make it in here.
+        is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not together with a mask.
+        scale: factor of the scores.
+        dim_order: order in which the result's four dimensions lie in memory, outermost first.
+
+    Returns:
+        ``[B, H_q, L_q, D_v]``; rows that attend to nothing are 0.
+
+    Raises:
+        ValueError: shapes, dtypes or head counts do not fit; the message names them.
+    """
+    return launch_split_k(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+
+
+@triton_op("flashpte::sdpa_verify", mutates_args=())
+def sdpa_verify(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    tile_counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+) -> torch.Tensor:
+    """Attention of a few query rows (L_q up to 16) over all keys, split-K. Arguments as for :func:`sdpa_decode`."""
+    return launch_split_k(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+
+
+@triton_op("flashpte::sdpa_prefill", mutates_args=())
+def sdpa_prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    tile_counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+) -> torch.Tensor:
+    """Attention of any number of query rows, tiled, skipping masked tiles. Arguments as for :func:`sdpa_decode`."""
+    return launch_tiled(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+
+
+def _fake(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order):
+    check_attention(query, key, value, attn_mask, is_causal, dim_order)
+    return empty_output(query, value.shape[3], dim_order)
+
+
+def _cpu(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order):
+    check_attention(query, key, value, attn_mask, is_causal, dim_order)
+    out = empty_output(query, value.shape[3], dim_order)
+    return out.copy_(attention_reference(query, key, value, attn_mask, is_causal, scale))
+
+
+ATTENTION_OPS: dict[str, Callable] = {
+    "flashpte::sdpa_decode": sdpa_decode,
+    "flashpte::sdpa_verify": sdpa_verify,
+    "flashpte::sdpa_prefill": sdpa_prefill,
+}
+
+for _op in (sdpa_decode, sdpa_verify, sdpa_prefill):
+    _op.register_fake(_fake)
+    _op.register_kernel("cpu")(_cpu)

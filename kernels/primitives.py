@@ -1,0 +1,140 @@
+"""Device functions that the attention kernels share: tiles, the online softmax, one attention step.
+
+Shape legend: ``R`` query rows of one program, ``N`` keys of one tile, ``D``/``DV`` padded head dims (powers of two).
+
+Scores are kept in log2 units (``q . k * scale * log2(e)``) so that the exponential is a bare ``exp2``. With a float
+mask they stay in natural units and ``EXP2_SCALE`` carries the ``log2(e)``: a mask entry may be the dtype's minimum,
+which is finite, and multiplying it by ``log2(e)`` would turn it into -inf and a row of nothing else into zeros.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+# Read when a kernel is decorated, so a process is either an interpreting one or a compiling one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+MASK_NONE = 0
+MASK_BOOL = 1
+MASK_FLOAT = 2
+
+
+@triton.jit
+def score_scale(scale, EXP2_SCALE: tl.constexpr):
+    """The factor of ``q . k``, float32: log2(e) is in it unless ``EXP2_SCALE`` applies it to the exponent.
+
+    Inductor passes Python floats to kernels as float64, an eager launch as float32.
+    """
+    factor = tl.full([], scale, tl.float32)
+    if EXP2_SCALE == 1.0:
+        factor = factor * 1.4426950408889634
+    return factor
+
+
+@triton.jit
+def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
+    """``[rows, cols]`` tile of a matrix whose columns are contiguous; what lies outside reads as 0."""
+    ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
+    if CHECK_ROWS and CHECK_COLS:
+        tile = tl.load(ptrs, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        tile = tl.load(ptrs, mask=(rows < n_rows)[:, None], other=0.0)
+    elif CHECK_COLS:
+        tile = tl.load(ptrs, mask=(cols < n_cols)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
+    """One step of the online softmax over ``scores`` ``[R, N]``.
+
+    Returns the unnormalised probabilities, the factor that rescales what was accumulated so far, and the new running
+    maximum and sum, each ``[R]`` (Milakov and Gimelshein, arXiv:1805.02867).
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # A row that has seen no visible key keeps -inf as its maximum; subtracting 0 instead avoids inf - inf.
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    probs = tl.exp2((scores - base[:, None]) * EXP2_SCALE)
+    rescale = tl.exp2((row_max - base) * EXP2_SCALE)
+    return probs, rescale, new_max, row_sum * rescale + tl.sum(probs, 1)
+
+
+@triton.jit
+def attend_tile(
+    q,  # [R, D]
+    acc,  # [R, DV] float32
+    row_max,  # [R] float32
+    row_sum,  # [R] float32
+    k_ptr,
+    v_ptr,
+    start_n,
+    kv_len,
+    stride_kn,
+    stride_vn,
+    mask_rows,  # [R] pointers to the mask's rows; anything when MASK is MASK_NONE
+    stride_mn,
+    q_pos,  # [R] query positions, for CAUSAL
+    qk_scale,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK_KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns ``acc, row_max, row_sum``."""
+    n = tl.arange(0, BLOCK_N)
+    # int64: start_n * stride passes 2^31 elements in a [B, L, H, D] cache of 128K tokens.
+    tile_start = start_n.to(tl.int64)
+    k = load_tile(
+        k_ptr + tile_start * stride_kn,
+        n,
+        stride_kn,
+        kv_len - start_n,
+        tl.arange(0, BLOCK_D),
+        HEAD_DIM,
+        CHECK_KEYS,
+        BLOCK_D != HEAD_DIM,
+    )
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+    # The logits are masked beside the load, always: a key past the end was read as zeros, which is a score of 0.
+    if CHECK_KEYS:
+        scores = tl.where((n < kv_len - start_n)[None, :], scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where((start_n + n)[None, :] <= q_pos[:, None], scores, float("-inf"))
+    if MASK != 0:
+        mask_ptrs = mask_rows[:, None] + (tile_start * stride_mn + n * stride_mn)[None, :]
+        in_range = (n < kv_len - start_n)[None, :]
+        if MASK == 1:
+            visible = tl.load(mask_ptrs, mask=in_range, other=0)
+            scores = tl.where(visible != 0, scores, float("-inf"))
+        else:
+            scores += tl.load(mask_ptrs, mask=in_range, other=0.0).to(tl.float32)
+    probs, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, EXP2_SCALE)
+    v = load_tile(
+        v_ptr + tile_start * stride_vn,
+        n,
+        stride_vn,
+        kv_len - start_n,
+        tl.arange(0, BLOCK_DV),
+        V_HEAD_DIM,
+        CHECK_KEYS,
+        BLOCK_DV != V_HEAD_DIM,
+    )
+    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def normalise(acc, row_sum):
+    """``acc / row_sum`` per row; 0 for a row that attended to nothing."""
+    return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

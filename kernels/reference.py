@@ -1,0 +1,54 @@
+"""The plain definition of attention that every kernel is judged by. Optimised code never imports it for its own use.
+
+Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``: ``is_causal`` is aligned to the top left, a
+bool mask is True where a query may attend, a float mask is added to the scores, and a row that attends to nothing
+gives 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Attention, computed in ``compute_dtype`` and returned in the query's dtype.
+
+    Args:
+        query: ``[B, H_q, L_q, D]``.
+        key: ``[B, H_kv, L_kv, D]`` with H_q a multiple of H_kv.
+        value: ``[B, H_kv, L_kv, D_v]``.
+        mask: broadcastable to ``[B, H_q, L_q, L_kv]``, bool or float.
+        is_causal: row ``m`` sees keys ``0..m``.
+        scale: factor of the scores, ``1 / sqrt(D)`` when ``None``.
+        compute_dtype: ``torch.float64`` makes the reference the tests compare with.
+
+    Returns:
+        ``[B, H_q, L_q, D_v]``, contiguous.
+    """
+    batch, heads_q, q_len, head_dim = query.shape
+    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
+    group = heads_q // heads_kv
+    scale = head_dim**-0.5 if scale is None else scale
+    q = query.to(compute_dtype).reshape(batch, heads_kv, group, q_len, head_dim)
+    scores = torch.einsum("bhgmd,bhnd->bhgmn", q, key.to(compute_dtype)) * scale
+    scores = scores.reshape(batch, heads_q, q_len, kv_len)
+    if is_causal:
+        rows = torch.arange(q_len, device=query.device)[:, None]
+        scores = scores.masked_fill(torch.arange(kv_len, device=query.device)[None] > rows, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    row_max = scores.amax(-1, keepdim=True)
+    probs = torch.exp(scores - row_max.masked_fill(row_max == float("-inf"), 0.0))
+    row_sum = probs.sum(-1, keepdim=True)
+    probs = probs / row_sum.masked_fill(row_sum == 0, 1.0)
+    probs = probs.reshape(batch, heads_kv, group, q_len, kv_len)
+    out = torch.einsum("bhgmn,bhnd->bhgmd", probs, value.to(compute_dtype))
+    return out.reshape(batch, heads_q, q_len, v_head_dim).to(query.dtype)

@@ -1,0 +1,337 @@
+"""Split-K attention for few query rows: decode (L_q = 1) and speculative-decoding verify (L_q = 2..16).
+
+One program per (split of the keys, tile of packed rows, batch x key/value head). The ``L_q x H_q / H_kv`` query rows
+that share a key/value head are packed into the rows of one tile, so that they read each key and value once and verify
+costs about as much as decode. Every program keeps an online softmax over its share of the keys and writes its
+unnormalised float32 accumulator with its running maximum and sum; a second kernel combines the splits. (Maximum and sum
+rather than their log-sum-exp: a row whose mask is nothing but the dtype's minimum has a maximum of about -3.4e38, to
+which adding the logarithm of the sum changes nothing.) With one split the first kernel writes the result itself.
+
+Bound by memory: the keys and values are read once per tile of packed rows. With a tile map, the splits divide the
+live tiles, so the cost follows the context and not the buffer.
+
+Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv, L_kv, D_v]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import (
+    broadcast_stride,
+    cdiv,
+    check_attention,
+    empty_output,
+    mask_kind,
+    static_int,
+    with_unit_stride,
+)
+from flashpte.kernels.primitives import INTERPRETED, LOG2E, attend_tile, normalise, score_scale
+from flashpte.kernels.tile_map import launch_tile_map, map_strides
+
+MAX_ROWS = 16
+
+
+@triton.jit
+def _split_k_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    tiles_ptr,
+    counts_ptr,
+    out_ptr,
+    acc_ptr,  # float32 [B * H_kv, num_splits, L_q * GROUP, D_v]
+    stats_ptr,  # float32 [B * H_kv, num_splits, L_q * GROUP, 2]: running maximum and sum
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    stride_tb,  # of the tile map, in rows of tiles
+    stride_th,
+    n_key_tiles,
+    heads_kv,
+    q_len,
+    kv_len,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    SINGLE_SPLIT: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
+    bh = tl.program_id(2)
+    b = (bh // heads_kv).to(tl.int64)
+    h = (bh % heads_kv).to(tl.int64)
+    n_rows = q_len * GROUP
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = row < n_rows
+    # Rows past the end repeat the last one, so that every pointer made from them is in range.
+    safe_row = tl.minimum(row, n_rows - 1)
+    m = safe_row // GROUP
+    head = h * GROUP + safe_row % GROUP
+    d = tl.arange(0, BLOCK_D)
+    q_ptrs = q_ptr + b * stride_qb + (head * stride_qh + m * stride_qm)[:, None] + d[None, :]
+    q = tl.load(q_ptrs, mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    mask_rows = head
+    if MASK != 0:
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    qk_scale = score_scale(scale, EXP2_SCALE)
+
+    row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    if MASK != 0:
+        tile_row = b * stride_tb + h * stride_th
+        tiles = tiles_ptr + tile_row * n_key_tiles
+        live = tl.load(counts_ptr + tile_row * 2) + tl.load(counts_ptr + tile_row * 2 + 1)
+        steps = live * (MAP_BLOCK_N // BLOCK_N)
+    else:
+        # Causal is aligned to the top left: no row sees a key beyond the last row.
+        steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
+    first = (split.to(tl.int64) * steps // num_splits).to(tl.int32)
+    last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        if MASK != 0:
+            tile = tl.load(tiles + step // (MAP_BLOCK_N // BLOCK_N))
+            start_n = tile * MAP_BLOCK_N + step % (MAP_BLOCK_N // BLOCK_N) * BLOCK_N
+        else:
+            start_n = step * BLOCK_N
+        acc, row_max, row_sum = attend_tile(
+            q,
+            acc,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            start_n,
+            kv_len,
+            stride_kn,
+            stride_vn,
+            mask_rows,
+            stride_mn,
+            m,
+            qk_scale,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            True,
+            CAUSAL,
+            MASK,
+            EXP2_SCALE,
+            PRECISION,
+        )
+
+    dv = tl.arange(0, BLOCK_DV)
+    store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
+    if SINGLE_SPLIT:
+        out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]
+        out = normalise(acc, row_sum).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs + dv[None, :] * stride_od, out, mask=store_ok)
+    else:
+        partial = (bh.to(tl.int64) * num_splits + split) * n_rows + row
+        tl.store(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=store_ok)
+        tl.store(stats_ptr + partial * 2, row_max, mask=row_ok)
+        tl.store(stats_ptr + partial * 2 + 1, row_sum, mask=row_ok)
+
+
+@triton.jit
+def _combine_kernel(
+    acc_ptr,
+    stats_ptr,
+    out_ptr,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    heads_kv,
+    n_rows,
+    num_splits,
+    GROUP: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = (bh // heads_kv).to(tl.int64)
+    m = (row // GROUP).to(tl.int64)
+    head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
+    s = tl.arange(0, BLOCK_S)
+    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    s_ok = s < num_splits
+    partial = (bh.to(tl.int64) * num_splits + s) * n_rows + row
+    split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
+    split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
+    row_max = tl.max(split_max, 0)
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+    weight = tl.exp2((split_max - row_max) * EXP2_SCALE)
+    total = tl.sum(split_sum * weight, 0)
+    # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
+    acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
+    acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
+    out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
+
+
+def launch_split_k(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+    config: tuning.SplitKConfig | None = None,
+) -> torch.Tensor:
+    """Launches the split-K kernels.
+
+    Args:
+        query: ``[B, H_q, L_q, D]``; L_q at most 16 (a symbolic L_q is taken to be).
+        key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
+            copied.
+        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
+        tiles, counts: the mask's tile map with ``block_m = 16``, ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N` and
+            ``head_group = H_q / H_kv``; made here when ``None``.
+        is_causal: top-left aligned.
+        scale: factor of the scores.
+        dim_order: memory order of the result's dimensions, outermost first.
+        config: tile choice; by default :func:`tuning.choose_split_k`'s for the current arch.
+
+    Returns:
+        ``[B, H_q, L_q, D_v]`` in the query's dtype.
+    """
+    check_attention(query, key, value, mask, is_causal, dim_order)
+    batch, heads_q, q_len, head_dim = query.shape
+    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
+    static_rows = static_int(q_len)
+    if static_rows is not None and static_rows > MAX_ROWS:
+        raise ValueError(f"the split-K kernel takes at most {MAX_ROWS} query rows, got {static_rows}")
+    group = heads_q // heads_kv
+    if config is None:
+        shape = tuning.AttentionShape(
+            batch=static_int(batch),
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            q_len=static_rows,
+            kv_len=static_int(kv_len),
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            dtype=query.dtype,
+        )
+        config = tuning.choose_split_k(shape, tuning.current_arch(query.device))
+    query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
+    out = empty_output(query, v_head_dim, dim_order)
+    if mask is not None and tiles is None:
+        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group)
+    n_rows = q_len * group
+    single = config.num_splits == 1
+    if single:
+        acc = stats = out
+    else:
+        partial_shape = (batch * heads_kv, config.num_splits, n_rows)
+        acc = query.new_empty((*partial_shape, v_head_dim), dtype=torch.float32)
+        stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
+    exp2_scale = LOG2E if mask is not None and mask.dtype != torch.bool else 1.0
+    split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
+    split_k[(config.num_splits, cdiv(n_rows, config.block_rows), batch * heads_kv)](
+        query,
+        key,
+        value,
+        query if mask is None else mask,
+        query if tiles is None else tiles,
+        query if counts is None else counts,
+        out,
+        acc,
+        stats,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        key.stride(0),
+        key.stride(1),
+        key.stride(2),
+        value.stride(0),
+        value.stride(1),
+        value.stride(2),
+        *([0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]),
+        *out.stride(),
+        *([0] * 3 if tiles is None else map_strides(tiles)),
+        heads_kv,
+        q_len,
+        kv_len,
+        scale,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_D=tuning.padded_head_dim(head_dim),
+        BLOCK_DV=tuning.padded_head_dim(v_head_dim),
+        BLOCK_R=config.block_rows,
+        BLOCK_N=config.block_n,
+        MAP_BLOCK_N=tuning.SPLIT_K_MAP_BLOCK_N,
+        CAUSAL=is_causal,
+        MASK=mask_kind(mask),
+        SINGLE_SPLIT=single,
+        EXP2_SCALE=exp2_scale,
+        PRECISION=tuning.dot_precision(query.dtype),
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if not single:
+        block_s = triton.next_power_of_2(config.num_splits)
+        block_dv = tuning.combine_block(block_s, v_head_dim)
+        combine = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
+        combine[(n_rows, batch * heads_kv, cdiv(v_head_dim, block_dv))](
+            acc,
+            stats,
+            out,
+            *out.stride(),
+            heads_kv,
+            n_rows,
+            config.num_splits,
+            GROUP=group,
+            V_HEAD_DIM=v_head_dim,
+            BLOCK_S=block_s,
+            BLOCK_DV=block_dv,
+            EXP2_SCALE=exp2_scale,
+            num_warps=4,
+        )
+    return out

@@ -1,0 +1,289 @@
+"""Tile maps: which tiles of an attention mask have to be visited.
+
+A mask ``[Bm, Hm, L_q, L_kv]`` is cut into tiles of ``block_m`` query rows by ``block_n`` keys, and every tile is
+classified once:
+
+* *empty*: no row attends to any of its keys, so it is never visited;
+* *full*: every row attends to every key and nothing is added to the scores, so it is visited without the mask;
+* *partial*: everything else.
+
+For each row of tiles the map lists the live ones, full tiles first in ascending order, then partial tiles in ascending
+order. Two lists instead of a first and a last live tile, because a ring buffer has two live runs; and kernels walk a
+list of full tiles in a loop with no branch in it, which a compiler can pipeline.
+
+Everything stays on the device: no host synchronisation, and a captured CUDA graph recomputes the map at each replay.
+The idea is FlexAttention's BlockMask, taken from the mask a program computes instead of from a ``mask_mod``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+from flashpte.kernels.launch import broadcast_stride, cdiv, static_int
+from flashpte.kernels.primitives import INTERPRETED
+
+EMPTY = 0
+PARTIAL = 1
+FULL = 2
+# Nothing but the float dtype's minimum (or -inf): empty if every row of the tile has a much larger entry elsewhere.
+FLOOR = 3
+
+_COMPACT_CHUNK = 1024
+
+
+@triton.jit
+def _classify_kernel(
+    mask_ptr,
+    states_ptr,  # int8 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
+    anchored_ptr,  # int8 [Bm, Hm / HEAD_GROUP, HEAD_GROUP, L_q], zeroed; float masks only
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    map_heads,
+    q_len,
+    kv_len,
+    floor,
+    HEAD_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+):
+    key_tile = tl.program_id(0)
+    row_tile = tl.program_id(1)
+    map_bh = tl.program_id(2)
+    b = map_bh // map_heads
+    h = (map_bh % map_heads) * HEAD_GROUP
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = m < q_len
+    ok = row_ok[:, None] & (n < kv_len)[None, :]
+    base = mask_ptr + b.to(tl.int64) * stride_mb
+    any_live = 0
+    any_above_floor = 0
+    all_open = 1
+    for g in range(HEAD_GROUP):
+        ptrs = base + (h + g).to(tl.int64) * stride_mh
+        ptrs = ptrs + m.to(tl.int64)[:, None] * stride_mm + n.to(tl.int64)[None, :] * stride_mn
+        if IS_BOOL:
+            entry = tl.load(ptrs, mask=ok, other=0) != 0
+            live = entry
+            open_ = entry
+        else:
+            value = tl.load(ptrs, mask=ok, other=float("-inf")).to(tl.float32)
+            live = value != float("-inf")
+            open_ = value == 0.0
+            # NaN counts as above the floor: it has to reach the softmax.
+            above = live & ((value > floor) | (value != value))
+            any_above_floor = tl.maximum(any_above_floor, tl.max(tl.max(above.to(tl.int32), 1), 0))
+            # Half the minimum leaves a gap no score bridges, so the minimum's weight is exactly 0 beside it.
+            anchor = tl.max((live & (value > floor * 0.5)).to(tl.int32), 1)
+            tl.store(anchored_ptr + (map_bh.to(tl.int64) * HEAD_GROUP + g) * q_len + m, 1, mask=row_ok & (anchor != 0))
+        any_live = tl.maximum(any_live, tl.max(tl.max((live & ok).to(tl.int32), 1), 0))
+        # Rows past the end do not stop a tile from being full; keys past the end do.
+        all_open = tl.minimum(all_open, tl.min(tl.min((open_ | (row_ok == 0)[:, None]).to(tl.int32), 1), 0))
+    all_open = tl.where((key_tile + 1) * BLOCK_N <= kv_len, all_open, 0)
+    state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
+    if not IS_BOOL:
+        state = tl.where((any_live != 0) & (any_above_floor == 0), 3, state)
+    tile = (map_bh.to(tl.int64) * tl.num_programs(1) + row_tile) * tl.num_programs(0) + key_tile
+    tl.store(states_ptr + tile, state.to(tl.int8))
+
+
+@triton.jit
+def _compact_kernel(
+    states_ptr,
+    anchored_ptr,
+    tiles_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
+    counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 2]: full, partial
+    n_key_tiles,
+    q_len,
+    HEAD_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IS_BOOL: tl.constexpr,
+):
+    row_tile = tl.program_id(0)
+    map_bh = tl.program_id(1)
+    row = (map_bh.to(tl.int64) * tl.num_programs(0) + row_tile) * n_key_tiles
+    floor_is_live = 0
+    if not IS_BOOL:
+        m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        for g in range(HEAD_GROUP):
+            anchored = tl.load(
+                anchored_ptr + (map_bh.to(tl.int64) * HEAD_GROUP + g) * q_len + m, mask=m < q_len, other=1
+            )
+            floor_is_live = tl.maximum(floor_is_live, tl.max((anchored == 0).to(tl.int32), 0))
+    n_full = 0
+    for start in range(0, n_key_tiles, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        state = tl.load(states_ptr + row + i, mask=i < n_key_tiles, other=0).to(tl.int32)
+        n_full += tl.sum((state == 2).to(tl.int32), 0)
+    full_at = 0
+    partial_at = n_full
+    for start in range(0, n_key_tiles, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        state = tl.load(states_ptr + row + i, mask=i < n_key_tiles, other=0).to(tl.int32)
+        full = (state == 2).to(tl.int32)
+        partial = ((state == 1) | ((state == 3) & (floor_is_live != 0))).to(tl.int32)
+        tl.store(tiles_ptr + row + full_at + tl.cumsum(full, 0) - 1, i, mask=full != 0)
+        tl.store(tiles_ptr + row + partial_at + tl.cumsum(partial, 0) - 1, i, mask=partial != 0)
+        full_at += tl.sum(full, 0)
+        partial_at += tl.sum(partial, 0)
+    count = (map_bh * tl.num_programs(0) + row_tile) * 2
+    tl.store(counts_ptr + count, n_full)
+    tl.store(counts_ptr + count + 1, partial_at - n_full)
+
+
+def _check(mask: torch.Tensor, head_group: int) -> None:
+    if mask.dim() != 4:
+        raise ValueError(f"tile_map needs a 4-dimensional mask, got {mask.dim()} dimensions")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"tile_map needs a bool or float mask, got {mask.dtype}")
+    heads = mask.shape[1]
+    if isinstance(heads, int) and heads != 1 and heads % head_group:
+        raise ValueError(f"tile_map: {heads} mask heads are not a multiple of head_group {head_group}")
+
+
+def _map_heads(mask: torch.Tensor, head_group: int) -> int:
+    return 1 if static_int(mask.shape[1]) == 1 else mask.shape[1] // head_group
+
+
+def map_strides(tiles: torch.Tensor) -> tuple[int, int, int]:
+    """Of a map ``[Bm, Hm, rows, n]``: rows per batch entry and per head (0 where broadcast), and ``n``."""
+    batch, heads, rows, key_tiles = tiles.shape
+    per_batch = 0 if static_int(batch) == 1 else heads * rows
+    return per_batch, 0 if static_int(heads) == 1 else rows, key_tiles
+
+
+def launch_tile_map(
+    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the two kernels; arguments and results as for :func:`tile_map`."""
+    _check(mask, head_group)
+    heads = _map_heads(mask, head_group)
+    group = 1 if static_int(mask.shape[1]) == 1 else head_group
+    row_tiles, key_tiles = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    is_bool = mask.dtype == torch.bool
+    shape = (mask.shape[0], heads, row_tiles, key_tiles)
+    states = torch.empty(shape, dtype=torch.int8, device=mask.device)
+    tiles = torch.empty(shape, dtype=torch.int32, device=mask.device)
+    counts = torch.empty((mask.shape[0], heads, row_tiles, 2), dtype=torch.int32, device=mask.device)
+    anchored = (
+        states if is_bool else torch.zeros((mask.shape[0], heads, group, q_len), dtype=torch.int8, device=mask.device)
+    )
+    classify = _classify_kernel if INTERPRETED else wrap_triton(_classify_kernel)
+    compact = _compact_kernel if INTERPRETED else wrap_triton(_compact_kernel)
+    classify[(key_tiles, row_tiles, mask.shape[0] * heads)](
+        mask,
+        states,
+        anchored,
+        broadcast_stride(mask, 0),
+        broadcast_stride(mask, 1),
+        broadcast_stride(mask, 2),
+        broadcast_stride(mask, 3),
+        heads,
+        q_len,
+        kv_len,
+        0.0 if is_bool else torch.finfo(mask.dtype).min,
+        HEAD_GROUP=group,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        IS_BOOL=is_bool,
+        num_warps=4,
+    )
+    compact[(row_tiles, mask.shape[0] * heads)](
+        states,
+        anchored,
+        tiles,
+        counts,
+        key_tiles,
+        q_len,
+        HEAD_GROUP=group,
+        BLOCK_M=block_m,
+        CHUNK=_COMPACT_CHUNK,
+        IS_BOOL=is_bool,
+        num_warps=4,
+    )
+    return tiles, counts
+
+
+@triton_op("flashpte::tile_map", mutates_args=())
+def tile_map(
+    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists the live tiles of a mask.
+
+    Args:
+        mask: bool (True = attend) or float (added to the scores), ``[Bm, Hm, L_q, L_kv]`` with size 1 wherever it is
+            broadcast. Any strides.
+        q_len, kv_len: L_q and L_kv of the attention that uses the map.
+        block_m, block_n: tile size in query rows and keys, powers of two.
+        head_group: how many consecutive mask heads share one row of the map (1, or H_q / H_kv where a kernel packs the
+            query heads of a group into one tile). Ignored for a mask with one head.
+
+    Returns:
+        ``tiles`` int32 ``[Bm, Hm / head_group, ceil(L_q / block_m), ceil(L_kv / block_n)]``: key tile indices, the full
+        ones in ascending order, then the partial ones; entries beyond those are not written. ``counts`` int32
+        ``[Bm, Hm / head_group, ceil(L_q / block_m), 2]``: how many full and how many partial tiles.
+
+    Raises:
+        ValueError: the mask is not 4-dimensional, not bool or float, or its heads are no multiple of ``head_group``.
+    """
+    return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group)
+
+
+@tile_map.register_fake
+def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group):
+    _check(mask, head_group)
+    shape = (mask.shape[0], _map_heads(mask, head_group), cdiv(q_len, block_m), cdiv(kv_len, block_n))
+    return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], 2), dtype=torch.int32)
+
+
+@tile_map.register_kernel("cpu")
+def tile_map_reference(
+    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
+    _check(mask, head_group)
+    batch, heads = mask.shape[0], _map_heads(mask, head_group)
+    group = 1 if mask.shape[1] == 1 else head_group
+    full_mask = mask.expand(batch, mask.shape[1], q_len, kv_len)
+    if mask.dtype == torch.bool:
+        live, open_ = full_mask, full_mask
+        floor = torch.zeros_like(live)
+        anchored = torch.ones(batch, heads, q_len, dtype=torch.bool)
+    else:
+        minimum = torch.finfo(mask.dtype).min
+        live = full_mask != float("-inf")
+        open_ = full_mask == 0
+        floor = full_mask == minimum
+        anchored = (live & (full_mask > minimum / 2)).any(-1).view(batch, heads, group, q_len).all(2)
+    rows, keys = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+
+    def tiled(entries: torch.Tensor, padding_row: bool, padding_key: bool) -> torch.Tensor:
+        """``[batch, heads, rows, keys, entries of the tile]``."""
+        out = entries.new_full((batch, mask.shape[1], rows * block_m, keys * block_n), padding_row)
+        out[:, :, :q_len, kv_len:] = padding_key
+        out[:, :, :q_len, :kv_len] = entries
+        out = out.view(batch, heads, group, rows, block_m, keys, block_n)
+        return out.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+
+    any_live = tiled(live, False, False).any(-1)
+    all_open = tiled(open_, True, False).all(-1)
+    all_floor = any_live & ~tiled(live & ~floor, False, False).any(-1)
+    row_anchored = anchored.new_ones(batch, heads, rows * block_m)
+    row_anchored[..., :q_len] = anchored
+    skip_floor = row_anchored.view(batch, heads, rows, 1, block_m).all(-1)
+    state = torch.where(all_open, FULL, PARTIAL)
+    state = torch.where(~any_live | (all_floor & skip_floor), EMPTY, state)
+    tiles = torch.full((batch, heads, rows, keys), -1, dtype=torch.int32)
+    counts = torch.stack([(state == FULL).sum(-1), (state == PARTIAL).sum(-1)], -1).to(torch.int32)
+    for index in range(batch * heads * rows):
+        row_state = state.view(-1, keys)[index]
+        listed = torch.cat([(row_state == kind).nonzero().flatten() for kind in (FULL, PARTIAL)])
+        tiles.view(-1, keys)[index, : len(listed)] = listed.to(torch.int32)
+    return tiles, counts

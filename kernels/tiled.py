@@ -1,0 +1,279 @@
+"""Tiled attention for many query rows: prefill.
+
+One program per (tile of query rows, query head, batch). Arithmetic-bound, so the point is to visit no key tile that no
+row attends to, and to pay for masking only where a tile is partly masked:
+
+* without a mask, full tiles run with no checks and the last one checks the end of the keys;
+* causal (top-left aligned), tiles below the diagonal run with no checks and those on it compare positions;
+* with a mask, its tile map lists the full tiles, which run with no checks, and the partial ones, which load the mask.
+
+Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv, L_kv, D_v]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import (
+    broadcast_stride,
+    cdiv,
+    check_attention,
+    empty_output,
+    mask_kind,
+    static_int,
+    with_unit_stride,
+)
+from flashpte.kernels.primitives import INTERPRETED, LOG2E, attend_tile, load_tile, normalise, score_scale
+from flashpte.kernels.tile_map import launch_tile_map, map_strides
+
+
+@triton.jit
+def _tiled_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    tiles_ptr,
+    counts_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    stride_tb,  # of the tile map, in rows of tiles
+    stride_th,
+    n_key_tiles,
+    q_len,
+    kv_len,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAP_BLOCK_M: tl.constexpr,
+    MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The last rows see the most keys under a causal mask: start them first. Query tiles are the innermost grid
+    # dimension, so that neighbouring programs share keys and values in L2.
+    row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    first_row = row_tile * BLOCK_M
+    m = first_row + tl.arange(0, BLOCK_M)
+    q_ptr += b * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qm
+    rows = tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, rows, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D != HEAD_DIM)
+    k_ptr += b * stride_kb + (head // GROUP) * stride_kh
+    v_ptr += b * stride_vb + (head // GROUP) * stride_vh
+    qk_scale = score_scale(scale, EXP2_SCALE)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    mask_rows = m
+    if MASK != 0:
+        # Rows past the end repeat the last one, so that the pointers stay in range.
+        safe_m = tl.minimum(m, q_len - 1).to(tl.int64)
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m * stride_mm
+        tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
+        tiles = tiles_ptr + tile_row * n_key_tiles
+        SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
+        full_steps = tl.load(counts_ptr + tile_row * 2) * SUB
+        all_steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * SUB
+    else:
+        end = kv_len
+        unchecked = kv_len
+        if CAUSAL:
+            end = tl.minimum(kv_len, first_row + BLOCK_M)
+            unchecked = tl.minimum(kv_len, first_row)
+        full_steps = unchecked // BLOCK_N
+        all_steps = tl.cdiv(end, BLOCK_N)
+
+    for step in tl.range(0, full_steps, num_stages=STAGES):
+        if MASK != 0:
+            start_n = tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
+        else:
+            start_n = step * BLOCK_N
+        acc, row_max, row_sum = attend_tile(
+            q,
+            acc,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            start_n,
+            kv_len,
+            stride_kn,
+            stride_vn,
+            mask_rows,
+            stride_mn,
+            m,
+            qk_scale,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            False,
+            False,
+            0,
+            EXP2_SCALE,
+            PRECISION,
+        )
+    for step in tl.range(full_steps, all_steps, num_stages=STAGES):
+        if MASK != 0:
+            start_n = tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
+        else:
+            start_n = step * BLOCK_N
+        acc, row_max, row_sum = attend_tile(
+            q,
+            acc,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            start_n,
+            kv_len,
+            stride_kn,
+            stride_vn,
+            mask_rows,
+            stride_mn,
+            m,
+            qk_scale,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            True,
+            CAUSAL,
+            MASK,
+            EXP2_SCALE,
+            PRECISION,
+        )
+
+    dv = tl.arange(0, BLOCK_DV)
+    out_ptr += b * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_om
+    out_ptrs = out_ptr + (rows * stride_om)[:, None] + (dv * stride_od)[None, :]
+    store_ok = (m < q_len)[:, None] & (dv < V_HEAD_DIM)[None, :]
+    tl.store(out_ptrs, normalise(acc, row_sum).to(out_ptr.dtype.element_ty), mask=store_ok)
+
+
+def launch_tiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+    config: tuning.TiledConfig | None = None,
+) -> torch.Tensor:
+    """Launches the tiled kernel.
+
+    Args:
+        query: ``[B, H_q, L_q, D]``, any L_q.
+        key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
+            copied.
+        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
+        tiles, counts: the mask's tile map with the tile of :func:`tuning.tiled_map_block` and ``head_group = 1``; made
+            here when ``None``.
+        is_causal: top-left aligned.
+        scale: factor of the scores.
+        dim_order: memory order of the result's dimensions, outermost first.
+        config: tile choice; by default :func:`tuning.choose_tiled`'s for the current arch.
+
+    Returns:
+        ``[B, H_q, L_q, D_v]`` in the query's dtype.
+    """
+    check_attention(query, key, value, mask, is_causal, dim_order)
+    batch, heads_q, q_len, head_dim = query.shape
+    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
+    if config is None:
+        shape = tuning.AttentionShape(
+            batch=static_int(batch),
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            q_len=static_int(q_len),
+            kv_len=static_int(kv_len),
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            dtype=query.dtype,
+        )
+        config = tuning.choose_tiled(shape, tuning.current_arch(query.device))
+    query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
+    out = empty_output(query, v_head_dim, dim_order)
+    map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
+    if mask is not None and tiles is None:
+        tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
+    kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
+    kernel[(cdiv(q_len, config.block_m), heads_q, batch)](
+        query,
+        key,
+        value,
+        query if mask is None else mask,
+        query if tiles is None else tiles,
+        query if counts is None else counts,
+        out,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        key.stride(0),
+        key.stride(1),
+        key.stride(2),
+        value.stride(0),
+        value.stride(1),
+        value.stride(2),
+        *([0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]),
+        *out.stride(),
+        *([0] * 3 if tiles is None else map_strides(tiles)),
+        q_len,
+        kv_len,
+        scale,
+        GROUP=heads_q // heads_kv,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_D=tuning.padded_head_dim(head_dim),
+        BLOCK_DV=tuning.padded_head_dim(v_head_dim),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        MAP_BLOCK_M=map_m,
+        MAP_BLOCK_N=map_n,
+        CAUSAL=is_causal,
+        MASK=mask_kind(mask),
+        EXP2_SCALE=LOG2E if mask is not None and mask.dtype != torch.bool else 1.0,
+        PRECISION=tuning.dot_precision(query.dtype),
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

@@ -1,0 +1,34 @@
+"""Tile choices: pure functions from (shape, dtype, arch) to a frozen config; nothing is benchmarked at export.
+
+A build is therefore deterministic and the same on a machine with no GPU.
+"""
+
+from flashpte.kernels.tuning.arch import ArchLimits, current_arch, limits
+from flashpte.kernels.tuning.choose import (
+    SPLIT_K_MAP_BLOCK_N,
+    AttentionShape,
+    SplitKConfig,
+    TiledConfig,
+    choose_split_k,
+    choose_tiled,
+    combine_block,
+    dot_precision,
+    padded_head_dim,
+    tiled_map_block,
+)
+
+__all__ = [
+    "SPLIT_K_MAP_BLOCK_N",
+    "ArchLimits",
+    "AttentionShape",
+    "SplitKConfig",
+    "TiledConfig",
+    "choose_split_k",
+    "choose_tiled",
+    "combine_block",
+    "current_arch",
+    "dot_precision",
+    "limits",
+    "padded_head_dim",
+    "tiled_map_block",
+]

@@ -1,0 +1,178 @@
+"""The operators on a GPU, against float64, over random problems with poisoned memory."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from attention_cases import LAYOUTS, MASKS, Case, build, check
+
+from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify, split_k, tiled, tuning
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+LENGTHS = (1, 7, 50, 63, 64, 100, 130, 511, 1000, 1025, 2048, 3000)
+HEAD_DIMS = (16, 64, 80, 96, 112, 128, 192, 256, 320, 512)
+
+
+def run(case: Case):
+    p = build(case, "cuda")
+    op = sdpa_decode if case.q_len == 1 else sdpa_verify if case.q_len <= 16 else sdpa_prefill
+    return p, op(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, list(case.dim_order))
+
+
+def random_cases(count: int, rows: tuple[int, ...], seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    cases = []
+    for i in range(count):
+        heads_kv = rng.choice((1, 2, 4))
+        head_dim = rng.choice(HEAD_DIMS)
+        cases.append(
+            Case(
+                q_len=rng.choice(rows),
+                kv_len=rng.choice(LENGTHS),
+                batch=rng.choice((1, 1, 3)),
+                heads_q=heads_kv * rng.choice((1, 2, 3, 8)),
+                heads_kv=heads_kv,
+                head_dim=head_dim,
+                v_head_dim=rng.choice((None, None, None, 64)),
+                dtype=rng.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
+                mask=rng.choice(MASKS),
+                layout=rng.choice(LAYOUTS),
+                scale=rng.choice((None, 1.0)) if head_dim <= 128 else None,
+                seed=i,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("case", random_cases(120, (1,), 1), ids=str)
+def test_decode(case):
+    check(*run(case))
+
+
+@pytest.mark.parametrize("case", random_cases(120, (2, 3, 5, 8, 16), 2), ids=str)
+def test_verify(case):
+    check(*run(case))
+
+
+@pytest.mark.parametrize("case", random_cases(140, (17, 63, 100, 128, 300, 1025), 3), ids=str)
+def test_prefill(case):
+    check(*run(case))
+
+
+REAL_SHAPES = {
+    "gemma-full": dict(heads_q=32, heads_kv=4, head_dim=512, scale=0.06),
+    "gemma-sliding": dict(heads_q=32, heads_kv=16, head_dim=256, scale=0.08),
+    "qwen3.5": dict(heads_q=16, heads_kv=2, head_dim=256),
+    "llama-8b": dict(heads_q=32, heads_kv=8, head_dim=128),
+}
+
+
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+@pytest.mark.parametrize("q_len", [1, 4, 8, 16, 512])
+@pytest.mark.parametrize("mask", ["none", "bool_context", "bool_ring"])
+def test_shapes_of_real_models(shape, q_len, mask):
+    check(*run(Case(q_len, 4100, dtype=torch.bfloat16, mask=mask, **REAL_SHAPES[shape])))
+
+
+@pytest.mark.parametrize("kv_len", [50, 100, 130])
+@pytest.mark.parametrize("q_len", [1, 5, 60])
+def test_no_mask_and_a_tail_does_not_count_padding_keys(q_len, kv_len):
+    check(*run(Case(q_len, kv_len, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("head_dim", [320, 384])
+@pytest.mark.parametrize("q_len", [1, 5, 60])
+def test_every_column_of_a_wide_odd_head_dim_is_written(q_len, head_dim):
+    check(*run(Case(q_len, 200, head_dim=head_dim, dtype=torch.bfloat16)))
+
+
+def test_causal_decode_sees_only_the_first_key():
+    problem, out = run(Case(1, 100, mask="is_causal", dtype=torch.bfloat16))
+    check(problem, out)
+    torch.testing.assert_close(out[:, ::2], problem.value[:, :, :1], atol=0, rtol=0)
+
+
+def test_large_scores_do_not_overflow():
+    """Scores of several hundred, where a fixed softmax maximum overflows."""
+    for q_len in (1, 8, 100):
+        p = build(Case(q_len, 500, dtype=torch.bfloat16, mask="bool_context"), "cuda")
+        p = type(p)(p.query * 12, p.key * 12, p.value, p.mask, p.is_causal, p.scale)
+        op = sdpa_prefill if q_len > 16 else sdpa_verify
+        check(p, op(p.query, p.key, p.value, p.mask, None, None, False, p.scale, [0, 2, 1, 3]))
+
+
+def test_masked_values_are_never_read():
+    """NaN in the values of every fully masked key tile must not reach the result."""
+    for case in (Case(1, 1000, mask="bool_ring"), Case(5, 1000, mask="bool_ring"), Case(200, 1000, mask="bool_window")):
+        p = build(case, "cuda")
+        block = 64 if case.q_len <= 16 else 128
+        value = p.value.clone()
+        for start in range(0, 1000, block):
+            if not p.mask[..., start : start + block].any():
+                value[:, :, start : start + block] = float("nan")
+        assert value.isnan().any()
+        op = sdpa_prefill if case.q_len > 16 else sdpa_verify
+        check(p, op(p.query, p.key, value, p.mask, None, None, False, p.scale, [0, 2, 1, 3]))
+
+
+@pytest.mark.parametrize("op", [sdpa_decode, sdpa_verify, sdpa_prefill])
+@pytest.mark.parametrize("mask", ["none", "bool_context", "float_min_context"])
+def test_opcheck(op, mask):
+    p = build(Case({sdpa_decode: 1, sdpa_verify: 5, sdpa_prefill: 40}[op], 100, mask=mask), "cuda")
+    args = (p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, [0, 2, 1, 3])
+    torch.library.opcheck(op, args)
+
+
+def test_tile_map_on_gpu_equals_its_reference():
+    for mask in MASKS:
+        if mask in ("none", "is_causal"):
+            continue
+        for block_m, block_n, group in ((16, 64, 2), (128, 128, 1), (64, 64, 1)):
+            case = Case(200, 1500, batch=2, mask=mask)
+            p = build(case)
+            expected = torch.ops.flashpte.tile_map(p.mask, 200, 1500, block_m, block_n, group)
+            tiles, counts = torch.ops.flashpte.tile_map(p.mask.cuda(), 200, 1500, block_m, block_n, group)
+            assert torch.equal(counts.cpu(), expected[1])
+            listed = torch.arange(tiles.shape[-1]) < expected[1].sum(-1, keepdim=True)
+            assert torch.equal(tiles.cpu()[listed], expected[0][listed])
+
+
+def test_results_do_not_depend_on_the_tiles():
+    p = build(Case(8, 1500, heads_q=16, heads_kv=2, head_dim=128, dtype=torch.bfloat16, mask="bool_ring"), "cuda")
+    for config in (
+        tuning.SplitKConfig(64, 64, 1, 8, 2),
+        tuning.SplitKConfig(16, 16, 5, 4, 1),
+        tuning.SplitKConfig(64, 32, 100, 4, 3),
+    ):
+        check(
+            p, split_k.launch_split_k(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config)
+        )
+    for config in (
+        tuning.TiledConfig(128, 64, 8, 2),
+        tuning.TiledConfig(16, 16, 4, 1),
+        tuning.TiledConfig(64, 128, 4, 3),
+    ):
+        check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
+
+
+def test_cuda_graph_replay_follows_the_mask():
+    """The map is recomputed on the device at every replay."""
+    p = build(Case(1, 2000, dtype=torch.bfloat16, mask="bool_context"), "cuda")
+    keys, position = torch.arange(2000, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step():
+        mask = (keys[None] <= position[:, None])[None, None]
+        return sdpa_decode(p.query, p.key, p.value, mask, None, None, False, p.scale, [0, 2, 1, 3])
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for pos in (0, 1, 63, 64, 700, 1999):
+        position.fill_(pos)
+        graph.replay()
+        mask = (keys[None] <= pos)[None, None]
+        check(type(p)(p.query, p.key, p.value, mask, False, p.scale), out)

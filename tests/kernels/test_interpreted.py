@@ -1,0 +1,187 @@
+"""The kernels' own code in Triton's interpreter: launchers, never operators (on a CPU those are the reference)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import MASKS, Case, build, check
+from mutants import mutant
+
+from flashpte.kernels import split_k, tiled, tuning
+
+pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
+
+
+def run(launcher, case: Case, config=None):
+    p = build(case)
+    return p, launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, config)
+
+
+SPLIT_K_CASES = [
+    *[Case(1, 200, mask=m) for m in MASKS],
+    *[Case(5, 130, batch=2, heads_q=6, heads_kv=2, head_dim=32, mask=m) for m in MASKS],
+    *[Case(3, 100, mask=m, dtype=torch.float32, head_dim=16) for m in ("none", "float_min_rows", "bool_ring")],
+    *[Case(1, n, head_dim=32) for n in (1, 7, 50, 63, 64, 100, 130, 1000, 1025)],
+    *[Case(2, 77, head_dim=d) for d in (16, 80, 96, 112, 192)],
+    Case(1, 90, head_dim=320),
+    Case(2, 90, head_dim=48, v_head_dim=80),
+    Case(16, 70, heads_q=8, heads_kv=1, head_dim=32, mask="bool_context"),
+    *[
+        Case(4, 120, batch=3, layout=layout, mask="bool_window", head_dim=40)
+        for layout in ("blhd", "sliced", "expanded")
+    ],
+    Case(3, 90, dim_order=(0, 1, 2, 3)),
+    Case(3, 90, scale=-0.7, mask="bool_dense"),
+    Case(3, 90, scale=1.0, mask="float_bias"),
+]
+
+TILED_CASES = [
+    *[Case(37, 150, head_dim=32, mask=m) for m in MASKS],
+    *[
+        Case(130, 140, batch=2, heads_q=3, heads_kv=1, head_dim=16, mask=m)
+        for m in ("is_causal", "bool_context", "bool_head")
+    ],
+    *[Case(40, 100, mask=m, dtype=torch.float32, head_dim=16) for m in ("none", "float_min_rows", "bool_ring")],
+    *[Case(20, n, head_dim=32) for n in (1, 7, 50, 63, 100, 130, 1025)],
+    *[Case(20, 77, head_dim=d, mask="is_causal") for d in (16, 80, 96, 112, 192, 320)],
+    Case(20, 90, head_dim=48, v_head_dim=80),
+    *[
+        Case(33, 120, batch=3, layout=layout, mask="bool_window", head_dim=40)
+        for layout in ("blhd", "sliced", "expanded")
+    ],
+    Case(150, 60, head_dim=32, mask="is_causal"),
+    Case(1, 90, mask="is_causal"),
+    Case(5, 90, mask="bool_context"),
+    Case(20, 90, dim_order=(0, 1, 2, 3), scale=-0.7, mask="bool_dense"),
+]
+
+
+@pytest.mark.parametrize("case", SPLIT_K_CASES, ids=str)
+def test_split_k_matches_the_float64_answer(case):
+    check(*run(split_k.launch_split_k, case))
+
+
+@pytest.mark.parametrize("case", TILED_CASES, ids=str)
+def test_tiled_matches_the_float64_answer(case):
+    check(*run(tiled.launch_tiled, case))
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize(("block_rows", "block_n"), [(16, 16), (16, 64), (32, 32)])
+def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n):
+    config = tuning.SplitKConfig(block_rows, block_n, num_splits, 4, 2)
+    for mask in ("none", "bool_ring", "float_min_rows"):
+        check(*run(split_k.launch_split_k, Case(7, 300, heads_q=6, heads_kv=2, head_dim=16, mask=mask), config))
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 128), (128, 64)])
+def test_tiled_does_not_depend_on_its_tiles(block_m, block_n):
+    config = tuning.TiledConfig(block_m, block_n, 4, 2)
+    for mask in ("none", "is_causal", "bool_window", "float_min_context"):
+        check(*run(tiled.launch_tiled, Case(150, 200, head_dim=16, mask=mask), config))
+
+
+def test_strides_in_memory_order():
+    for order in ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 2, 1, 0)):
+        for launcher in (split_k.launch_split_k, tiled.launch_tiled):
+            problem, out = run(launcher, Case(3, 50, batch=2, dim_order=order))
+            check(problem, out)
+            assert sorted(range(4), key=lambda d: -out.stride(d)) == list(order)
+
+
+class CountedTiles:
+    """Counts the key tiles that a launcher's kernel attends to, by their first key."""
+
+    def __init__(self, monkeypatch, module):
+        self.visited: list[int] = []
+        original = module.attend_tile
+
+        def counting(*args, **kwargs):
+            self.visited.append(int(args[6].handle.data.item()))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, "attend_tile", counting)
+
+
+def _live_tiles(mask: torch.Tensor, block_m: int, block_n: int) -> int:
+    """Live (row tile, key tile) pairs of a mask ``[1, 1, L_q, L_kv]``, by brute force."""
+    _, _, q_len, kv_len = mask.shape
+    return sum(
+        bool(mask[0, 0, m : m + block_m, n : n + block_n].any())
+        for m in range(0, q_len, block_m)
+        for n in range(0, kv_len, block_n)
+    )
+
+
+@pytest.mark.parametrize("mask", ["bool_context", "bool_window", "bool_ring", "bool_all_empty"])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_split_k_visits_live_tiles_only(monkeypatch, mask, q_len):
+    case = Case(q_len, 1000, heads_q=2, heads_kv=1, head_dim=16, mask=mask)
+    counted = CountedTiles(monkeypatch, split_k)
+    problem, out = run(split_k.launch_split_k, case, tuning.SplitKConfig(16, 64, 4, 4, 2))
+    check(problem, out)
+    assert len(counted.visited) == _live_tiles(problem.mask, q_len, 64)
+    assert len(counted.visited) < 16
+
+
+def test_split_k_causal_visits_visible_keys_only(monkeypatch):
+    counted = CountedTiles(monkeypatch, split_k)
+    check(*run(split_k.launch_split_k, Case(3, 1000, heads_kv=4, head_dim=16, mask="is_causal")))
+    assert counted.visited == [0] * 4
+
+
+@pytest.mark.parametrize("mask", ["bool_context", "bool_window", "bool_ring", "bool_all_empty", "float_min_context"])
+def test_tiled_visits_live_tiles_only(monkeypatch, mask):
+    case = Case(200, 900, heads_q=1, heads_kv=1, head_dim=16, mask=mask)
+    counted = CountedTiles(monkeypatch, tiled)
+    problem, out = run(tiled.launch_tiled, case, tuning.TiledConfig(128, 128, 4, 2))
+    check(problem, out)
+    seen = problem.mask if problem.mask.dtype == torch.bool else problem.mask == 0
+    assert len(counted.visited) == _live_tiles(seen, 128, 128)
+    assert len(counted.visited) < 2 * 8
+
+
+def test_tiled_causal_visits_visible_keys_only(monkeypatch):
+    counted = CountedTiles(monkeypatch, tiled)
+    case = Case(256, 1000, heads_q=1, heads_kv=1, head_dim=16, mask="is_causal")
+    check(*run(tiled.launch_tiled, case, tuning.TiledConfig(64, 64, 4, 2)))
+    assert len(counted.visited) == 1 + 2 + 3 + 4
+
+
+TAIL = "scores = tl.where((n < kv_len - start_n)[None, :], scores"
+RESCALE = "acc * rescale[:, None]"
+SPLIT = Case(3, 90, head_dim=32, scale=1.0)
+MUTATIONS = {
+    "split_k without the tail mask": ("primitives.py", TAIL, "scores = tl.where((n >= 0)[None, :], scores", "split_k"),
+    "split_k without the rescale": ("primitives.py", RESCALE, "acc", "split_k"),
+    "combine without the weights": ("split_k.py", "split_sum * weight", "split_sum", "split_k"),
+    "tiled without the tail mask": ("primitives.py", TAIL, "scores = tl.where((n >= 0)[None, :], scores", "tiled"),
+    "tiled without the rescale": ("primitives.py", RESCALE, "acc", "tiled"),
+    "causal aligned to the bottom": ("primitives.py", "<= q_pos[:, None]", "<= q_pos[:, None] + 30", "tiled"),
+    "map that drops partial tiles": ("tile_map.py", "(state == 1) |", "(state == 7) |", "tiled"),
+    "map that calls partial tiles full": ("tile_map.py", "tl.where(all_open != 0, 2, 1)", "2", "tiled"),
+    "map that skips every floor tile": ("tile_map.py", "(anchored == 0)", "(anchored == 9)", "tiled"),
+    "float mask in log2 units": ("split_k.py", "LOG2E if mask is not None", "1.0 if mask is not None", "split_k"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_mutation_is_caught(name, tmp_path):
+    file, old, new, module = MUTATIONS[name]
+    masks = ("none", "is_causal", "bool_context", "float_min_rows", "float_bias")
+    configs = {"split_k": tuning.SplitKConfig(16, 16, 3, 4, 2), "tiled": tuning.TiledConfig(16, 16, 4, 2)}
+
+    def failures(launcher) -> int:
+        failed = 0
+        for mask in masks:
+            case = Case(3 if module == "split_k" else 40, 90, head_dim=32, scale=1.0, mask=mask)
+            try:
+                check(*run(launcher, case, configs[module]))
+            except AssertionError:
+                failed += 1
+        return failed
+
+    intact = {"split_k": split_k.launch_split_k, "tiled": tiled.launch_tiled}[module]
+    assert failures(intact) == 0
+    changed = getattr(mutant(tmp_path, file, old, new, module), f"launch_{module}")
+    assert failures(changed) > 0

@@ -1,0 +1,88 @@
+"""Operators without a GPU: registration, fakes, layout, arguments, and the CPU implementation's semantics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import MASKS, Case, build, check
+
+from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify, tile_map
+
+OPS = {1: sdpa_decode, 5: sdpa_verify, 40: sdpa_prefill}
+NOT_LAUNCHING = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def arguments(case: Case):
+    p = build(case)
+    return p, (p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, list(case.dim_order))
+
+
+@pytest.mark.parametrize("q_len", OPS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_cpu_implementation_is_attention(q_len, mask):
+    case = Case(q_len, 90, batch=2, heads_q=6, heads_kv=2, head_dim=48, mask=mask, dtype=torch.float32)
+    problem, args = arguments(case)
+    check(problem, OPS[q_len](*args))
+
+
+@pytest.mark.parametrize("q_len", OPS)
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_head", "float_min_rows"])
+def test_opcheck(q_len, mask):
+    _, args = arguments(Case(q_len, 90, mask=mask, v_head_dim=32))
+    torch.library.opcheck(OPS[q_len], args, test_utils=NOT_LAUNCHING)
+
+
+def test_opcheck_of_tile_map():
+    p = build(Case(40, 300, mask="float_min_context"))
+    torch.library.opcheck(tile_map, (p.mask, 40, 300, 16, 64, 1), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+def test_fake_and_cpu_agree_on_the_memory_layout(order):
+    _, args = arguments(Case(5, 30, batch=2, dim_order=order))
+    real = sdpa_verify(*args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = sdpa_verify(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args])
+    assert fake.stride() == real.stride()
+    assert sorted(range(4), key=lambda d: -real.stride(d)) == list(order)
+
+
+def test_causal_is_aligned_to_the_top_left():
+    problem, args = arguments(Case(1, 100, mask="is_causal", dtype=torch.float32))
+    out = sdpa_decode(*args)
+    assert torch.equal(out[:, ::2], problem.value[:, :, :1])
+
+
+def test_agrees_with_torch_where_a_row_attends_to_nothing():
+    problem, args = arguments(Case(5, 40, heads_kv=4, mask="bool_empty_rows", dtype=torch.float32))
+    expected = F.scaled_dot_product_attention(problem.query, problem.key, problem.value, attn_mask=problem.mask)
+    out = sdpa_verify(*args)
+    assert (out[:, :, ::2] == 0).all()
+    torch.testing.assert_close(out, expected)
+
+
+def bad(**changes):
+    p = build(Case(5, 40))
+    given = dict(q=p.query, k=p.key, v=p.value, mask=None, causal=False, order=[0, 2, 1, 3]) | changes
+    return sdpa_verify(
+        given["q"], given["k"], given["v"], given["mask"], None, None, given["causal"], 1.0, given["order"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(q=torch.randn(4, 5, 64)), "tensors, got 3"),
+        (dict(q=torch.randn(1, 4, 5, 64, dtype=torch.float64)), "must share one of"),
+        (dict(q=torch.randn(1, 4, 5, 32, dtype=torch.float16)), "head dims differ: 32 and 64"),
+        (dict(q=torch.randn(1, 3, 5, 64, dtype=torch.float16)), "multiple of key/value heads; got 3, 2, 2"),
+        (dict(mask=torch.ones(5, 40, dtype=torch.bool)), "4 dimensions"),
+        (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.int32)), "bool or float"),
+        (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.bool), causal=True), "ambiguous"),
+        (dict(order=[0, 1, 2, 2]), "permutation"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bad(**changes)

@@ -1,0 +1,76 @@
+"""Tile choices are values: every choice fits its arch and the map its kernel walks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from flashpte.kernels import tuning
+from flashpte.kernels.tuning import AttentionShape
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+SHAPES = [
+    AttentionShape(batch, kv * group, kv, q_len, kv_len, dim, dim, dtype)
+    for batch, kv, group, q_len, kv_len, dim, dtype in itertools.product(
+        (None, 1, 3),
+        (1, 4, 16),
+        (1, 3, 8),
+        (None, 1, 4, 16, 512),
+        (None, 50, 4096, 131072),
+        (16, 80, 128, 256, 320, 512),
+        (torch.bfloat16, torch.float32),
+    )
+]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_choice_fits(arch):
+    limits = tuning.limits(arch)
+    for shape in SHAPES:
+        width = tuning.padded_head_dim(shape.head_dim)
+        per_key = 2 * width * shape.dtype.itemsize
+        if shape.q_len is None or shape.q_len <= 16:
+            c = tuning.choose_split_k(shape, limits)
+            assert tuning.SPLIT_K_MAP_BLOCK_N % c.block_n == 0
+            assert (
+                c.block_n * per_key * c.num_stages + c.block_rows * width * shape.dtype.itemsize <= limits.shared_memory
+            )
+            assert 1 <= c.num_splits <= 512
+            if shape.kv_len is not None:
+                assert c.num_splits <= -(-shape.kv_len // c.block_n)
+        t = tuning.choose_tiled(shape, limits)
+        map_m, map_n = tuning.tiled_map_block(shape.head_dim, shape.v_head_dim)
+        assert map_m % t.block_m == 0
+        assert map_n % t.block_n == 0
+        assert t.block_n * per_key * t.num_stages + t.block_m * width * shape.dtype.itemsize <= limits.shared_memory
+
+
+def test_choices_are_frozen_and_repeatable():
+    shape, arch = SHAPES[0], tuning.limits("sm_90")
+    choice = tuning.choose_split_k(shape, arch)
+    assert choice == tuning.choose_split_k(shape, arch)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        choice.block_n = 1
+
+
+def test_decode_fills_the_gpu():
+    shape = AttentionShape(1, 32, 4, 1, 131072, 512, 512, torch.bfloat16)
+    for arch in ARCHS:
+        limits = tuning.limits(arch)
+        assert tuning.choose_split_k(shape, limits).num_splits * shape.heads_kv >= limits.multiprocessors - 4
+
+
+def test_short_keys_are_not_split_below_a_tile():
+    shape = AttentionShape(1, 4, 4, 1, 50, 64, 64, torch.bfloat16)
+    assert tuning.choose_split_k(shape, tuning.limits("sm_90")).num_splits == 1
+
+
+def test_unknown_archs():
+    assert tuning.limits("sm_103").name == "sm_100"
+    with pytest.raises(ValueError, match="older than every supported"):
+        tuning.limits("sm_70")
+    with pytest.raises(ValueError, match="not an architecture"):
+        tuning.limits("hopper")

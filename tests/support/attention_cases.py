@@ -1,0 +1,220 @@
+"""Attention problems that tests and benchmarks share: inputs, masks, the float64 answer and the allowed error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flashpte.kernels import attention_reference
+
+MASKS = (
+    "none",
+    "is_causal",
+    "bool_dense",
+    "bool_context",
+    "bool_window",
+    "bool_ring",
+    "bool_padding",
+    "bool_batch",
+    "bool_head",
+    "bool_single",
+    "bool_empty_rows",
+    "bool_all_empty",
+    "float_bias",
+    "float_inf_context",
+    "float_min_context",
+    "float_min_rows",
+    "float_row_bias",
+)
+LAYOUTS = ("contiguous", "blhd", "sliced", "expanded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention problem. ``layout`` says how key and value lie in memory (see :func:`keys_in`)."""
+
+    q_len: int
+    kv_len: int
+    batch: int = 1
+    heads_q: int = 4
+    heads_kv: int = 2
+    head_dim: int = 64
+    v_head_dim: int | None = None
+    dtype: torch.dtype = torch.float16
+    mask: str = "none"
+    layout: str = "contiguous"
+    scale: float | None = None
+    dim_order: tuple[int, ...] = (0, 2, 1, 3)
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dv = f"v{self.v_head_dim}" if self.v_head_dim else ""
+        return (
+            f"B{self.batch}-H{self.heads_q}x{self.heads_kv}-M{self.q_len}-L{self.kv_len}-D{self.head_dim}{dv}"
+            f"-{str(self.dtype)[6:]}-{self.mask}-{self.layout}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Tensors of a case: ``query, key, value``, a 4-dimensional mask or ``None``, ``is_causal`` and ``scale``."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    is_causal: bool
+    scale: float
+
+
+def positions(case: Case) -> torch.Tensor:
+    """Positions ``[L_q]`` of the query rows: the end of a context that fills most of the buffer."""
+    context = max(case.q_len, min(case.kv_len, case.kv_len - case.kv_len // 5))
+    return torch.arange(case.q_len) + context - case.q_len
+
+
+def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
+    """The case's mask on the CPU, ``[Bm, Hm, L_q or 1, L_kv or 1]``."""
+    q_len, kv_len, minimum = case.q_len, case.kv_len, torch.finfo(case.dtype).min
+    pos, keys = positions(case)[:, None], torch.arange(kv_len)[None]
+    context = (keys <= pos)[None, None]
+    window = max(1, kv_len // 4)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype)
+
+    match case.mask:
+        case "none" | "is_causal":
+            return None
+        case "bool_dense":
+            return rand(1, 1, q_len, kv_len) < 0.4
+        case "bool_context":
+            return context
+        case "bool_window":
+            return context & (keys > pos - window)
+        case "bool_ring":
+            # A ring of kv_len slots after it wrapped: live keys at both ends, dead ones in between.
+            slot_pos = keys + torch.div(pos.max() + kv_len // 3 - keys, kv_len, rounding_mode="floor") * kv_len
+            distance = pos + kv_len // 3 - slot_pos
+            return ((slot_pos >= 0) & (distance >= 0) & (distance < max(1, kv_len // 2)))[None, None]
+        case "bool_padding":
+            return (keys < max(1, kv_len // 2))[None, None]
+        case "bool_batch":
+            return rand(case.batch, 1, q_len, kv_len) < 0.3
+        case "bool_head":
+            mask = rand(case.batch, case.heads_q, q_len, kv_len) < 0.1
+            mask[:, 0] = False
+            return mask
+        case "bool_single":
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        case "bool_empty_rows":
+            mask = rand(1, 1, q_len, kv_len) < 0.5
+            mask[:, :, ::2] = False
+            return mask
+        case "bool_all_empty":
+            return torch.zeros(1, 1, q_len, kv_len, dtype=torch.bool)
+        case "float_bias":
+            return noise(1, case.heads_q, q_len, kv_len)
+        case "float_row_bias":
+            return noise(case.batch, case.heads_q, 1, kv_len)
+        case "float_inf_context":
+            return torch.zeros(1, 1, q_len, kv_len, dtype=case.dtype).masked_fill(~context, float("-inf"))
+        case "float_min_context":
+            return torch.zeros(1, 1, q_len, kv_len, dtype=case.dtype).masked_fill(~context, minimum)
+        case "float_min_rows":
+            # Even rows hold nothing but the dtype's minimum, which is finite: such a row is the mean of the values.
+            mask = noise(1, 1, q_len, kv_len)
+            mask[:, :, ::2] = minimum
+            return mask
+    raise ValueError(case.mask)
+
+
+def keys_in(layout: str, batch: int, heads: int, length: int, dim: int, dtype, generator) -> torch.Tensor:
+    """Random ``[B, H_kv, L, D]`` whose memory is laid out as named; memory around a view holds NaN.
+
+    ``blhd`` is a ``[B, L, H, D]`` cache seen transposed, ``sliced`` the live part of a larger buffer, ``expanded`` one
+    batch entry repeated with stride 0.
+    """
+    data = torch.randn(batch, heads, length, dim, generator=generator).to(dtype)
+    if layout == "blhd":
+        return data.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "sliced":
+        buffer = torch.full((batch, heads + 1, length + 9, dim + 8), float("nan"), dtype=dtype)
+        view = buffer[:, 1:, 4 : 4 + length, :dim]
+        view.copy_(data)
+        return view
+    if layout == "expanded":
+        return data[:1].expand(batch, -1, -1, -1)
+    return data
+
+
+def _to(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    """Moves a view to ``device`` with its strides, and the memory around it, as they are."""
+    if tensor is None or device == "cpu":
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def build(case: Case, device: str = "cpu") -> Problem:
+    """Makes a case's tensors; the same seed gives the same tensors on every device."""
+    generator = torch.Generator().manual_seed(case.seed)
+    dim, v_dim = case.head_dim, case.v_head_dim or case.head_dim
+    query = torch.randn(case.batch, case.q_len, case.heads_q, dim, generator=generator).to(case.dtype).transpose(1, 2)
+    key = keys_in(case.layout, case.batch, case.heads_kv, case.kv_len, dim, case.dtype, generator)
+    value = keys_in(case.layout, case.batch, case.heads_kv, case.kv_len, v_dim, case.dtype, generator)
+    mask = make_mask(case, generator)
+    return Problem(
+        _to(query, device),
+        _to(key, device),
+        _to(value, device),
+        _to(mask, device),
+        case.mask == "is_causal",
+        case.scale if case.scale is not None else dim**-0.5,
+    )
+
+
+def exact(problem: Problem) -> torch.Tensor:
+    """The float64 answer ``[B, H_q, L_q, D_v]``."""
+    p = problem
+    query = p.query.double()
+    mask = p.mask if p.mask is None or p.mask.dtype == torch.bool else p.mask.double()
+    return attention_reference(query, p.key, p.value, mask, p.is_causal, p.scale, torch.float64)
+
+
+def allowed_error(problem: Problem, answer: torch.Tensor) -> float:
+    """Twice what PyTorch's math backend makes in the same dtype on the same device, but at least 2 ulp."""
+    p = problem
+    group = p.query.shape[1] // p.key.shape[1]
+    with sdpa_kernel([SDPBackend.MATH]):
+        math_out = F.scaled_dot_product_attention(
+            p.query,
+            p.key.repeat_interleave(group, 1),
+            p.value.repeat_interleave(group, 1),
+            attn_mask=p.mask,
+            is_causal=p.is_causal,
+            scale=p.scale,
+        )
+    math_error = (math_out.double() - answer).abs().max().item()
+    largest = answer.abs().max().item()
+    ulp = torch.finfo(p.query.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
+    return max(2 * math_error, 2 * ulp)
+
+
+def check(problem: Problem, out: torch.Tensor) -> float:
+    """Asserts that ``out`` is within the bound of the float64 answer; returns error over bound."""
+    answer = exact(problem)
+    assert out.dtype == problem.query.dtype
+    assert out.shape == answer.shape
+    assert not out.isnan().any(), "NaN in the result: an element was not written, or masked memory was used"
+    bound = allowed_error(problem, answer)
+    error = (out.double() - answer).abs().max().item()
+    assert error <= bound, f"max error {error:.3e} is above the bound {bound:.3e}"
+    return error / bound if bound else 0.0

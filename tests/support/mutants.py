@@ -1,0 +1,41 @@
+"""Copies of the kernels package with one line changed: a test of the tests."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import flashpte.kernels
+
+_COUNTER = itertools.count()
+
+
+def mutant(folder: Path, file: str, old: str, new: str, module: str) -> ModuleType:
+    """Imports ``module`` of a copy of ``flashpte.kernels`` in which ``old`` reads ``new`` in ``file``.
+
+    Args:
+        folder: where to put the copy.
+        file: name of the changed file, such as ``"primitives.py"``.
+        old: text that must occur in it; every occurrence is replaced.
+        new: its replacement.
+        module: which module of the copy to import, such as ``"split_k"``.
+    """
+    name = f"mutant_kernels_{next(_COUNTER)}"
+    package = folder / name
+    shutil.copytree(Path(flashpte.kernels.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").write_text("")
+    for path in package.rglob("*.py"):
+        text = path.read_text().replace("flashpte.kernels", name).replace("flashpte::", f"{name}::")
+        if path.name == file:
+            assert old in text, f"{file} no longer contains {old!r}: update the mutation"
+            text = text.replace(old, new)
+        path.write_text(text)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(f"{name}.{module}")
+    finally:
+        sys.path.remove(str(folder))
