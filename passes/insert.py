@@ -1,0 +1,59 @@
+"""Inserting nodes with correct metadata, in the ATen dialect or in ExecuTorch's edge dialect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from flashpte.passes.sdpa_node import is_edge
+
+# The edge dialect has no views: it spells them as copies, which lowering turns back into views.
+_EDGE_NAMES = {torch.ops.aten.unsqueeze.default: torch.ops.aten.unsqueeze_copy.default}
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
+
+
+def call_before(anchor: Node, op: Any, *args: Any) -> Node:
+    """Inserts ``op(*args)`` before ``anchor`` and computes its metadata.
+
+    Args:
+        anchor: the node to insert before; also decides the dialect and gives the new node its provenance.
+        op: an ATen or ``flashpte`` operator overload.
+        args: nodes and constants.
+
+    Returns:
+        The new node, with ``meta["val"]`` set by running ``op`` on fake tensors.
+    """
+    if is_edge(anchor):
+        from executorch.exir.dialects._ops import ops as exir_ops
+
+        op = _EDGE_NAMES.get(op, op)
+        namespace, name = op._schema.name.split("::")
+        target = getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
+    else:
+        target = op
+    graph = anchor.graph
+    with graph.inserting_before(anchor):
+        node = graph.call_function(target, args)
+    node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
+    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
+    fake_mode = detect_fake_mode(fake_args)
+    if fake_mode is None:
+        raise ValueError(f"the arguments of {node.name} carry no fake tensors; run the pass on an exported program")
+    with fake_mode:
+        node.meta["val"] = op(*fake_args)
+    return node
+
+
+def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:
+    """A size of ``tensor`` as an argument: the number itself, or a node that reads it where it is dynamic."""
+    size = tensor.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return size
+    with anchor.graph.inserting_before(anchor):
+        node = anchor.graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+    node.meta["val"] = size
+    return node

@@ -1,0 +1,135 @@
+"""The front door: ``replace_sdpa`` for programs, ``ReplaceSdpaPass`` for ExecuTorch's ``transform_passes=``."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+import flashpte.kernels  # noqa: F401  (registers the operators)
+from flashpte.passes.insert import call_before
+from flashpte.passes.report import NodeRoute, RoutingReport
+from flashpte.passes.route import Route, route
+from flashpte.passes.sdpa_node import SdpaCall, find_sdpa, printable, size_range, val
+from flashpte.passes.tile_maps import TileMaps
+
+
+def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
+    """Swaps every attention call of a program for the kernel that fits its shape.
+
+    Args:
+        exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
+            ``to_edge``. It is left untouched; weights are shared with the result, not copied.
+
+    Returns:
+        The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
+        it was given and why, or why it was left as it was. The rewritten program also runs on a CPU, where the
+        operators are their references.
+
+    Raises:
+        TypeError: the argument is not an exported program.
+        ValueError: the graph carries no tensor metadata.
+    """
+    if not isinstance(exported_program, ExportedProgram):
+        raise TypeError(
+            f"replace_sdpa takes a torch.export.ExportedProgram, got {type(exported_program).__name__}; "
+            "call torch.export.export(model, example_inputs) first"
+        )
+    program = _copy(exported_program)
+    report = replace_sdpa_in_graph(program.graph_module)
+    program.validate()
+    return program, report
+
+
+class ReplaceSdpaPass(PassBase):
+    """The same rewrite as a pass over a graph module.
+
+    Give it to ``to_edge_transform_and_lower(..., transform_passes=[ReplaceSdpaPass()])``; the partitioner must keep
+    ``scaled_dot_product_attention`` whole, as ExecuTorch's ``CudaPartitioner`` does. After a run, :attr:`report` holds
+    what happened to each node.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = RoutingReport(())
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Rewrites ``graph_module`` in place."""
+        self.report = replace_sdpa_in_graph(graph_module)
+        return PassResult(graph_module, bool(self.report.replaced))
+
+
+def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
+    """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node."""
+    routes: list[NodeRoute] = []
+    maps: dict[GraphModule, TileMaps] = {}
+    for module, node in find_sdpa(graph_module):
+        call = SdpaCall.from_node(node)
+        decision = route(call)
+        routes.append(_entry(call, decision))
+        if decision.op is not None:
+            _replace(call, decision, maps.setdefault(module, TileMaps()))
+    for module in maps:
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    return RoutingReport(tuple(routes))
+
+
+def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> None:
+    namespace, name = decision.op.split("::")
+    op = getattr(getattr(torch.ops, namespace), name).default
+    mask = tiles = counts = None
+    if call.mask is not None:
+        mask = tile_maps.mask_for(call)
+        tiles, counts = tile_maps.map_for(call, decision.op)
+    new = call_before(
+        call.node,
+        op,
+        call.query,
+        call.key,
+        call.value,
+        mask,
+        tiles,
+        counts,
+        bool(call.is_causal),
+        decision.scale,
+        list(decision.dim_order),
+    )
+    call.node.replace_all_uses_with(new)
+    call.node.graph.erase_node(call.node)
+
+
+def _entry(call: SdpaCall, decision: Route) -> NodeRoute:
+    query = val(call.query)
+    return NodeRoute(
+        node=call.node.name,
+        module_path=call.module_path,
+        op=decision.op,
+        reason=decision.reason,
+        query=tuple(printable(s) for s in query.shape),
+        key=tuple(printable(s) for s in val(call.key).shape),
+        value=tuple(printable(s) for s in val(call.value).shape),
+        lq_range=size_range(query.shape[-2]),
+        dtype=str(query.dtype).removeprefix("torch."),
+        mask=call.mask_kind,
+    )
+
+
+def _copy(program: ExportedProgram) -> ExportedProgram:
+    """A program with its own graph and signature; parameters, buffers and constants are the same tensors."""
+    graph_module = copy.deepcopy(program.graph_module)
+    return ExportedProgram(
+        root=graph_module,
+        graph=graph_module.graph,
+        graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=dict(program.state_dict),
+        range_constraints=dict(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )

@@ -1,0 +1,114 @@
+"""Which kernel an attention call gets, or why it gets none. Pure: reads the graph and changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
+from flashpte.kernels.split_k import MAX_ROWS
+from flashpte.passes.sdpa_node import SdpaCall, hint, printable, same_size, size_range, val
+
+DECODE = "flashpte::sdpa_decode"
+VERIFY = "flashpte::sdpa_verify"
+PREFILL = "flashpte::sdpa_prefill"
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A decision: ``op`` is ``None`` when the call is declined; ``reason`` is one plain sentence either way."""
+
+    op: str | None
+    reason: str
+    scale: float = 1.0
+    dim_order: tuple[int, ...] = (0, 1, 2, 3)
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's dimensions from outermost to innermost in memory.
+
+    A dimension of size 1 has no place of its own: it stays next to the dimension that follows it.
+    """
+    strides = [hint(s) for s in tensor.stride()]
+    sizes = [hint(s) for s in tensor.shape]
+    key, keys = 0, [0] * tensor.dim()
+    for dim in reversed(range(tensor.dim())):
+        key = keys[dim] = strides[dim] if sizes[dim] != 1 else key
+    return tuple(sorted(range(tensor.dim()), key=lambda d: (-keys[d], d)))
+
+
+def _decline_reason(call: SdpaCall) -> str | None:
+    query, key, value = val(call.query), val(call.key), val(call.value)
+    if call.dropout_p != 0.0:
+        return f"dropout_p is {call.dropout_p}: the kernels are for inference"
+    if call.mask is not None and call.is_causal:
+        return "a mask together with is_causal is ambiguous"
+    if call.scale is not None and not isinstance(call.scale, (int, float)):
+        return "scale is computed at run time; the kernels take a constant"
+    if call.scale is not None and not math.isfinite(call.scale):
+        return f"scale is {call.scale}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; the kernels take 4"
+    if query.dtype not in SUPPORTED_DTYPES or not query.dtype == key.dtype == value.dtype:
+        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: the kernels take one of bfloat16, float16, float32"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor.shape[1], int) or not isinstance(tensor.shape[3], int):
+            return f"{name} has a dynamic number of heads or head dim"
+        if 0 in tensor.shape:
+            return f"{name} is empty"
+    if query.shape[3] != key.shape[3]:
+        return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"head dim {max(query.shape[3], value.shape[3])} is above {MAX_HEAD_DIM}"
+    if not (same_size(query.shape[0], key.shape[0]) and same_size(key.shape[0], value.shape[0])):
+        return "query, key and value have different batch sizes"
+    if key.shape[1] != value.shape[1] or not same_size(key.shape[2], value.shape[2]):
+        return "key and value differ in heads or length"
+    grouped = call.enable_gqa and query.shape[1] % key.shape[1] == 0
+    if query.shape[1] != key.shape[1] and key.shape[1] != 1 and not grouped:
+        return f"{query.shape[1]} query heads on {key.shape[1]} key/value heads"
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.stride(3) != 1:
+            return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
+    return _decline_mask(call) if call.mask is not None else None
+
+
+def _decline_mask(call: SdpaCall) -> str | None:
+    mask, query, key = val(call.mask), val(call.query), val(call.key)
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return f"mask dtype {mask.dtype}"
+    if mask.dtype == torch.float64:
+        return "mask dtype torch.float64: the kernels compute in float32"
+    if mask.dim() > 4:
+        return f"the mask has {mask.dim()} dimensions"
+    target = (*query.shape[:3], key.shape[2])
+    for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
+        if not same_size(size, 1) and not same_size(size, wanted):
+            return f"mask size {printable(size)} does not match {printable(wanted)}"
+    return None
+
+
+def route(call: SdpaCall) -> Route:
+    """Decides about one attention call.
+
+    L_q decides the kernel: 1 decode, 2 to 16 verify, more prefill; a dynamic L_q by its range. A range that spans
+    regimes gets the prefill kernel, which is right for every L_q.
+    """
+    declined = _decline_reason(call)
+    if declined is not None:
+        return Route(None, declined)
+    query = val(call.query)
+    scale = float(call.scale) if call.scale is not None else query.shape[3] ** -0.5
+    lower, upper = size_range(query.shape[2])
+    if upper == 1:
+        op, reason = DECODE, "L_q is 1: split the keys over the GPU, combine by log-sum-exp"
+    elif upper is not None and upper <= MAX_ROWS:
+        span = str(upper) if lower == upper else f"{lower}..{upper}"
+        op, reason = VERIFY, f"L_q is {span}: the rows of a head group share each key tile, keys are split"
+    elif lower == upper:
+        op, reason = PREFILL, f"L_q is {lower}: tiled, skipping masked key tiles"
+    else:
+        op, reason = PREFILL, f"L_q is {lower}..{'' if upper is None else upper}: tiled, right for every L_q"
+    return Route(op, reason, scale, memory_order(val(call.node)))

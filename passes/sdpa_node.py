@@ -1,0 +1,129 @@
+"""Reading a ``scaled_dot_product_attention`` node: its arguments, shapes, size ranges, and the dialect it is in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+ATEN_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def is_edge(node: Node) -> bool:
+    """Whether the node is in ExecuTorch's edge dialect, where every operator is wrapped."""
+    return node.op == "call_function" and type(node.target).__name__ == "EdgeOpOverload"
+
+
+def aten_target(node: Node) -> Any:
+    """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
+    return node.target._op if is_edge(node) else node.target
+
+
+def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
+    """Every attention node with the (sub)graph it is in, in graph order; branches of control flow included."""
+    return [
+        (module, node)
+        for module in graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if aten_target(node) is ATEN_SDPA
+    ]
+
+
+def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
+    """Smallest and largest value that ``size`` can have; ``None`` when it has no upper bound. Adds no guard."""
+    if isinstance(size, int):
+        return size, size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    # Integer infinities are sympy objects of torch's own, not plain infinities: ask for a number instead.
+    lower = int(bounds.lower) if bounds.lower.is_Integer else 0
+    upper = int(bounds.upper) if isinstance(bounds.upper, sympy.Integer) else None
+    # An unbounded dimension's range ends at the largest integer a size can be.
+    return lower, None if upper is None or upper >= 2**62 else upper
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    expr = [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in (a, b)]
+    return sympy.simplify(expr[0] - expr[1]) == 0
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A value of a size or stride to compare magnitudes with: the example's, for a symbolic one."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def printable(size: int | torch.SymInt) -> int | str:
+    """A size as the report writes it."""
+    return size if isinstance(size, int) else str(size.node.expr)
+
+
+@dataclasses.dataclass(frozen=True)
+class SdpaCall:
+    """One attention call as written in the graph.
+
+    Attributes:
+        node: the node itself.
+        query, key, value, mask: argument nodes (``mask`` may be ``None``).
+        dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
+    """
+
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None
+    dropout_p: Any
+    is_causal: Any
+    scale: Any
+    enable_gqa: Any
+
+    @classmethod
+    def from_node(cls, node: Node) -> SdpaCall:
+        """Reads positional and keyword arguments by the operator's schema."""
+        names = [argument.name for argument in ATEN_SDPA._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return cls(
+            node=node,
+            query=given["query"],
+            key=given["key"],
+            value=given["value"],
+            mask=given.get("attn_mask"),
+            dropout_p=given.get("dropout_p", 0.0),
+            is_causal=given.get("is_causal", False),
+            scale=given.get("scale"),
+            enable_gqa=given.get("enable_gqa", False),
+        )
+
+    @property
+    def module_path(self) -> str:
+        """Dotted path of the innermost module that made the call; empty when the graph does not say."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        if not stack:
+            return ""
+        path, _ = list(stack.values())[-1]
+        return path.removeprefix("L['self'].").removeprefix("L['self']").replace("slice(None, None, None)", "")
+
+    @property
+    def mask_kind(self) -> str:
+        """``"none"``, ``"causal"``, ``"bool"`` or ``"float"``."""
+        if self.mask is not None:
+            return "bool" if val(self.mask).dtype == torch.bool else "float"
+        return "causal" if self.is_causal else "none"
+
+
+def val(node: Node) -> torch.Tensor:
+    """The fake tensor that describes a node's result.
+
+    Raises:
+        ValueError: the node has none; the graph has not been traced with fake tensors.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"node {node.name} carries no tensor metadata; run the pass on a program from torch.export")
+    return value
