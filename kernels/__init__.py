@@ -12,6 +12,5 @@ operator                     L_q                  kernel
 
 from flashpte.kernels.ops import sdpa_decode, sdpa_prefill, sdpa_verify
 from flashpte.kernels.reference import attention_reference
-from flashpte.kernels.tile_map import tile_map
 
-__all__ = ["attention_reference", "sdpa_decode", "sdpa_prefill", "sdpa_verify", "tile_map"]
+__all__ = ["attention_reference", "sdpa_decode", "sdpa_prefill", "sdpa_verify"]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flashpte.kernels.primitives import MASK_BOOL, MASK_FLOAT, MASK_NONE
+from flashpte.kernels import tuning
+from flashpte.kernels.primitives import LOG2E, MASK_BOOL, MASK_FLOAT, MASK_NONE
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
@@ -27,11 +28,33 @@ def broadcast_stride(tensor: torch.Tensor, dim: int) -> int:
     return 0 if static_int(tensor.shape[dim]) == 1 else tensor.stride(dim)
 
 
+def attention_shape(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuning.AttentionShape:
+    """What a tile choice is made from."""
+    return tuning.AttentionShape(
+        batch=static_int(query.shape[0]),
+        heads_q=query.shape[1],
+        heads_kv=key.shape[1],
+        q_len=static_int(query.shape[2]),
+        kv_len=static_int(key.shape[2]),
+        head_dim=query.shape[3],
+        v_head_dim=value.shape[3],
+        dtype=query.dtype,
+        mask_itemsize=0 if mask is None else mask.dtype.itemsize,
+    )
+
+
 def mask_kind(mask: torch.Tensor | None) -> int:
     """Which of the kernels' mask cases ``mask`` is."""
     if mask is None:
         return MASK_NONE
     return MASK_BOOL if mask.dtype == torch.bool else MASK_FLOAT
+
+
+def exponent_scale(dtype: torch.dtype, mask: torch.Tensor | None) -> float:
+    """The kernels' ``EXP2_SCALE``: log2(e) where scores stay in natural units, which is more exact, else 1."""
+    return LOG2E if dtype == torch.float32 or mask_kind(mask) == MASK_FLOAT else 1.0
 
 
 def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,26 @@ def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.conste
 
 
 @triton.jit
+def exact_scores(
+    q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """``q . k`` ``[R, N]`` of float32 tensors, summed in float64, from the rows' pointers.
+
+    The error of a score is multiplied by the exponential, and a chain of hundreds of float32 additions loses several
+    times more than the blocked sums of a BLAS. (``tl.dot`` on float64 operands does not compile in every layout.)
+    """
+    scores = tl.zeros([BLOCK_R, BLOCK_N], tl.float64)
+    for start in range(0, HEAD_DIM, 16):
+        d = start + tl.arange(0, 16)
+        ok = (d < HEAD_DIM)[None, :]
+        q = tl.load(q_rows[:, None] + d[None, :], mask=ok, other=0.0).to(tl.float64)
+        k_ptrs = k_ptr + (n * stride_kn)[:, None] + d[None, :]
+        k = tl.load(k_ptrs, mask=ok & (n < n_keys)[:, None], other=0.0).to(tl.float64)
+        scores += tl.sum(q[:, None, :] * k[None, :, :], 2)
+    return scores.to(tl.float32)
+
+
+@triton.jit
 def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
     """One step of the online softmax over ``scores`` ``[R, N]``.
 
@@ -66,7 +86,8 @@ def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
 
 @triton.jit
 def attend_tile(
-    q,  # [R, D]
+    q,  # [R, D]; not used if EXACT
+    q_rows,  # [R] pointers to the query rows
     acc,  # [R, DV] float32
     row_max,  # [R] float32
     row_sum,  # [R] float32
@@ -89,23 +110,20 @@ def attend_tile(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns ``acc, row_max, row_sum``."""
     n = tl.arange(0, BLOCK_N)
     # int64: start_n * stride passes 2^31 elements in a [B, L, H, D] cache of 128K tokens.
     tile_start = start_n.to(tl.int64)
-    k = load_tile(
-        k_ptr + tile_start * stride_kn,
-        n,
-        stride_kn,
-        kv_len - start_n,
-        tl.arange(0, BLOCK_D),
-        HEAD_DIM,
-        CHECK_KEYS,
-        BLOCK_D != HEAD_DIM,
-    )
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+    k_ptr += tile_start * stride_kn
+    if EXACT:
+        scores = exact_scores(q_rows, k_ptr, n, stride_kn, kv_len - start_n, HEAD_DIM, q_rows.shape[0], BLOCK_N)
+    else:
+        d = tl.arange(0, BLOCK_D)
+        k = load_tile(k_ptr, n, stride_kn, kv_len - start_n, d, HEAD_DIM, CHECK_KEYS, BLOCK_D != HEAD_DIM)
+        scores = tl.dot(q, tl.trans(k))
+    scores = scores * qk_scale
     # The logits are masked beside the load, always: a key past the end was read as zeros, which is a score of 0.
     if CHECK_KEYS:
         scores = tl.where((n < kv_len - start_n)[None, :], scores, float("-inf"))
@@ -130,11 +148,14 @@ def attend_tile(
         CHECK_KEYS,
         BLOCK_DV != V_HEAD_DIM,
     )
-    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    if EXACT:
+        acc = acc * rescale[:, None] + tl.dot(probs, v, input_precision="ieee")
+    else:
+        acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None])
     return acc, row_max, row_sum
 
 
 @triton.jit
 def normalise(acc, row_sum):
-    """``acc / row_sum`` per row; 0 for a row that attended to nothing."""
-    return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    """``acc / row_sum`` per row, correctly rounded; 0 for a row that attended to nothing."""
+    return tl.div_rn(acc, tl.broadcast_to(tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], acc.shape))

@@ -24,15 +24,17 @@ from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
 from flashpte.kernels.launch import (
+    attention_shape,
     broadcast_stride,
     cdiv,
     check_attention,
     empty_output,
+    exponent_scale,
     mask_kind,
     static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, LOG2E, attend_tile, normalise, score_scale
+from flashpte.kernels.primitives import INTERPRETED, attend_tile, normalise, score_scale
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
@@ -85,7 +87,7 @@ def _split_k_kernel(
     MASK: tl.constexpr,
     SINGLE_SPLIT: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     split = tl.program_id(0)
@@ -101,8 +103,8 @@ def _split_k_kernel(
     m = safe_row // GROUP
     head = h * GROUP + safe_row % GROUP
     d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + b * stride_qb + (head * stride_qh + m * stride_qm)[:, None] + d[None, :]
-    q = tl.load(q_ptrs, mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    q_rows = q_ptr + b * stride_qb + head * stride_qh + m * stride_qm
+    q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     mask_rows = head
     if MASK != 0:
         mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
@@ -131,6 +133,7 @@ def _split_k_kernel(
             start_n = step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
+            q_rows,
             acc,
             row_max,
             row_sum,
@@ -153,7 +156,7 @@ def _split_k_kernel(
             CAUSAL,
             MASK,
             EXP2_SCALE,
-            PRECISION,
+            EXACT,
         )
 
     dv = tl.arange(0, BLOCK_DV)
@@ -205,7 +208,8 @@ def _combine_kernel(
     # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
     acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
     acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
-    out = tl.sum(acc * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    out = tl.sum(acc * weight[:, None], 0)
+    out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
 
@@ -247,17 +251,7 @@ def launch_split_k(
         raise ValueError(f"the split-K kernel takes at most {MAX_ROWS} query rows, got {static_rows}")
     group = heads_q // heads_kv
     if config is None:
-        shape = tuning.AttentionShape(
-            batch=static_int(batch),
-            heads_q=heads_q,
-            heads_kv=heads_kv,
-            q_len=static_rows,
-            kv_len=static_int(kv_len),
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-            dtype=query.dtype,
-        )
-        config = tuning.choose_split_k(shape, tuning.current_arch(query.device))
+        config = tuning.choose_split_k(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
     if mask is not None and tiles is None:
@@ -270,7 +264,7 @@ def launch_split_k(
         partial_shape = (batch * heads_kv, config.num_splits, n_rows)
         acc = query.new_empty((*partial_shape, v_head_dim), dtype=torch.float32)
         stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
-    exp2_scale = LOG2E if mask is not None and mask.dtype != torch.bool else 1.0
+    exp2_scale = exponent_scale(query.dtype, mask)
     split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
     split_k[(config.num_splits, cdiv(n_rows, config.block_rows), batch * heads_kv)](
         query,
@@ -310,7 +304,7 @@ def launch_split_k(
         MASK=mask_kind(mask),
         SINGLE_SPLIT=single,
         EXP2_SCALE=exp2_scale,
-        PRECISION=tuning.dot_precision(query.dtype),
+        EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

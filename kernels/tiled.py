@@ -21,15 +21,16 @@ from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
 from flashpte.kernels.launch import (
+    attention_shape,
     broadcast_stride,
     cdiv,
     check_attention,
     empty_output,
+    exponent_scale,
     mask_kind,
-    static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, LOG2E, attend_tile, load_tile, normalise, score_scale
+from flashpte.kernels.primitives import INTERPRETED, attend_tile, load_tile, normalise, score_scale
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 
@@ -77,8 +78,10 @@ def _tiled_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
     STAGES: tl.constexpr,
+    EDGE_BLOCK_N: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
 ):
     # The last rows see the most keys under a causal mask: start them first. Query tiles are the innermost grid
     # dimension, so that neighbouring programs share keys and values in L2.
@@ -90,6 +93,8 @@ def _tiled_kernel(
     q_ptr += b * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qm
     rows = tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, rows, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D != HEAD_DIM)
+    # Rows past the end repeat the last one, so that every pointer made from them is in range.
+    q_rows = q_ptr + tl.minimum(rows, q_len - 1 - first_row) * stride_qm
     k_ptr += b * stride_kb + (head // GROUP) * stride_kh
     v_ptr += b * stride_vb + (head // GROUP) * stride_vh
     qk_scale = score_scale(scale, EXP2_SCALE)
@@ -104,9 +109,9 @@ def _tiled_kernel(
         mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m * stride_mm
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
-        SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
-        full_steps = tl.load(counts_ptr + tile_row * 2) * SUB
-        all_steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * SUB
+        n_full = tl.load(counts_ptr + tile_row * 2)
+        full_steps = n_full * (MAP_BLOCK_N // BLOCK_N)
+        edge_steps = tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // EDGE_BLOCK_N)
     else:
         end = kv_len
         unchecked = kv_len
@@ -114,15 +119,18 @@ def _tiled_kernel(
             end = tl.minimum(kv_len, first_row + BLOCK_M)
             unchecked = tl.minimum(kv_len, first_row)
         full_steps = unchecked // BLOCK_N
-        all_steps = tl.cdiv(end, BLOCK_N)
+        edge_start = full_steps * BLOCK_N
+        edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
     for step in tl.range(0, full_steps, num_stages=STAGES):
         if MASK != 0:
-            start_n = tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
+            sub_tile = step % (MAP_BLOCK_N // BLOCK_N)
+            start_n = tl.load(tiles + step // (MAP_BLOCK_N // BLOCK_N)) * MAP_BLOCK_N + sub_tile * BLOCK_N
         else:
             start_n = step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
+            q_rows,
             acc,
             row_max,
             row_sum,
@@ -145,15 +153,18 @@ def _tiled_kernel(
             False,
             0,
             EXP2_SCALE,
-            PRECISION,
+            EXACT,
         )
-    for step in tl.range(full_steps, all_steps, num_stages=STAGES):
+    for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
         if MASK != 0:
-            start_n = tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
+            sub_tile = step % (MAP_BLOCK_N // EDGE_BLOCK_N)
+            tile = tl.load(tiles + n_full + step // (MAP_BLOCK_N // EDGE_BLOCK_N))
+            start_n = tile * MAP_BLOCK_N + sub_tile * EDGE_BLOCK_N
         else:
-            start_n = step * BLOCK_N
+            start_n = edge_start + step * EDGE_BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
+            q_rows,
             acc,
             row_max,
             row_sum,
@@ -171,12 +182,12 @@ def _tiled_kernel(
             V_HEAD_DIM,
             BLOCK_D,
             BLOCK_DV,
-            BLOCK_N,
+            EDGE_BLOCK_N,
             True,
             CAUSAL,
             MASK,
             EXP2_SCALE,
-            PRECISION,
+            EXACT,
         )
 
     dv = tl.arange(0, BLOCK_DV)
@@ -219,17 +230,7 @@ def launch_tiled(
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     if config is None:
-        shape = tuning.AttentionShape(
-            batch=static_int(batch),
-            heads_q=heads_q,
-            heads_kv=heads_kv,
-            q_len=static_int(q_len),
-            kv_len=static_int(kv_len),
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-            dtype=query.dtype,
-        )
-        config = tuning.choose_tiled(shape, tuning.current_arch(query.device))
+        config = tuning.choose_tiled(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
     map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
@@ -270,9 +271,11 @@ def launch_tiled(
         MAP_BLOCK_N=map_n,
         CAUSAL=is_causal,
         MASK=mask_kind(mask),
-        EXP2_SCALE=LOG2E if mask is not None and mask.dtype != torch.bool else 1.0,
-        PRECISION=tuning.dot_precision(query.dtype),
+        EXP2_SCALE=exponent_scale(query.dtype, mask),
+        EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,
+        EDGE_BLOCK_N=config.edge_block_n,
+        EDGE_STAGES=config.edge_stages,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -12,7 +12,6 @@ from flashpte.kernels.tuning.choose import (
     choose_split_k,
     choose_tiled,
     combine_block,
-    dot_precision,
     padded_head_dim,
     tiled_map_block,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "choose_tiled",
     "combine_block",
     "current_arch",
-    "dot_precision",
     "limits",
     "padded_head_dim",
     "tiled_map_block",

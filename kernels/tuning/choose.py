@@ -13,12 +13,16 @@ SPLIT_K_MAP_BLOCK_N = 64
 
 _MAX_SPLITS = 512
 
+# Rows, keys, stages. Scores of float32 tensors are summed element by element, which wants small tiles.
+_FLOAT32_TILE = (16, 16, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
     """The shape of one attention call; ``None`` stands for a size that is dynamic.
 
-    ``q_len`` is L_q, ``kv_len`` is L_kv (of the buffer, where the keys are a cache).
+    ``q_len`` is L_q, ``kv_len`` is L_kv (of the buffer, where the keys are a cache), ``mask_itemsize`` the bytes of a
+    mask entry (0 without a mask).
     """
 
     batch: int | None
@@ -29,6 +33,7 @@ class AttentionShape:
     head_dim: int
     v_head_dim: int
     dtype: torch.dtype
+    mask_itemsize: int = 0
 
     @property
     def group(self) -> int:
@@ -49,12 +54,18 @@ class SplitKConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TiledConfig:
-    """Tiles of the prefill kernel: query rows by keys."""
+    """Tiles of the prefill kernel: query rows by keys.
+
+    ``edge_block_n`` and ``edge_stages`` are for the loop over tiles that need checks or a mask, which costs registers
+    and shared memory of its own; ``edge_block_n`` divides ``block_n``.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    edge_block_n: int
+    edge_stages: int
 
 
 def _next_power_of_2(n: int) -> int:
@@ -64,11 +75,6 @@ def _next_power_of_2(n: int) -> int:
 def padded_head_dim(head_dim: int) -> int:
     """Columns of a tile that holds ``head_dim``: a power of two, at least 16 (a matrix instruction's minimum)."""
     return max(16, _next_power_of_2(head_dim))
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of the matrix products: full float32, never TF32, for float32 tensors."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def combine_block(block_s: int, v_head_dim: int) -> int:
@@ -88,20 +94,34 @@ def tiled_map_block(head_dim: int, v_head_dim: int) -> tuple[int, int]:
     return (128, 64) if widest <= 256 else (64, 64)
 
 
-def _fit(block_n: int, stages: int, bytes_per_key: int, row_bytes: int, arch: ArchLimits) -> tuple[int, int]:
-    """Reduces pipeline stages, then keys per tile, until keys, values and rows fit in shared memory."""
-    while row_bytes + block_n * bytes_per_key * stages > arch.shared_memory:
+def _fit(shape: AttentionShape, rows: int, block_n: int, stages: int, arch: ArchLimits) -> tuple[int, int, int]:
+    """Reduces pipeline stages, keys per tile and rows until a program's tiles fit in shared memory.
+
+    Keys, values and mask are staged once per pipeline stage; the query rows and the probabilities once.
+    """
+    itemsize = shape.dtype.itemsize
+    widths = padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim)
+
+    def needed() -> int:
+        staged = block_n * (sum(widths) * itemsize + rows * shape.mask_itemsize)
+        return stages * staged + rows * (widths[0] + block_n) * itemsize
+
+    while needed() > arch.shared_memory:
         if stages > 2:
             stages -= 1
         elif block_n > 32:
             block_n //= 2
+        elif rows > 64:
+            rows //= 2
         elif stages > 1:
             stages -= 1
         elif block_n > 16:
             block_n //= 2
+        elif rows > 16:
+            rows //= 2
         else:
             break
-    return block_n, stages
+    return rows, block_n, stages
 
 
 def choose_split_k(shape: AttentionShape, arch: ArchLimits) -> SplitKConfig:
@@ -111,43 +131,33 @@ def choose_split_k(shape: AttentionShape, arch: ArchLimits) -> SplitKConfig:
     enough programs for one per multiprocessor on short buffers and two on long ones; with a dynamic L_kv, as for a
     long one.
     """
-    rows = (shape.q_len or 16) * shape.group
+    packed_rows = (shape.q_len or 16) * shape.group
     width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
-    wide = shape.dtype == torch.float32
-    max_rows = (16 if width > 256 else 32) if wide else (64 if width > 256 else 128)
-    block_rows = min(max(16, _next_power_of_2(rows)), max_rows)
+    rows = min(max(16, _next_power_of_2(packed_rows)), 64 if width > 256 else 128)
     block_n, stages = (32, 2) if width > 256 else (64, 3)
-    if wide:
-        block_n, stages = (16, 1) if width > 256 else (32, 2)
-    itemsize = shape.dtype.itemsize
-    bytes_per_key = (padded_head_dim(shape.head_dim) + padded_head_dim(shape.v_head_dim)) * itemsize
-    block_n, stages = _fit(block_n, stages, bytes_per_key, block_rows * (width * itemsize + 4 * block_n), arch)
-    row_tiles = -(-rows // block_rows)
-    parallel = (shape.batch or 1) * shape.heads_kv * row_tiles
+    if shape.dtype == torch.float32:
+        rows, block_n, stages = _FLOAT32_TILE
+    rows, block_n, stages = _fit(shape, rows, block_n, stages, arch)
+    parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
     long = shape.kv_len is None or shape.kv_len >= 16384
     splits = max(1, arch.multiprocessors * (2 if long else 1) // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
-    warps = 8 if block_rows * width > 32 * 256 or block_rows >= 64 else 4
-    return SplitKConfig(block_rows, block_n, min(splits, _MAX_SPLITS), warps, stages)
+    warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4
+    return SplitKConfig(rows, block_n, min(splits, _MAX_SPLITS), warps, stages)
 
 
 def choose_tiled(shape: AttentionShape, arch: ArchLimits) -> TiledConfig:
     """Tiles for prefill: the map's tile where it fits, smaller for short L_q, small shared memory and float32."""
     width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
-    block_m, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)
+    rows, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)
     stages = {512: 1, 256: 2}.get(width, 3)
-    warps = 8
     if shape.dtype == torch.float32:
-        # Full-precision float32 products run on the plain units, from registers.
-        block_m, block_n, stages = (16, 16, 1) if width > 256 else (32, 32, 2)
-        warps = 4 if width <= 256 else 8
+        rows, block_n, stages = _FLOAT32_TILE
     if shape.q_len is not None:
-        block_m = min(block_m, max(16, _next_power_of_2(shape.q_len)))
-    if block_m <= 32:
-        warps = min(warps, 4)
-    itemsize = shape.dtype.itemsize
-    bytes_per_key = (padded_head_dim(shape.head_dim) + padded_head_dim(shape.v_head_dim)) * itemsize
-    row_bytes = block_m * width * itemsize
-    block_n, stages = _fit(block_n, stages, bytes_per_key, row_bytes, arch)
-    return TiledConfig(block_m, block_n, warps, stages)
+        rows = min(rows, max(16, _next_power_of_2(shape.q_len)))
+    # The mask is loaded in the edge loop alone, which has its own, smaller tile.
+    rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, arch)
+    edge_n, edge_stages = min(block_n, 64), min(stages, 2)
+    _, edge_n, edge_stages = _fit(shape, rows, edge_n, edge_stages, arch)
+    return TiledConfig(rows, block_n, 4 if rows <= 32 else 8, stages, edge_n, edge_stages)

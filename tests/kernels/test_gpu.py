@@ -151,9 +151,9 @@ def test_results_do_not_depend_on_the_tiles():
             p, split_k.launch_split_k(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config)
         )
     for config in (
-        tuning.TiledConfig(128, 64, 8, 2),
-        tuning.TiledConfig(16, 16, 4, 1),
-        tuning.TiledConfig(64, 128, 4, 3),
+        tuning.TiledConfig(128, 64, 8, 2, 64, 1),
+        tuning.TiledConfig(16, 16, 4, 1, 16, 1),
+        tuning.TiledConfig(64, 128, 4, 3, 64, 1),
     ):
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
 

@@ -76,7 +76,7 @@ def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n):
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 128), (128, 64)])
 def test_tiled_does_not_depend_on_its_tiles(block_m, block_n):
-    config = tuning.TiledConfig(block_m, block_n, 4, 2)
+    config = tuning.TiledConfig(block_m, block_n, 4, 2, block_n, 1)
     for mask in ("none", "is_causal", "bool_window", "float_min_context"):
         check(*run(tiled.launch_tiled, Case(150, 200, head_dim=16, mask=mask), config))
 
@@ -97,7 +97,7 @@ class CountedTiles:
         original = module.attend_tile
 
         def counting(*args, **kwargs):
-            self.visited.append(int(args[6].handle.data.item()))
+            self.visited.append(int(args[7].handle.data.item()))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, "attend_tile", counting)
@@ -134,7 +134,7 @@ def test_split_k_causal_visits_visible_keys_only(monkeypatch):
 def test_tiled_visits_live_tiles_only(monkeypatch, mask):
     case = Case(200, 900, heads_q=1, heads_kv=1, head_dim=16, mask=mask)
     counted = CountedTiles(monkeypatch, tiled)
-    problem, out = run(tiled.launch_tiled, case, tuning.TiledConfig(128, 128, 4, 2))
+    problem, out = run(tiled.launch_tiled, case, tuning.TiledConfig(128, 128, 4, 2, 128, 1))
     check(problem, out)
     seen = problem.mask if problem.mask.dtype == torch.bool else problem.mask == 0
     assert len(counted.visited) == _live_tiles(seen, 128, 128)
@@ -144,7 +144,7 @@ def test_tiled_visits_live_tiles_only(monkeypatch, mask):
 def test_tiled_causal_visits_visible_keys_only(monkeypatch):
     counted = CountedTiles(monkeypatch, tiled)
     case = Case(256, 1000, heads_q=1, heads_kv=1, head_dim=16, mask="is_causal")
-    check(*run(tiled.launch_tiled, case, tuning.TiledConfig(64, 64, 4, 2)))
+    check(*run(tiled.launch_tiled, case, tuning.TiledConfig(64, 64, 4, 2, 64, 1)))
     assert len(counted.visited) == 1 + 2 + 3 + 4
 
 
@@ -161,15 +161,15 @@ MUTATIONS = {
     "map that drops partial tiles": ("tile_map.py", "(state == 1) |", "(state == 7) |", "tiled"),
     "map that calls partial tiles full": ("tile_map.py", "tl.where(all_open != 0, 2, 1)", "2", "tiled"),
     "map that skips every floor tile": ("tile_map.py", "(anchored == 0)", "(anchored == 9)", "tiled"),
-    "float mask in log2 units": ("split_k.py", "LOG2E if mask is not None", "1.0 if mask is not None", "split_k"),
+    "float mask in log2 units": ("launch.py", "return LOG2E if", "return 1.0 if", "split_k"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_mutation_is_caught(name, tmp_path):
     file, old, new, module = MUTATIONS[name]
-    masks = ("none", "is_causal", "bool_context", "float_min_rows", "float_bias")
-    configs = {"split_k": tuning.SplitKConfig(16, 16, 3, 4, 2), "tiled": tuning.TiledConfig(16, 16, 4, 2)}
+    masks = ("none", "is_causal", "bool_context", "float_min_rows", "float_all_min", "float_bias")
+    configs = {"split_k": tuning.SplitKConfig(16, 16, 3, 4, 2), "tiled": tuning.TiledConfig(16, 16, 4, 2, 16, 1)}
 
     def failures(launcher) -> int:
         failed = 0

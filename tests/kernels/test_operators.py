@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from attention_cases import MASKS, Case, build, check
 
-from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify, tile_map
+from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify
 
 OPS = {1: sdpa_decode, 5: sdpa_verify, 40: sdpa_prefill}
 NOT_LAUNCHING = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -35,7 +35,9 @@ def test_opcheck(q_len, mask):
 
 def test_opcheck_of_tile_map():
     p = build(Case(40, 300, mask="float_min_context"))
-    torch.library.opcheck(tile_map, (p.mask, 40, 300, 16, 64, 1), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.flashpte.tile_map.default, (p.mask, 40, 300, 16, 64, 1), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])

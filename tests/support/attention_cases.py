@@ -28,6 +28,7 @@ MASKS = (
     "float_inf_context",
     "float_min_context",
     "float_min_rows",
+    "float_all_min",
     "float_row_bias",
 )
 LAYOUTS = ("contiguous", "blhd", "sliced", "expanded")
@@ -128,6 +129,8 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
             return torch.zeros(1, 1, q_len, kv_len, dtype=case.dtype).masked_fill(~context, float("-inf"))
         case "float_min_context":
             return torch.zeros(1, 1, q_len, kv_len, dtype=case.dtype).masked_fill(~context, minimum)
+        case "float_all_min":
+            return torch.full((1, 1, q_len, kv_len), minimum, dtype=case.dtype)
         case "float_min_rows":
             # Even rows hold nothing but the dtype's minimum, which is finite: such a row is the mean of the values.
             mask = noise(1, 1, q_len, kv_len)

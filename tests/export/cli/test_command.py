@@ -1,0 +1,135 @@
+"""What ``export-model`` does when nothing is wrong, up to the call that generates code."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashpte.export.lowering as lowering
+from flashpte.export.models.gemma4 import GEMMA4_SMALL
+
+SMALL = ("--target", "gemma4-31b", "--small", "--layers", "1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    folder: Path
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Stands in for ``lower``: remembers its arguments and writes one file."""
+    calls = []
+
+    def lower(programs, *, output_dir, progress, **options):
+        calls.append({"programs": programs, "output_dir": output_dir, **options})
+        progress("lower")
+        output_dir.mkdir()
+        (output_dir / "model.pte").write_bytes(bytes(3000))
+        return Lowered(output_dir)
+
+    monkeypatch.setattr(lowering, "lower", lower)
+    return calls
+
+
+def test_help_and_targets_need_no_torch():
+    code = (
+        "import sys; from flashpte.export.cli import main\n"
+        "assert main(['--list-targets']) == 0\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert main(['--target', 'gema4-31b']) == 2\n"
+        "assert not {'torch', 'transformers', 'rich'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "gemma4-31b  Gemma 4 31B" in done.stdout
+    for word in ("--max-seq-len", "default:", "examples:", "exit codes:"):
+        assert word in done.stdout
+
+
+def test_dry_run_prints_the_table_and_writes_nothing(export_model, tmp_path):
+    result = export_model(*SMALL, "--dry-run", "--verify-window", "4")
+    assert result.code == 0
+    rows = [line.split()[:2] for line in result.out.splitlines()[2:]]
+    assert rows == [[m, "model.model.layers.0.self_attn"] for m in ("prefill", "decode", "target_verify")]
+    for kernel in ("flashpte::sdpa_prefill", "flashpte::sdpa_decode", "flashpte::sdpa_verify"):
+        assert kernel in result.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_the_full_size_touches_no_weights(export_model):
+    result = export_model("--target", "gemma4-31b", "--layers", "6", "--dry-run", "--method", "decode", "-q")
+    assert result.code == 0
+    assert not result.err
+    assert result.out.count("flashpte::sdpa_decode") == 6
+
+
+def test_progress_names_stages_and_time_on_stderr(export_model):
+    result = export_model(*SMALL, "--dry-run", "--method", "decode")
+    lines = result.err.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == ["export decode", "replace attention in decode", "done"]
+    assert all(line.startswith("[") and " s] " in line for line in lines)
+    assert not export_model(*SMALL, "--dry-run", "--method", "decode", "-q").err
+
+
+def test_report_is_json_with_every_node(export_model, tmp_path):
+    report = tmp_path / "report.json"
+    assert export_model(*SMALL, "--dry-run", "-q", "--report", report).code == 0
+    content = json.loads(report.read_text())
+    assert (content["version"], content["target"], content["attention"]) == (1, "gemma4-31b", "flashpte")
+    assert content["routing"].keys() == {"prefill", "decode"}
+    (node,) = content["routing"]["decode"]["nodes"]
+    assert node["op"] == "flashpte::sdpa_decode"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_checkpoint_goes_to_lower(export_model, lowered, checkpoint, output):
+    result = export_model(
+        *("--target", "hf", "--checkpoint", checkpoint, "--output-dir", output, "--arch", "sm_80"),
+        *("--dtype", "fp16", "--max-seq-len", "32", "--max-prefill-chunk", "8", "--verify-window", "3"),
+    )
+    assert result.code == 0
+    (call,) = lowered
+    assert list(call["programs"]) == ["prefill", "decode", "target_verify"]
+    assert all("flashpte" in program.graph_module.code for program in call["programs"].values())
+    assert (call["output_dir"], call["arch"], call["format"], call["attention"]) == (output, "sm_80", "pte", "flashpte")
+    assert call["constant_methods"]["get_max_prefill_chunk"] == 8
+    assert {path.name for path in call["extra_files"]} >= {"tokenizer.json", "tokenizer_config.json"}
+    manifest = call["manifest"]
+    assert manifest["target"] == "hf"
+    assert manifest["model"]["dtype"] == "float16"
+    assert manifest["weights"] == "checkpoint"
+    assert manifest["routing"]["target_verify"]["nodes"][0]["op"] == "flashpte::sdpa_verify"
+    assert str(checkpoint) not in json.dumps(manifest)
+    assert "flashpte::sdpa_verify" in result.out
+    assert result.out.splitlines()[-1].split() == ["2.9", "KiB", str(output / "model.pte")]
+    assert "] lower" in result.err
+
+
+@pytest.mark.parametrize("attention", ["executorch", "math"])
+def test_no_replace_leaves_attention_alone(export_model, lowered, output, attention):
+    result = export_model(*SMALL, "--random-weights", "-q", "--no-replace", attention, "--output-dir", output)
+    assert result.code == 0
+    (call,) = lowered
+    assert call["attention"] == attention
+    assert call["manifest"]["routing"] == {}
+    for program in call["programs"].values():
+        assert "scaled_dot_product_attention" in program.graph_module.code
+        assert "flashpte" not in program.graph_module.code
+    assert f"attention was not replaced (--no-replace {attention})" in result.out
+
+
+def test_config_file_and_one_method_for_pt2(export_model, lowered, tmp_path, output):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**GEMMA4_SMALL, "num_hidden_layers": 6, "vocab_size": 128}))
+    flags = ("--target", "gemma4-31b", "--config", config, "--random-weights", "--seed", "5", "--layers", "1")
+    result = export_model(*flags, "--format", "pt2", "--method", "decode", "--output-dir", output, "-q")
+    assert result.code == 0
+    (call,) = lowered
+    assert (list(call["programs"]), call["format"]) == (["decode"], "pt2")
+    assert call["constant_methods"]["get_vocab_size"] == 128
+    assert call["manifest"]["weights"] == {"random_seed": 5}

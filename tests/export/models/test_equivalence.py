@@ -1,0 +1,102 @@
+"""Exported programs, run on a CPU with shared caches, give the logits of the Hugging Face model they came from."""
+
+import pytest
+import torch
+
+from flashpte.export.options import ExportOptions
+from flashpte.export.pipeline import export_programs, plan_export, replace_attention
+
+TOLERANCE = 1e-4
+VERIFY = 4
+LENGTH = 44  # past the window of 8 and twice around the ring of 16
+
+
+class SharedPrograms:
+    """Runs programs of one export on the same caches, as a runtime that shares buffers by name does."""
+
+    def __init__(self, programs):
+        self.modules = {name: program.module() for name, program in programs.items()}
+        caches = {}
+        for module in self.modules.values():
+            for name, buffer in list(module.named_buffers()):
+                if name.startswith("kv_cache."):
+                    shared = caches.setdefault(name, torch.full_like(buffer, 3.0))
+                    owner, _, leaf = name.rpartition(".")
+                    setattr(module.get_submodule(owner), leaf, shared)
+        self.caches = caches
+
+    def __call__(self, method, tokens, start):
+        with torch.no_grad():
+            positions = torch.arange(start, start + tokens.shape[1])
+            return self.modules[method](tokens, positions)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3-sliding", "gemma4"])
+def exported(request, tmp_path_factory, tiny, reference, target_of):
+    """The reference's logits for one sequence, and the three programs exported from its saved folder."""
+    model = reference(tiny(request.param))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    options = ExportOptions(
+        target_of(request.param), checkpoint=folder, dtype="float32", max_seq_len=64, verify_window=VERIFY
+    )
+    if request.param in ("llama", "qwen3"):
+        options = ExportOptions(**{**vars(options), "max_prefill_chunk": 8})
+    tokens = torch.randint(0, model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    return tokens, expected, export_programs(plan_export(options))
+
+
+def run_session(programs, tokens, expected):
+    """Chunked prefill, decode, verify with rejected drafts, decode again; returns the largest error of any row."""
+    run = SharedPrograms(programs)
+    vocab = expected.shape[-1]
+    worst = 0.0
+
+    def check(got, first, count):
+        nonlocal worst
+        assert got.shape == (1, count, vocab)
+        worst = max(worst, (got - expected[:, first : first + count]).abs().max().item())
+
+    position = 0
+    for chunk in (8, 3, 8, 2):
+        logits = run("prefill", tokens[:, position : position + chunk], position)
+        position += chunk
+        check(logits, position - 1, 1)
+    for _ in range(5):
+        check(run("decode", tokens[:, position : position + 1], position), position, 1)
+        position += 1
+    while position + VERIFY <= LENGTH - 4:
+        draft = tokens[:, position : position + VERIFY].clone()
+        draft[:, 2:] = (draft[:, 2:] + 1) % vocab  # the last two are rejected: only two rows can be compared
+        check(run("target_verify", draft, position)[:, :2], position, 2)
+        position += 2
+        check(run("target_verify", tokens[:, position : position + VERIFY], position), position, VERIFY)
+        position += VERIFY
+    while position < LENGTH:
+        check(run("decode", tokens[:, position : position + 1], position), position, 1)
+        position += 1
+    return worst
+
+
+def test_session_matches_hugging_face(exported):
+    tokens, expected, programs = exported
+    assert expected.std() > 0.3  # logits that differ enough for an error to show
+    assert run_session(programs, tokens, expected) < TOLERANCE
+    # the rewritten programs start from caches full of someone else's keys, too
+    replaced, reports = replace_attention(programs)
+    assert all(report.replaced and not report.declined for report in reports.values())
+    assert run_session(replaced, tokens, expected) < TOLERANCE
+
+
+def test_second_sequence_needs_no_reset(exported):
+    tokens, expected, programs = exported
+    run = SharedPrograms(programs)
+    for start in range(0, 40, 8):
+        run("prefill", (tokens[:, start : start + 8] + 5) % 96, start)
+    got = run("prefill", tokens[:, :8], 0)
+    assert (got - expected[:, 7:8]).abs().max() < TOLERANCE
+    got = run("target_verify", tokens[:, 8:12], 8)
+    assert (got - expected[:, 8:12]).abs().max() < TOLERANCE

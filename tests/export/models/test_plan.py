@@ -1,0 +1,77 @@
+"""Lengths and conflicts that are settled before any weight is read."""
+
+import json
+
+import pytest
+
+from flashpte.export.errors import UsageError
+from flashpte.export.options import ExportOptions
+from flashpte.export.pipeline import export_model, plan_export
+
+
+@pytest.fixture
+def config(tmp_path, tiny):
+    def write(name, **changes):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**tiny(name), **changes}))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options", "max_seq_len", "chunk"),
+    [
+        ("llama", {"max_position_embeddings": 10_000}, {}, 4096, 2048),
+        (
+            "llama",
+            {"max_position_embeddings": 10_000},
+            {"max_seq_len": 10_000, "max_prefill_chunk": 9000},
+            10_000,
+            9000,
+        ),
+        ("llama", {}, {}, 128, 128),
+        ("llama", {}, {"max_seq_len": 20}, 20, 20),
+        ("gemma4", {}, {}, 128, 8),
+        ("gemma4", {}, {"max_seq_len": 6}, 6, 6),
+        ("gemma4", {"sliding_window": 3000, "max_position_embeddings": 8000}, {}, 4096, 3000),
+    ],
+)
+def test_default_lengths(config, target_of, name, changes, options, max_seq_len, chunk):
+    plan = plan_export(ExportOptions(target_of(name), config=config(name, **changes), **options))
+    assert (plan.max_seq_len, plan.methods[0].max_tokens) == (max_seq_len, chunk)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"verify_window": 40}, "--verify-window 40: must be 2..16"),
+        ({"verify_window": 1}, "--verify-window 1"),
+        ({"verify_window": 9}, "sliding window of 8"),
+        ({"max_seq_len": 3, "verify_window": 4}, "must not exceed --max-seq-len 3"),
+        ({"max_seq_len": 1}, "--max-seq-len 1: must be 2..128"),
+        ({"max_seq_len": 129}, "--max-seq-len 129: must be 2..128"),
+        ({"max_prefill_chunk": 9}, r"--max-prefill-chunk 9: must be 2..8 \(the sliding window\)"),
+        ({"max_prefill_chunk": 1}, "--max-prefill-chunk 1"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"layers": 0}, "--layers 0"),
+        ({"small": True}, "both name a size"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(config, options, named):
+    with pytest.raises(UsageError, match=named):
+        plan_export(ExportOptions("gemma4-31b", config=config("gemma4"), **options))
+
+
+@pytest.mark.parametrize("also", [{"small": True}, {"random_seed": 0}, {"config": "config.json"}], ids=str)
+def test_a_checkpoint_is_not_combined(tmp_path, also):
+    with pytest.raises(UsageError, match="a checkpoint brings its own"):
+        plan_export(ExportOptions("hf", checkpoint=tmp_path, **also))
+
+
+def test_an_export_needs_weights(tmp_path):
+    plan = plan_export(ExportOptions("gemma4-31b", small=True))
+    with pytest.raises(UsageError, match="no weights"):
+        export_model(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

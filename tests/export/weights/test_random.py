@@ -1,0 +1,65 @@
+"""Random weights are a function of the seed and the tensor's name, and of nothing else."""
+
+import pytest
+import torch
+
+from flashpte.export.options import ExportOptions
+from flashpte.export.pipeline import load_weights, plan_export
+from flashpte.export.weights.random import random_tensor
+
+
+def weights(**options):
+    plan = plan_export(ExportOptions("gemma4-31b", small=True, **options))
+    load_weights(plan)
+    return plan.model.state_dict()
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_same_seed_gives_the_same_bytes_whatever_ran_before():
+    first = weights(random_seed=3)
+    torch.manual_seed(99)
+    torch.rand(5)
+    second = weights(random_seed=3)
+    assert first.keys() == second.keys()
+    assert all(as_bytes(first[name]) == as_bytes(second[name]) for name in first)
+
+
+def test_another_seed_changes_every_tensor():
+    first, second = weights(random_seed=0), weights(random_seed=1)
+    assert all(as_bytes(first[name]) != as_bytes(second[name]) for name in first)
+
+
+def test_cut_layers_do_not_change_the_kept_ones():
+    whole, cut = weights(random_seed=0), weights(random_seed=0, layers=2)
+    assert cut.keys() < whole.keys()
+    assert all(as_bytes(cut[name]) == as_bytes(whole[name]) for name in cut)
+
+
+def test_no_two_tensors_are_alike_and_none_is_left_on_meta():
+    tensors = weights(random_seed=0)
+    assert not any(tensor.is_meta for tensor in tensors.values())
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert len({as_bytes(t) for t in tensors.values() if t.numel() > 8}) == sum(t.numel() > 8 for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "low", "high"),
+    [
+        ("a.weight", (64, 300), -0.125, 0.125),
+        ("norm.weight", (4096,), 0.5, 1.5),
+        ("a.bias", (4096,), -0.125, 0.125),
+    ],
+)
+def test_ranges(name, shape, low, high):
+    tensor = random_tensor(name, torch.Size(shape), torch.float32, 0)
+    assert low <= tensor.min() < low + 0.05 * (high - low)
+    assert high - 0.05 * (high - low) < tensor.max() <= high
+
+
+def test_known_values():
+    """The values themselves: the same on every machine and in every torch release."""
+    tensor = random_tensor("model.norm.weight", torch.Size([4]), torch.float32, 0)
+    assert tensor.tolist() == [1.0630356073379517, 0.6489343643188477, 0.9562625885009766, 0.6192308068275452]
