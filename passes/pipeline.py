@@ -122,6 +122,9 @@ def _entry(call: SdpaCall, decision: Route) -> NodeRoute:
 def _copy(program: ExportedProgram) -> ExportedProgram:
     """A program with its own graph and signature; parameters, buffers and constants are the same tensors."""
     graph_module = copy.deepcopy(program.graph_module)
+    # Copying a graph renames what shadows a builtin ("input" becomes "input_1"), and the signature goes by name.
+    for old, new in zip(program.graph.nodes, graph_module.graph.nodes, strict=True):
+        new.name = old.name
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,

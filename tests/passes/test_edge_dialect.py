@@ -1,0 +1,28 @@
+"""The pass on ExecuTorch's edge dialect, where ``transform_passes=`` runs it."""
+
+from __future__ import annotations
+
+import torch
+from executorch.exir import EdgeCompileConfig, to_edge
+from programs import cached_program
+
+from flashpte.passes import ReplaceSdpaPass
+
+
+def test_edge_programs_are_rewritten_and_stay_valid():
+    for q_len, dynamic in ((1, None), (5, None), (8, (2, 60))):
+        program, args = cached_program(q_len, dynamic)
+        expected = program.module()(*args)
+        keep = [torch.ops.aten.scaled_dot_product_attention.default]
+        edge = to_edge(program, compile_config=EdgeCompileConfig(_skip_dim_order=True, preserve_ops=keep))
+        names = [str(n.target) for n in edge.exported_program().graph.nodes]
+        assert sum("scaled_dot_product_attention" in n for n in names) == 3
+        rewrite = ReplaceSdpaPass()
+        edge = edge.transform([rewrite])
+        names = [str(n.target) for n in edge.exported_program().graph.nodes]
+        assert sum("flashpte.sdpa_" in n for n in names) == 3
+        assert sum("flashpte.tile_map" in n for n in names) == 1
+        assert not any("scaled_dot_product_attention" in n for n in names)
+        assert len(rewrite.report.replaced) == 3
+        out = edge.exported_program().module()(*args)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,80 @@
+"""Small modules around attention, exported: what the pass tests rewrite."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.export import Dim, ExportedProgram, export
+
+
+class Attention(torch.nn.Module):
+    """``forward(q, k, v, mask)`` calls SDPA with fixed options and hands the result on as models do."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, q, k, v, mask=None):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+        batch, heads, length, dim = out.shape
+        return out.transpose(1, 2).reshape(batch, length, heads * dim)
+
+
+class CachedLayers(torch.nn.Module):
+    """``layers`` attention layers over caches ``[1, H_kv, L, D]`` with one mask that each of them expands."""
+
+    def __init__(self, layers: int = 3, length: int = 64, heads: int = 4, heads_kv: int = 2, dim: int = 16):
+        super().__init__()
+        self.layers, self.heads, self.heads_kv, self.dim, self.length = layers, heads, heads_kv, dim, length
+        generator = torch.Generator().manual_seed(0)
+        for name in ("k", "v"):
+            for i in range(layers):
+                self.register_buffer(f"{name}{i}", torch.randn(1, heads_kv, length, dim, generator=generator))
+
+    def forward(self, x, pos):
+        length = x.shape[1]
+        mask = (torch.arange(self.length)[None] <= pos[:, None])[None, None]
+        for i in range(self.layers):
+            k_cache, v_cache = getattr(self, f"k{i}"), getattr(self, f"v{i}")
+            q = x.view(1, length, self.heads, self.dim).transpose(1, 2)
+            new = q[:, : self.heads_kv]
+            k_cache.index_copy_(2, pos, new)
+            v_cache.index_copy_(2, pos, new * 2)
+            expanded = mask.expand(1, self.heads, -1, -1)
+            out = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=expanded, enable_gqa=True)
+            # A view, which only works on [B, L_q, H, D] memory.
+            x = out.transpose(1, 2).view(1, length, self.heads * self.dim)
+        return x
+
+
+def qkv(
+    q_len: int = 1, kv_len: int = 64, heads: int = 4, heads_kv: int = 4, dim: int = 16, batch: int = 1, seed: int = 0
+):
+    """Random ``(query, key, value)``, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, heads, q_len, dim, generator=generator)
+    key, value = (torch.randn(batch, heads_kv, kv_len, dim, generator=generator) for _ in range(2))
+    return query, key, value
+
+
+def exported(module: torch.nn.Module, args: tuple, dynamic_shapes=None) -> ExportedProgram:
+    """Exports for inference."""
+    with torch.no_grad():
+        return export(module.eval(), args, dynamic_shapes=dynamic_shapes)
+
+
+def cached_program(q_len: int, dynamic: tuple[int, int] | None = None, **options) -> tuple[ExportedProgram, tuple]:
+    """An exported :class:`CachedLayers` and example inputs; ``dynamic`` is the range of a dynamic L_q."""
+    module = CachedLayers(**options)
+    width = module.heads * module.dim
+    args = (torch.randn(1, q_len, width, generator=torch.Generator().manual_seed(1)), torch.arange(q_len))
+    shapes = None
+    if dynamic:
+        length = Dim("length", min=dynamic[0], max=dynamic[1])
+        shapes = ({1: length}, {0: length})
+    return exported(module, args, shapes), args
+
+
+def calls(program: ExportedProgram, name: str) -> list[torch.fx.Node]:
+    """Nodes that call an operator whose name contains ``name``."""
+    return [n for n in program.graph.nodes if n.op == "call_function" and name in str(n.target)]
