@@ -71,7 +71,7 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
         decision = route(call)
         routes.append(_entry(call, decision))
         if decision.op is not None:
-            _replace(call, decision, maps.setdefault(module, TileMaps()))
+            _replace(call, decision.op, decision, maps.setdefault(module, TileMaps()))
     for module in maps:
         module.graph.eliminate_dead_code()
         module.graph.lint()
@@ -79,13 +79,13 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
     return RoutingReport(tuple(routes))
 
 
-def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> None:
-    namespace, name = decision.op.split("::")
+def _replace(call: SdpaCall, op_name: str, decision: Route, tile_maps: TileMaps) -> None:
+    namespace, name = op_name.split("::")
     op = getattr(getattr(torch.ops, namespace), name).default
     mask = tiles = counts = None
     if call.mask is not None:
         mask = tile_maps.mask_for(call)
-        tiles, counts = tile_maps.map_for(call, decision.op)
+        tiles, counts = tile_maps.map_for(call, op_name)
     new = call_before(
         call.node,
         op,

@@ -72,11 +72,11 @@ def _decline_reason(call: SdpaCall) -> str | None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.stride(3) != 1:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
-    return _decline_mask(call) if call.mask is not None else None
+    return _decline_mask(call, val(call.mask)) if call.mask is not None else None
 
 
-def _decline_mask(call: SdpaCall) -> str | None:
-    mask, query, key = val(call.mask), val(call.query), val(call.key)
+def _decline_mask(call: SdpaCall, mask: torch.Tensor) -> str | None:
+    query, key = val(call.query), val(call.key)
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         return f"mask dtype {mask.dtype}"
     if mask.dtype == torch.float64:

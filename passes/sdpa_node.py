@@ -19,7 +19,8 @@ def is_edge(node: Node) -> bool:
 
 def aten_target(node: Node) -> Any:
     """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
-    return node.target._op if is_edge(node) else node.target
+    target: Any = node.target
+    return target._op if is_edge(node) else target
 
 
 def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
@@ -87,7 +88,7 @@ class SdpaCall:
     def from_node(cls, node: Node) -> SdpaCall:
         """Reads positional and keyword arguments by the operator's schema."""
         names = [argument.name for argument in ATEN_SDPA._schema.arguments]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         return cls(
             node=node,
             query=given["query"],

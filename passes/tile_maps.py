@@ -7,6 +7,7 @@ mask has to be followed back through expands to the tensor that was computed, wh
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -20,7 +21,7 @@ from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
 _EXPANDS = (torch.ops.aten.expand.default, torch.ops.aten.expand_copy.default)
 
 
-def mask_source(mask: Node) -> Node:
+def mask_source(mask: Any) -> Node:
     """The node whose result ``mask`` is a broadcast of."""
     while aten_target(mask) in _EXPANDS:
         mask = mask.args[0]
@@ -62,7 +63,7 @@ class TileMaps:
             both = call_before(
                 call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group
             )
-            self._maps[identity] = tuple(self._item(call.node, both, i) for i in (0, 1))
+            self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
         return self._maps[identity]
 
     @staticmethod

@@ -94,24 +94,28 @@ def tiled_map_block(head_dim: int, v_head_dim: int) -> tuple[int, int]:
     return (128, 64) if widest <= 256 else (64, 64)
 
 
-def _fit(shape: AttentionShape, rows: int, block_n: int, stages: int, arch: ArchLimits) -> tuple[int, int, int]:
+def _fit(
+    shape: AttentionShape, rows: int, block_n: int, stages: int, stored_itemsize: int, arch: ArchLimits
+) -> tuple[int, int, int]:
     """Reduces pipeline stages, keys per tile and rows until a program's tiles fit in shared memory.
 
-    Keys, values and mask are staged once per pipeline stage; the query rows and the probabilities once.
+    Keys, values and mask are staged once per pipeline stage; the query rows and the probabilities once. After the loop
+    the accumulator passes through shared memory on its way out, in entries of ``stored_itemsize`` bytes.
     """
     itemsize = shape.dtype.itemsize
     widths = padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim)
 
     def needed() -> int:
         staged = block_n * (sum(widths) * itemsize + rows * shape.mask_itemsize)
-        return stages * staged + rows * (widths[0] + block_n) * itemsize
+        loop = stages * staged + rows * (widths[0] + block_n) * itemsize
+        return max(loop, rows * widths[1] * stored_itemsize)
 
     while needed() > arch.shared_memory:
         if stages > 2:
             stages -= 1
         elif block_n > 32:
             block_n //= 2
-        elif rows > 64:
+        elif rows > 64 or (rows > 16 and rows * widths[1] * stored_itemsize > arch.shared_memory):
             rows //= 2
         elif stages > 1:
             stages -= 1
@@ -137,7 +141,7 @@ def choose_split_k(shape: AttentionShape, arch: ArchLimits) -> SplitKConfig:
     block_n, stages = (32, 2) if width > 256 else (64, 3)
     if shape.dtype == torch.float32:
         rows, block_n, stages = _FLOAT32_TILE
-    rows, block_n, stages = _fit(shape, rows, block_n, stages, arch)
+    rows, block_n, stages = _fit(shape, rows, block_n, stages, 4, arch)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
     long = shape.kv_len is None or shape.kv_len >= 16384
     splits = max(1, arch.multiprocessors * (2 if long else 1) // parallel)
@@ -157,7 +161,8 @@ def choose_tiled(shape: AttentionShape, arch: ArchLimits) -> TiledConfig:
     if shape.q_len is not None:
         rows = min(rows, max(16, _next_power_of_2(shape.q_len)))
     # The mask is loaded in the edge loop alone, which has its own, smaller tile.
-    rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, arch)
+    itemsize = shape.dtype.itemsize
+    rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, itemsize, arch)
     edge_n, edge_stages = min(block_n, 64), min(stages, 2)
-    _, edge_n, edge_stages = _fit(shape, rows, edge_n, edge_stages, arch)
+    _, edge_n, edge_stages = _fit(shape, rows, edge_n, edge_stages, itemsize, arch)
     return TiledConfig(rows, block_n, 4 if rows <= 32 else 8, stages, edge_n, edge_stages)

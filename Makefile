@@ -1,0 +1,51 @@
+# make demo   sets up .venv and exports the built-in small Gemma 4 to demo-output/model.pte (no GPU needed)
+# make test   sets up .venv and runs every test that needs no GPU
+# make lint   formatting, lint, types
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUTPUT ?= demo-output
+WORKERS ?= 2
+
+.PHONY: demo test test-gpu lint check-tools clean
+
+demo: $(VENV)/.installed
+	$(BIN)/export-model --target gemma4-31b --small --random-weights --verify-window 4 --output-dir $(DEMO_OUTPUT)
+
+# Triton decides between compiling and interpreting when a kernel is decorated, so each needs a process of its own.
+test: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m interpreter tests/kernels
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not interpreter and not gpu"
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m gpu
+
+lint: $(VENV)/.linters
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p .typing/flashpte
+	for part in passes kernels export package/__init__.py package/py.typed; do \
+	  ln -sfn "$(CURDIR)/$$part" ".typing/flashpte/$$(basename $$part)"; done
+	MYPYPATH=.typing $(BIN)/mypy -p flashpte
+
+check-tools:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: install Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old ($$($(PYTHON) --version)): set PYTHON= to Python 3.11 or newer"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "the venv module of $(PYTHON) is missing: install it (Debian: apt install python3-venv)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: install it (Debian: apt install g++)"; exit 1; }
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | check-tools
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .typing $(DEMO_OUTPUT)
