@@ -1,0 +1,273 @@
+"""The flags of ``export-model`` and the checks that need neither torch nor the model."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.models.registry import get_target
+from flashpte.export.options import (
+    DEFAULT_PREFILL_CHUNK,
+    DTYPE_NAMES,
+    METHOD_NAMES,
+    TARGET_VERIFY,
+    VERIFY_WINDOW_RANGE,
+    ExportOptions,
+)
+
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_DESCRIPTION = """\
+Export a language model to an ExecuTorch CUDA program (.pte) whose attention runs on flashpte's kernels.
+No GPU is needed: the program is compiled for the architecture that --arch names."""
+
+_EPILOG = """\
+examples:
+  # the architecture of Gemma 4 31B at a size that exports in two or three minutes, random weights
+  export-model --target gemma4-31b --small --random-weights --output-dir out
+
+  # a checkpoint, for an A100, with a method that verifies 4 speculative tokens in one call
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --arch sm_80 --verify-window 4 --output-dir out
+
+  # any dense Llama or Qwen3 folder
+  export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
+
+  # which kernel would each attention node get? writes nothing
+  export-model --target gemma4-31b --dry-run
+
+exit codes: 0 done, 1 failed (a file, a model, the disk), 2 wrong options, 130 interrupted.
+The output folder appears complete or not at all."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as an exception: one line, where argparse prints its whole usage as well."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
+        close = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
+        if message.startswith("unrecognized arguments") and close:
+            message = f"unknown flag {unknown}; did you mean {close[0]}?"
+        raise UsageError(f"{message} (see export-model --help)")
+
+
+def _dtype(text: str) -> str:
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPE_NAMES:
+        known = ", ".join([*_DTYPE_ALIASES, *DTYPE_NAMES])
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; known: {known}")
+    return name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``export-model``."""
+    parser = _Parser(
+        prog="export-model",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
+    model.add_argument("--list-targets", action="store_true", help="print the targets and exit")
+    model.add_argument("--small", action="store_true", help="the target's architecture at a small size")
+    model.add_argument("--config", type=Path, metavar="FILE", help="a config.json that describes the model's size")
+    model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
+    model.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="bfloat16",
+        metavar="NAME",
+        help="bfloat16, float16 or float32 (also bf16, fp16, fp32), for weights, caches and logits (default: bfloat16)",
+    )
+
+    weights = parser.add_argument_group("weights (one of the first two)")
+    weights.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
+    )
+    weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
+    weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
+
+    methods = parser.add_argument_group("methods (prefill and decode; target_verify with --verify-window)")
+    methods.add_argument(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help="positions that the KV caches hold (default: 4096, 256 with --small, or the model's limit if lower)",
+    )
+    methods.add_argument(
+        "--max-prefill-chunk",
+        type=int,
+        metavar="N",
+        help="most tokens of one prefill call (default: the model's sliding window, or "
+        f"{DEFAULT_PREFILL_CHUNK} without one; at most --max-seq-len)",
+    )
+    methods.add_argument(
+        "--verify-window",
+        type=int,
+        metavar="M",
+        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: not there)",
+    )
+    methods.add_argument(
+        "--method",
+        choices=METHOD_NAMES,
+        help="export this method alone; --format pt2 holds exactly one (default: all)",
+    )
+
+    lowering = parser.add_argument_group("lowering")
+    lowering.add_argument("--arch", metavar="SM", help="sm_80, sm_90, ... (default: the local GPU's, else sm_90)")
+    lowering.add_argument(
+        "--format",
+        choices=("pte", "pt2"),
+        default="pte",
+        help="pte: ExecuTorch program; pt2: plain AOTInductor package of one method (default: pte)",
+    )
+    lowering.add_argument(
+        "--no-replace",
+        choices=("executorch", "math"),
+        help="for comparisons, do not use flashpte's kernels: leave attention to ExecuTorch's own replacement, or "
+        "decompose it to plain arithmetic (default: replace)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the program and its manifest.json")
+    output.add_argument(
+        "--dry-run", action="store_true", help="print which kernel each attention node gets; no weights"
+    )
+    output.add_argument("--report", type=Path, metavar="FILE", help="write the routing of every attention node as JSON")
+    output.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
+    output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> ExportOptions:
+    """Checks everything that can be known without loading torch or the model.
+
+    Raises:
+        UsageError: flags are missing, out of range or in conflict.
+        ExportError: a path that must exist does not, or one that must be written cannot be.
+    """
+    if args.target is None:
+        raise UsageError("no target: give --target NAME, see --list-targets")
+    get_target(args.target)
+    _check_flags(args)
+    _check_lengths(args)
+    _check_inputs(args)
+    if not args.dry_run:
+        check_output_dir(args.output_dir)
+    if args.report is not None:
+        check_report_path(args.report)
+    seed = (args.seed or 0) if args.random_weights else None
+    return ExportOptions(
+        target=args.target,
+        checkpoint=args.checkpoint,
+        random_seed=seed,
+        config=args.config,
+        small=args.small,
+        layers=args.layers,
+        dtype=args.dtype,
+        max_seq_len=args.max_seq_len,
+        max_prefill_chunk=args.max_prefill_chunk,
+        verify_window=args.verify_window,
+        method=args.method,
+        attention=args.no_replace or "flashpte",
+    )
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    conflicts = (
+        ("--checkpoint", "--random-weights", "both name weights"),
+        ("--checkpoint", "--config", "the folder's own config.json is used"),
+        ("--checkpoint", "--small", "the folder's own config.json is used"),
+        ("--small", "--config", "both name a size"),
+        ("--dry-run", "--no-replace", "a dry run shows what the replacement does"),
+        ("--verbose", "--quiet", "they are opposites"),
+    )
+    given = {flag for flag in {f for pair in conflicts for f in pair[:2]} if getattr(args, flag[2:].replace("-", "_"))}
+    for first, second, why in conflicts:
+        if first in given and second in given:
+            raise UsageError(f"{first} and {second} cannot be combined: {why}")
+    if args.checkpoint is None and not args.random_weights and not args.dry_run:
+        raise UsageError("no weights: give --checkpoint DIR or --random-weights")
+    if args.seed is not None and not args.random_weights:
+        raise UsageError("--seed belongs to --random-weights")
+    if args.output_dir is None and not args.dry_run:
+        raise UsageError("no output: give --output-dir DIR, or --dry-run")
+    if args.format == "pt2" and args.method is None and not args.dry_run:
+        raise UsageError("--format pt2 holds one method: add --method, for example --method decode")
+    if args.format == "pt2" and args.no_replace == "executorch":
+        raise UsageError("--no-replace executorch needs --format pte: the kernels belong to ExecuTorch's backend")
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    low, high = VERIFY_WINDOW_RANGE
+    if args.verify_window is not None and not low <= args.verify_window <= high:
+        raise UsageError(f"--verify-window {args.verify_window}: must be {low}..{high}")
+    for flag, value, least in (
+        ("--max-seq-len", args.max_seq_len, 2),
+        ("--max-prefill-chunk", args.max_prefill_chunk, 2),
+        ("--layers", args.layers, 1),
+        ("--seed", args.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value}: must be at least {least}")
+    if args.max_seq_len is not None:
+        for flag, value in (("--verify-window", args.verify_window), ("--max-prefill-chunk", args.max_prefill_chunk)):
+            if value is not None and value > args.max_seq_len:
+                raise UsageError(f"{flag} {value}: must not exceed --max-seq-len {args.max_seq_len}")
+    if args.method == TARGET_VERIFY and args.verify_window is None:
+        raise UsageError("--method target_verify needs --verify-window M")
+
+
+def _check_inputs(args: argparse.Namespace) -> None:
+    if args.checkpoint is not None:
+        if not args.checkpoint.is_dir():
+            state = "is not a folder" if args.checkpoint.exists() else "does not exist"
+            raise ExportError(f"--checkpoint {args.checkpoint} {state}")
+        if not (args.checkpoint / "config.json").is_file():
+            raise ExportError(f"--checkpoint {args.checkpoint} has no config.json: give a Hugging Face model folder")
+    if args.config is not None and not args.config.is_file():
+        raise ExportError(f"--config {args.config} is not an existing file")
+
+
+def check_output_dir(path: Path) -> None:
+    """Finds out now, not after minutes of work, whether the output folder can be made.
+
+    Raises:
+        ExportError: it is a file, or the nearest folder that exists does not take a new entry.
+    """
+    if path.exists() and not path.is_dir():
+        raise ExportError(f"--output-dir {path} is a file; give a folder")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        # trying is the only answer that also holds for read-only mounts and for root
+        tempfile.TemporaryDirectory(prefix=".export-model-", dir=parent).cleanup()
+    except OSError as error:
+        raise ExportError(f"--output-dir {path} cannot be made in {parent}: {error.strerror}") from error
+
+
+def check_report_path(path: Path) -> None:
+    """Finds out whether ``--report`` can be written, without leaving anything there.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    if path.is_dir():
+        raise ExportError(f"--report {path} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise ExportError(f"--report {path}: the folder {path.absolute().parent} does not exist")
+    try:
+        handle, probe = tempfile.mkstemp(prefix=".export-model-", dir=path.absolute().parent)
+    except OSError as error:
+        raise ExportError(f"--report {path} cannot be written: {error.strerror}") from error
+    os.close(handle)
+    os.unlink(probe)

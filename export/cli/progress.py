@@ -1,0 +1,58 @@
+"""Progress on stderr: the stage at work and the time since the start."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class StageLog:
+    """Shows stages as they begin: a spinner with a clock on a terminal, a line for each stage elsewhere.
+
+    Use it as a context manager and call it with the name of each stage.
+    """
+
+    def __init__(self, *, quiet: bool = False):
+        self._quiet = quiet
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> StageLog:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                SpinnerColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __call__(self, stage: str) -> None:
+        """A stage begins."""
+        if self._quiet:
+            return
+        if self._bar is None:
+            print(f"[{time.monotonic() - self._start:7.1f} s] {stage}", file=sys.stderr, flush=True)
+        elif self._task is None:
+            self._task = self._bar.add_task(stage, total=None)
+        else:
+            self._bar.update(self._task, description=stage)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self("done")

@@ -1,0 +1,33 @@
+"""Target ``hf``: a Hugging Face folder of a dense Llama or Qwen3 model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flashpte.export.models.registry import TargetSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# model_type -> names of the config class and the model class in transformers
+_CLASSES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+}
+
+
+def build(fields: Mapping[str, Any]) -> nn.Module:
+    """The causal language model that a config of one of the supported types describes, parameters on meta."""
+    from flashpte.export.models.source import build_causal_lm
+
+    config_class, model_class = _CLASSES[fields["model_type"]]
+    return build_causal_lm(config_class, model_class, fields)
+
+
+TARGET = TargetSpec(
+    name="hf",
+    description="a dense Llama or Qwen3 model, from --checkpoint or --config",
+    model_types=tuple(_CLASSES),
+    build=build,
+)

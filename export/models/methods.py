@@ -1,0 +1,151 @@
+"""The methods of an exported language model: what each takes and returns, and how it becomes an ``ExportedProgram``.
+
+=================  ======================  ====================  ========================================
+method             ``tokens`` int64        ``input_pos`` int64   result
+=================  ======================  ====================  ========================================
+``prefill``        [1, T], T in a range    [T]                   logits [1, 1, V] of the last token
+``decode``         [1, 1]                  [1]                   logits [1, 1, V]
+``target_verify``  [1, M]                  [M]                   logits [1, M, V] of every token
+=================  ======================  ====================  ========================================
+
+Positions are consecutive and ascending. Logits have the model's dtype: widening them adds no information, and a
+Hugging Face model returns the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from flashpte.export.errors import UsageError
+from flashpte.export.models.caches import SLIDING, KVCache
+from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+
+MIN_PREFILL_CHUNK = 2
+"""One token is what decode is for, with other kernels. Starting at 2 also keeps clear of the sizes 0 and 1, which
+symbolic shapes in PyTorch treat apart; a length from 1 does trace, but code generation for it is untried."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSpec:
+    """One method: its name, how many tokens a call may hold, and whether it returns the logits of all of them."""
+
+    name: str
+    min_tokens: int
+    max_tokens: int
+    all_logits: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the number of tokens is chosen at run time."""
+        return self.min_tokens != self.max_tokens
+
+
+def plan_methods(
+    max_prefill_chunk: int, verify_window: int | None = None, only: str | None = None
+) -> tuple[MethodSpec, ...]:
+    """The methods to export, in the order prefill, decode, target_verify.
+
+    Args:
+        max_prefill_chunk: the largest number of tokens of one prefill call, at least 2.
+        verify_window: M of target_verify (2..16); ``None`` leaves that method out.
+        only: export this method alone.
+
+    Raises:
+        UsageError: ``only`` names a method that is not there.
+    """
+    specs = [MethodSpec(PREFILL, MIN_PREFILL_CHUNK, max_prefill_chunk), MethodSpec(DECODE, 1, 1)]
+    if verify_window is not None:
+        specs.append(MethodSpec(TARGET_VERIFY, verify_window, verify_window, all_logits=True))
+    if only is None:
+        return tuple(specs)
+    chosen = tuple(spec for spec in specs if spec.name == only)
+    if not chosen:
+        raise UsageError(f"method {only} needs a number of tokens: add --verify-window M")
+    return chosen
+
+
+class CausalLMMethod(nn.Module):
+    """A Hugging Face causal language model together with its cache, as one exportable call.
+
+    Every method wraps the same ``model`` and ``kv_cache`` under the same names, so equal names (``model.<name in the
+    checkpoint>``, ``kv_cache.k_<layer>``) mean the same tensor in all of them.
+    """
+
+    def __init__(self, model: nn.Module, kv_cache: KVCache, *, all_logits: bool):
+        super().__init__()
+        self.model = model
+        self.kv_cache = kv_cache
+        self.all_logits = all_logits
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+        """``tokens`` int64 [1, T], ``input_pos`` int64 [T] -> logits [1, 1, V], or [1, T, V] with ``all_logits``."""
+        masks = self.kv_cache.masks(input_pos)
+        output = self.model(
+            input_ids=tokens,
+            position_ids=input_pos[None],
+            # a model without sliding layers may know no mask per layer type (Llama does not)
+            attention_mask=masks if SLIDING in masks else next(iter(masks.values())),
+            past_key_values=self.kv_cache.view(input_pos),
+            use_cache=True,
+            # the head over a large vocabulary runs for one row; 0 means all rows
+            logits_to_keep=0 if self.all_logits else 1,
+        )
+        return output.logits
+
+
+def export_method(model: nn.Module, kv_cache: KVCache, spec: MethodSpec) -> ExportedProgram:
+    """Exports one method of a model whose attention implementation is :data:`caches.ATTENTION_NAME`.
+
+    Tracing is non-strict: the Python of the model runs as it is, so its decorators, caches and output classes need
+    no support by TorchDynamo, and tracing is several times faster; every shape decision is still guarded.
+    """
+    # any length in the range does; a mid one keeps clear of the sizes that the range's ends might make special
+    length = (spec.min_tokens + spec.max_tokens + 1) // 2
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    input_pos = torch.arange(length, dtype=torch.int64)
+    dynamic_shapes = None
+    if spec.dynamic:
+        tokens_dim = Dim("tokens", min=spec.min_tokens, max=spec.max_tokens)
+        dynamic_shapes = {"tokens": {1: tokens_dim}, "input_pos": {0: tokens_dim}}
+    module = CausalLMMethod(model, kv_cache, all_logits=spec.all_logits).eval()
+    with torch.no_grad():
+        return torch.export.export(module, (tokens, input_pos), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def constant_methods(
+    specs: Sequence[MethodSpec],
+    *,
+    max_seq_len: int,
+    vocab_size: int,
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Values that a runner reads from the program, by the name of the method that returns each.
+
+    ``get_<method>_logits`` is ``"last"`` for a method that returns the last token's logits and ``"all"`` for one
+    that returns every token's. Token ids that are not known are left out.
+    """
+    values: dict[str, Any] = {
+        "get_max_seq_len": max_seq_len,
+        "get_max_context_len": max_seq_len,
+        "get_vocab_size": vocab_size,
+        "use_kv_cache": True,
+    }
+    for spec in specs:
+        if spec.name == PREFILL:
+            values["get_min_prefill_chunk"] = spec.min_tokens
+            values["get_max_prefill_chunk"] = spec.max_tokens
+        if spec.name == TARGET_VERIFY:
+            values["get_verify_window"] = spec.max_tokens
+        values[f"get_{spec.name}_logits"] = "all" if spec.all_logits else "last"
+    if bos_id is not None:
+        values["get_bos_id"] = bos_id
+    if eos_ids:
+        values["get_eos_ids"] = list(eos_ids)
+    return values

@@ -1,0 +1,102 @@
+"""The targets of ``export-model --target NAME``: what each is, as data, and how to find one by name.
+
+Importing this module imports neither torch nor transformers: listing targets and refusing a misspelt one is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from flashpte.export.errors import ExportError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ENTRY_POINT_GROUP = "flashpte.targets"
+"""Installed packages offer targets of their own here: ``name = "package.module:TARGET"``, a :class:`TargetSpec`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSpec:
+    """A model family that can be exported.
+
+    Attributes:
+        name: what ``--target`` takes.
+        description: one line for ``--list-targets``.
+        model_types: values of ``model_type`` in a ``config.json`` that this target accepts.
+        build: makes the causal language model that a config describes, parameters on the meta device and attention
+            implementation :data:`flashpte.export.models.caches.ATTENTION_NAME`; see
+            :func:`flashpte.export.models.source.build_causal_lm`. Takes the fields of a ``config.json``.
+        config: fields of the full-size model, or ``None`` when only a checkpoint or ``--config`` can say.
+        small_config: fields of the ``--small`` model: the same architecture, exported in a few minutes.
+        max_seq_len: default of ``--max-seq-len``; a model with fewer positions lowers it.
+        small_max_seq_len: the same for ``--small``.
+    """
+
+    name: str
+    description: str
+    model_types: tuple[str, ...]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    config: Mapping[str, Any] | None = None
+    small_config: Mapping[str, Any] | None = None
+    max_seq_len: int = 4096
+    small_max_seq_len: int = 256
+
+
+def _builtin_targets() -> dict[str, TargetSpec]:
+    from flashpte.export.models import gemma4, hugging_face
+
+    return {spec.name: spec for spec in (gemma4.TARGET, hugging_face.TARGET)}
+
+
+def _installed_targets() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load(entry: EntryPoint) -> TargetSpec:
+    spec = entry.load()
+    if not isinstance(spec, TargetSpec):
+        raise ExportError(
+            f"entry point {entry.name} = {entry.value} of group {ENTRY_POINT_GROUP} is a {type(spec).__name__}, "
+            "not a TargetSpec"
+        )
+    return spec
+
+
+def list_targets() -> tuple[TargetSpec, ...]:
+    """Every target, built in and installed, by name; a built-in one wins over an installed one of the same name."""
+    builtin = _builtin_targets()
+    installed = {name: _load(entry) for name, entry in _installed_targets().items() if name not in builtin}
+    return tuple(sorted([*builtin.values(), *installed.values()], key=lambda spec: spec.name))
+
+
+def get_target(name: str) -> TargetSpec:
+    """Finds a target by name.
+
+    Raises:
+        UsageError: there is none; the message suggests a close name.
+        ExportError: an installed package offers something else under that name.
+    """
+    builtin = _builtin_targets()
+    if name in builtin:
+        return builtin[name]
+    installed = _installed_targets()
+    if name in installed:
+        return _load(installed[name])
+    names = sorted({*builtin, *installed})
+    raise UsageError(f"unknown target {name!r}; {suggest(name, names)}")
+
+
+def targets_for(model_type: str) -> tuple[str, ...]:
+    """Names of the built-in targets that accept a ``model_type``."""
+    return tuple(spec.name for spec in _builtin_targets().values() if model_type in spec.model_types)
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """``did you mean ...?`` when a known name is close, else the list of names."""
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

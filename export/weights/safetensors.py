@@ -1,0 +1,203 @@
+"""Weights of a Hugging Face folder: safetensors files, mapped into memory and handed to a model tensor by tensor.
+
+A mapped tensor is read from disk when it is first used, so a model that is larger than memory can be opened. Names are
+brought to those of a text-only checkpoint (``model.layers.N....``, ``lm_head.weight``) first; what belongs to vision or
+audio is skipped by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from flashpte.export.errors import ExportError
+from flashpte.export.models.source import is_tied
+from flashpte.export.weights.folder import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+# name in a multimodal checkpoint -> name in a text-only one
+_TEXT_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_OTHER_MODALITIES = re.compile(
+    r"^(model\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|audio_model|multi_modal_projector"
+    r"|mm_projector|embed_vision|embed_audio)\."
+)
+# written by old releases; every model computes its own
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: where it is, under which name, and what its header says."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def text_name(stored: str) -> str | None:
+    """The name a stored tensor has in a text-only checkpoint, or ``None`` for one that the text model does not use."""
+    if _OTHER_MODALITIES.match(stored) or _COMPUTED.search(stored):
+        return None
+    for prefix, replacement in _TEXT_PREFIXES:
+        if stored.startswith(prefix):
+            return replacement + stored[len(prefix) :]
+    return stored
+
+
+def open_file(path: Path) -> safe_open:
+    """Maps one safetensors file.
+
+    Raises:
+        ExportError: the file cannot be read, is truncated, or is something else.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"{path} is truncated or not a safetensors file ({reason}); fetch it again") from error
+
+
+class Checkpoint:
+    """The tensors of a folder by their text-only names; opening it reads headers only.
+
+    Raises:
+        ExportError: there are no safetensors, a file is missing or broken, an index names a tensor that its file does
+            not hold, or two stored tensors have the same name.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: dict[Path, safe_open] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        for path, names in self._stored_names().items():
+            file = self._files[path]
+            for stored in names:
+                name = text_name(stored)
+                if name is None:
+                    continue
+                if name in self.tensors:
+                    raise ExportError(f"{folder} holds {self.tensors[name].name} and {stored}, the same weight twice")
+                header = file.get_slice(stored)
+                self.tensors[name] = StoredTensor(path, stored, tuple(header.get_shape()), header.get_dtype())
+
+    def _stored_names(self) -> dict[Path, list[str]]:
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            path = self.folder / SINGLE_FILE
+            if not path.is_file():
+                raise ExportError(
+                    f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: only safetensors are read"
+                )
+            self._files[path] = open_file(path)
+            return {path: sorted(self._files[path].keys())}
+        weight_map = read_json(index, "safetensors index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ExportError(f"safetensors index {index} has no weight_map")
+        names: dict[Path, list[str]] = {}
+        for stored, file in sorted(weight_map.items()):
+            names.setdefault(self.folder / str(file), []).append(stored)
+        for path, listed in names.items():
+            if not path.is_file():
+                raise ExportError(f"{index.name} names {path.name}, which {self.folder} does not have; fetch it again")
+            self._files[path] = open_file(path)
+            held = set(self._files[path].keys())
+            if absent := [stored for stored in listed if stored not in held]:
+                raise ExportError(f"{index.name} puts tensor {absent[0]} into {path.name}, which does not hold it")
+        return names
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor backed by its file: bytes are read when they are used."""
+        stored = self.tensors[name]
+        try:
+            return self._files[stored.file].get_tensor(stored.name)
+        except SafetensorError as error:
+            raise ExportError(f"cannot read tensor {stored.name} from {stored.file}: {error}") from error
+
+
+def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -> tuple[str, ...]:
+    """Compares a checkpoint's headers with a model and names the first difference.
+
+    Args:
+        checkpoint: the opened folder.
+        model: the model that the folder's config describes, perhaps cut to its first layers.
+        total_layers: how many layers the config describes; tensors of cut layers are not asked for.
+
+    Returns:
+        The names to load, in the model's order.
+
+    Raises:
+        ExportError: a tensor is missing, unexpected, of another shape, or of a dtype that is not a plain float.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_head(checkpoint, model, wanted)
+    for name, shape in wanted.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None:
+            raise ExportError(
+                f"{checkpoint.folder} has no tensor {name} (shape {list(shape)}), which its config asks for"
+            )
+        if stored.shape != shape:
+            raise ExportError(
+                f"tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, "
+                f"the config asks for {list(shape)}"
+            )
+        if stored.dtype not in _DTYPES:
+            raise ExportError(
+                f"tensor {stored.name} in {stored.file} has dtype {stored.dtype}; only float checkpoints are read"
+            )
+    kept_layers = 1 + max((int(m[1]) for name in wanted if (m := _LAYER.match(name))), default=-1)
+    for name, stored in checkpoint.tensors.items():
+        layer = _LAYER.match(name)
+        cut = layer is not None and kept_layers <= int(layer[1]) < total_layers
+        if name not in wanted and not cut and not (name == HEAD and is_tied(model)):
+            raise ExportError(
+                f"tensor {stored.name} in {stored.file} has no place in the model that config.json describes"
+            )
+    return tuple(wanted)
+
+
+def _check_head(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    tie = '"tie_word_embeddings"'
+    if not is_tied(model) and HEAD in wanted and HEAD not in checkpoint.tensors:
+        raise ExportError(
+            f"{checkpoint.folder} has no tensor {HEAD}; if the embedding is the head, config.json lacks {tie}: true"
+        )
+    if (
+        is_tied(model)
+        and {HEAD, EMBEDDING} <= checkpoint.tensors.keys()
+        and not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING))
+    ):
+        raise ExportError(
+            f"{checkpoint.folder} holds an {HEAD} of its own, but config.json says {tie}: true; set it to false"
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, total_layers: int, dtype: torch.dtype) -> None:
+    """Puts a checkpoint's tensors in the place of a model's weights, cast to ``dtype`` one at a time.
+
+    Raises:
+        ExportError: see :func:`check_tensors`.
+    """
+    names = check_tensors(checkpoint, model, total_layers)
+    model.load_state_dict({name: checkpoint.read(name).to(dtype) for name in names}, assign=True)
