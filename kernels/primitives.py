@@ -35,6 +35,25 @@ def score_scale(scale, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
+def as_bytes(mask_ptr, MASK: tl.constexpr):
+    """A bool mask's pointer as one to bytes: loads through a pointer to bits are not vectorised or pipelined."""
+    if MASK == 1:
+        mask_ptr = mask_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+    return mask_ptr
+
+
+@triton.jit
+def listed_key(tiles, step, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of the ``step``-th tile of ``BLOCK_N`` keys in a list of map tiles; 0 past ``end``.
+
+    Kernels carry it from one iteration to the next: a loop that loads an index and, through it, a mask in the same
+    iteration is not pipelined (Triton 3.6).
+    """
+    SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
+    return tl.load(tiles + step // SUB, mask=step < end, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
+
+
+@triton.jit
 def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
     """``[rows, cols]`` tile of a matrix whose columns are contiguous; what lies outside reads as 0."""
     ptrs = ptr + rows[:, None] * row_stride + cols[None, :]

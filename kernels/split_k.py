@@ -34,7 +34,7 @@ from flashpte.kernels.launch import (
     static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, attend_tile, normalise, score_scale
+from flashpte.kernels.primitives import INTERPRETED, as_bytes, attend_tile, listed_key, normalise, score_scale
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
@@ -107,11 +107,12 @@ def _split_k_kernel(
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     mask_rows = head
     if MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
+        mask_rows = as_bytes(mask_ptr, MASK) + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     qk_scale = score_scale(scale, EXP2_SCALE)
 
+    tiles = tiles_ptr
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
@@ -125,12 +126,8 @@ def _split_k_kernel(
         steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
     first = (split.to(tl.int64) * steps // num_splits).to(tl.int32)
     last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
+    start_n = listed_key(tiles, first, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else first * BLOCK_N
     for step in tl.range(first, last, num_stages=STAGES):
-        if MASK != 0:
-            tile = tl.load(tiles + step // (MAP_BLOCK_N // BLOCK_N))
-            start_n = tile * MAP_BLOCK_N + step % (MAP_BLOCK_N // BLOCK_N) * BLOCK_N
-        else:
-            start_n = step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -158,6 +155,7 @@ def _split_k_kernel(
             EXP2_SCALE,
             EXACT,
         )
+        start_n = listed_key(tiles, step + 1, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
 
     dv = tl.arange(0, BLOCK_DV)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]

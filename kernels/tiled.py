@@ -30,7 +30,15 @@ from flashpte.kernels.launch import (
     mask_kind,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, attend_tile, load_tile, normalise, score_scale
+from flashpte.kernels.primitives import (
+    INTERPRETED,
+    as_bytes,
+    attend_tile,
+    listed_key,
+    load_tile,
+    normalise,
+    score_scale,
+)
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 
@@ -103,10 +111,13 @@ def _tiled_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     mask_rows = m
+    tiles = tiles_ptr
+    n_full = 0
+    edge_start = 0
     if MASK != 0:
         # Rows past the end repeat the last one, so that the pointers stay in range.
         safe_m = tl.minimum(m, q_len - 1).to(tl.int64)
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m * stride_mm
+        mask_rows = as_bytes(mask_ptr, MASK) + b * stride_mb + head * stride_mh + safe_m * stride_mm
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
         n_full = tl.load(counts_ptr + tile_row * 2)
@@ -122,12 +133,8 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
+    start_n = listed_key(tiles, 0, full_steps, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else 0
     for step in tl.range(0, full_steps, num_stages=STAGES):
-        if MASK != 0:
-            sub_tile = step % (MAP_BLOCK_N // BLOCK_N)
-            start_n = tl.load(tiles + step // (MAP_BLOCK_N // BLOCK_N)) * MAP_BLOCK_N + sub_tile * BLOCK_N
-        else:
-            start_n = step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -155,13 +162,12 @@ def _tiled_kernel(
             EXP2_SCALE,
             EXACT,
         )
+        start_n = listed_key(tiles, step + 1, full_steps, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
+
+    # The partial tiles are listed behind the full ones.
+    tiles += n_full
+    start_n = listed_key(tiles, 0, edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N) if MASK != 0 else edge_start
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
-        if MASK != 0:
-            sub_tile = step % (MAP_BLOCK_N // EDGE_BLOCK_N)
-            tile = tl.load(tiles + n_full + step // (MAP_BLOCK_N // EDGE_BLOCK_N))
-            start_n = tile * MAP_BLOCK_N + sub_tile * EDGE_BLOCK_N
-        else:
-            start_n = edge_start + step * EDGE_BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -189,6 +195,10 @@ def _tiled_kernel(
             EXP2_SCALE,
             EXACT,
         )
+        if MASK != 0:
+            start_n = listed_key(tiles, step + 1, edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N)
+        else:
+            start_n += EDGE_BLOCK_N
 
     dv = tl.arange(0, BLOCK_DV)
     out_ptr += b * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_om
