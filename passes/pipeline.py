@@ -11,6 +11,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.passes.insert import call_before
+from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import Route, route
 from flashpte.passes.sdpa_node import SdpaCall, find_sdpa, printable, size_range, val
@@ -39,7 +40,9 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             "call torch.export.export(model, example_inputs) first"
         )
     program = _copy(exported_program)
-    report = replace_sdpa_in_graph(program.graph_module)
+    # The signature names the outputs: an attention that is one has to be renamed there too.
+    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
+        report = replace_sdpa_in_graph(program.graph_module)
     program.validate()
     return program, report
 
@@ -67,7 +70,7 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
     routes: list[NodeRoute] = []
     maps: dict[GraphModule, TileMaps] = {}
     for module, node in find_sdpa(graph_module):
-        call = SdpaCall.from_node(node)
+        call = recover_gqa(SdpaCall.from_node(node))
         decision = route(call)
         routes.append(_entry(call, decision))
         if decision.op is not None:

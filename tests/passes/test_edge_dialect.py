@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from executorch.exir import EdgeCompileConfig, to_edge
-from programs import cached_program
+from programs import cached_program, exported, qkv
 
 from flashpte.passes import ReplaceSdpaPass
 
@@ -26,3 +26,16 @@ def test_edge_programs_are_rewritten_and_stay_valid():
         assert len(rewrite.report.replaced) == 3
         out = edge.exported_program().module()(*args)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_an_attention_that_is_the_output():
+    class Bare(torch.nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    args = qkv(5)
+    keep = [torch.ops.aten.scaled_dot_product_attention.default]
+    config = EdgeCompileConfig(_skip_dim_order=True, preserve_ops=keep)
+    edge = to_edge(exported(Bare(), args), compile_config=config).transform([ReplaceSdpaPass()])
+    out = edge.exported_program().module()(*args)
+    torch.testing.assert_close(out, Bare()(*args), atol=2e-6, rtol=2e-5)
