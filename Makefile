@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 # Triton decides between compiling and interpreting when a kernel is decorated, so each needs a process of its own.
 test: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m interpreter tests/kernels
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not interpreter and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not interpreter and not gpu"
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m gpu

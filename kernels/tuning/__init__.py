@@ -3,7 +3,7 @@
 A build is therefore deterministic and the same on a machine with no GPU.
 """
 
-from flashpte.kernels.tuning.arch import ArchLimits, current_arch, limits
+from flashpte.kernels.tuning.arch import ARCHES, GpuArch, current_arch, limits
 from flashpte.kernels.tuning.choose import (
     SPLIT_K_MAP_BLOCK_N,
     AttentionShape,
@@ -17,9 +17,10 @@ from flashpte.kernels.tuning.choose import (
 )
 
 __all__ = [
+    "ARCHES",
     "SPLIT_K_MAP_BLOCK_N",
-    "ArchLimits",
     "AttentionShape",
+    "GpuArch",
     "SplitKConfig",
     "TiledConfig",
     "choose_split_k",

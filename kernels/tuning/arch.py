@@ -1,8 +1,9 @@
-"""What a tile choice needs to know of a GPU architecture.
+"""GPU architectures as data, the one table that tile choices and cross-compiling share. Nothing here asks a driver.
 
-Numbers are the CUDA programming guide's (shared memory a block may opt in to) and the multiprocessor counts of the
-data-centre or largest consumer part. They come from this table even where a GPU is present, so that a program built
-beside a GPU is the program built without one.
+Limits come from the CUDA programming guide's table of compute capabilities, product numbers from NVIDIA's data sheets.
+The limits decide what compiles (shared memory, registers); the product numbers only steer heuristics (how many programs
+fill the GPU), so one product stands for its architecture. They are used even where a GPU is present, so that a program
+built beside a GPU is the program built without one.
 """
 
 from __future__ import annotations
@@ -13,57 +14,111 @@ import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class ArchLimits:
-    """Limits of one architecture.
+class GpuArch:
+    """One GPU architecture.
 
     Attributes:
-        name: ``"sm_90"``.
-        multiprocessors: how many programs run at once if each takes a whole one.
-        shared_memory: bytes of shared memory one program can have.
+        name: ``sm_90``, ...
+        capability: compute capability, ``(major, minor)``.
+        product: the GPU whose numbers are used.
+        sm_count: streaming multiprocessors of the product.
+        shared_memory_per_block: largest dynamic shared memory of a block (opt-in limit), bytes.
+        shared_memory_per_sm: shared memory of a multiprocessor, bytes.
+        threads_per_sm: resident threads of a multiprocessor.
+        registers_per_sm: 32-bit registers of a multiprocessor.
+        memory_bytes: device memory of the product.
+        l2_bytes: L2 cache of the product.
+        memory_gb_per_s: DRAM bandwidth of the product, 1e9 bytes per second.
+        bf16_tflops: dense bf16 tensor-core throughput of the product, 1e12 operations per second.
     """
 
     name: str
-    multiprocessors: int
-    shared_memory: int
+    capability: tuple[int, int]
+    product: str
+    sm_count: int
+    shared_memory_per_block: int
+    shared_memory_per_sm: int
+    threads_per_sm: int
+    memory_bytes: int
+    l2_bytes: int
+    memory_gb_per_s: float
+    bf16_tflops: float
+    registers_per_sm: int = 65536
+
+    @property
+    def number(self) -> int:
+        """The capability as one number: 90 for sm_90, 120 for sm_120."""
+        return self.capability[0] * 10 + self.capability[1]
 
 
-_TABLE = {
+_KB, _MB, _GB = 1 << 10, 1 << 20, 1 << 30
+
+
+def _arch(
+    name: str,
+    product: str,
+    sm_count: int,
+    shared_kb: tuple[int, int],
+    threads_per_sm: int,
+    memory_gb: int,
+    l2_mb: int,
+    gb_per_s: float,
+    tflops: float,
+) -> GpuArch:
+    number = int(name.removeprefix("sm_"))
+    return GpuArch(
+        name=name,
+        capability=divmod(number, 10),
+        product=product,
+        sm_count=sm_count,
+        shared_memory_per_block=shared_kb[0] * _KB,
+        shared_memory_per_sm=shared_kb[1] * _KB,
+        threads_per_sm=threads_per_sm,
+        memory_bytes=memory_gb * _GB,
+        l2_bytes=l2_mb * _MB,
+        memory_gb_per_s=gb_per_s,
+        bf16_tflops=tflops,
+    )
+
+
+# name, product, SMs, KB shared per (block, SM), threads per SM, memory GB, L2 MB, GB/s, bf16 TFLOP/s
+ARCHES: dict[str, GpuArch] = {
     arch.name: arch
     for arch in (
-        ArchLimits("sm_80", 108, 166_912),
-        ArchLimits("sm_86", 84, 101_376),
-        ArchLimits("sm_89", 128, 101_376),
-        ArchLimits("sm_90", 132, 232_448),
-        ArchLimits("sm_100", 148, 232_448),
-        ArchLimits("sm_120", 170, 101_376),
+        _arch("sm_80", "NVIDIA A100-SXM4-80GB", 108, (163, 164), 2048, 80, 40, 2039, 312),
+        _arch("sm_86", "NVIDIA RTX A6000", 84, (99, 100), 1536, 48, 6, 768, 155),
+        _arch("sm_89", "NVIDIA GeForce RTX 4090", 128, (99, 100), 1536, 24, 72, 1008, 165),
+        _arch("sm_90", "NVIDIA H100 80GB HBM3", 132, (227, 228), 2048, 80, 50, 3350, 989),
+        _arch("sm_100", "NVIDIA B200", 148, (227, 228), 2048, 180, 126, 8000, 2250),
+        _arch("sm_120", "NVIDIA GeForce RTX 5090", 170, (99, 100), 1536, 32, 96, 1792, 210),
     )
 }
 
 
-def limits(arch: str) -> ArchLimits:
-    """The limits of ``arch``; an architecture not in the table gets those of the nearest older one in it.
+def limits(arch: str) -> GpuArch:
+    """The numbers of ``arch``; an architecture not in the table gets those of the nearest older one in it.
 
     Raises:
         ValueError: ``arch`` is not of the form ``sm_NN`` or older than every entry.
     """
-    if arch in _TABLE:
-        return _TABLE[arch]
+    if arch in ARCHES:
+        return ARCHES[arch]
     number = arch.removeprefix("sm_")
     if not number.isdigit():
         raise ValueError(f"not an architecture: {arch!r} (expected sm_NN)")
-    older = [a for a in _TABLE.values() if int(a.name[3:]) <= int(number)]
+    older = [known for known in ARCHES.values() if known.number <= int(number)]
     if not older:
-        raise ValueError(f"{arch} is older than every supported architecture ({', '.join(_TABLE)})")
-    return max(older, key=lambda a: int(a.name[3:]))
+        raise ValueError(f"{arch} is older than every supported architecture ({', '.join(ARCHES)})")
+    return max(older, key=lambda known: known.number)
 
 
-def current_arch(device: torch.device) -> ArchLimits:
+def current_arch(device: torch.device) -> GpuArch:
     """The architecture that code for ``device`` is being made for.
 
     On CUDA it is what ``torch.cuda`` reports, which cross-compiling sets to its target. On a CPU (the interpreter) it
     is sm_90.
     """
     if device.type != "cuda":
-        return _TABLE["sm_90"]
+        return ARCHES["sm_90"]
     major, minor = torch.cuda.get_device_capability(device)
     return limits(f"sm_{major}{minor}")

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from flashpte.kernels.tuning.arch import ArchLimits
+from flashpte.kernels.tuning.arch import GpuArch
 
 # Keys per tile of the map that split-K kernels walk; every split-K block_n divides it.
 SPLIT_K_MAP_BLOCK_N = 64
@@ -95,7 +95,7 @@ def tiled_map_block(head_dim: int, v_head_dim: int) -> tuple[int, int]:
 
 
 def _fit(
-    shape: AttentionShape, rows: int, block_n: int, stages: int, stored_itemsize: int, arch: ArchLimits
+    shape: AttentionShape, rows: int, block_n: int, stages: int, stored_itemsize: int, arch: GpuArch
 ) -> tuple[int, int, int]:
     """Reduces pipeline stages, keys per tile and rows until a program's tiles fit in shared memory.
 
@@ -110,12 +110,12 @@ def _fit(
         loop = stages * staged + rows * (widths[0] + block_n) * itemsize
         return max(loop, rows * widths[1] * stored_itemsize)
 
-    while needed() > arch.shared_memory:
+    while needed() > arch.shared_memory_per_block:
         if stages > 2:
             stages -= 1
         elif block_n > 32:
             block_n //= 2
-        elif rows > 64 or (rows > 16 and rows * widths[1] * stored_itemsize > arch.shared_memory):
+        elif rows > 64 or (rows > 16 and rows * widths[1] * stored_itemsize > arch.shared_memory_per_block):
             rows //= 2
         elif stages > 1:
             stages -= 1
@@ -128,7 +128,7 @@ def _fit(
     return rows, block_n, stages
 
 
-def choose_split_k(shape: AttentionShape, arch: ArchLimits) -> SplitKConfig:
+def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     """Tiles for decode and verify.
 
     Rows: all ``L_q x group`` packed rows in one tile where the accumulator fits, so that keys are read once. Splits:
@@ -144,14 +144,14 @@ def choose_split_k(shape: AttentionShape, arch: ArchLimits) -> SplitKConfig:
     rows, block_n, stages = _fit(shape, rows, block_n, stages, 4, arch)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
     long = shape.kv_len is None or shape.kv_len >= 16384
-    splits = max(1, arch.multiprocessors * (2 if long else 1) // parallel)
+    splits = max(1, arch.sm_count * (2 if long else 1) // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
     warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4
     return SplitKConfig(rows, block_n, min(splits, _MAX_SPLITS), warps, stages)
 
 
-def choose_tiled(shape: AttentionShape, arch: ArchLimits) -> TiledConfig:
+def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     """Tiles for prefill: the map's tile where it fits, smaller for short L_q, small shared memory and float32."""
     width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
     rows, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)

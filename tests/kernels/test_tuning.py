@@ -59,7 +59,7 @@ def test_decode_fills_the_gpu():
     shape = AttentionShape(1, 32, 4, 1, 131072, 512, 512, torch.bfloat16)
     for arch in ARCHS:
         limits = tuning.limits(arch)
-        assert tuning.choose_split_k(shape, limits).num_splits * shape.heads_kv >= limits.multiprocessors - 4
+        assert tuning.choose_split_k(shape, limits).num_splits * shape.heads_kv >= limits.sm_count - 4
 
 
 def test_short_keys_are_not_split_below_a_tile():
@@ -88,5 +88,5 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
         p = problem
         launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order)
     main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel"))
-    assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory
+    assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
     assert "mma" in main.ptx  # on the matrix units, not element by element

@@ -10,7 +10,6 @@ import triton
 from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver
 
-from flashpte.export.lowering.cross_compile.arches import ARCHES
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels import split_k, tile_map, tiled, tuning
 
@@ -62,7 +61,7 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
         stack.callback(triton_compiler.max_shared_mem.cache_clear)
         triton_compiler.max_shared_mem.cache_clear()
         backend = triton.backends.backends["nvidia"]
-        driver_class = make_driver(ARCHES[arch])
+        driver_class = make_driver(tuning.ARCHES[arch])
         stack.callback(triton.backends.backends.__setitem__, "nvidia", backend)
         triton.backends.backends["nvidia"] = type(backend)(compiler=backend.compiler, driver=driver_class)
         stack.callback(driver.reset_active)

@@ -10,7 +10,6 @@ import ctypes
 from pathlib import Path
 
 import torch
-from executorch.exir._serialize._program import deserialize_pte_binary
 
 from flashpte.export.lowering import inspect_pte
 
@@ -23,8 +22,7 @@ class PteOnGpu:
         for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
             ctypes.CDLL(str(libraries / name), mode=ctypes.RTLD_GLOBAL)
         contents = inspect_pte(folder / "model.pte")
-        program = deserialize_pte_binary((folder / "model.pte").read_bytes()).program
-        self.order = {plan.name: _delegate_inputs(plan) for plan in program.execution_plan if plan.delegates}
+        self.order = {name: method.argument_order for name, method in contents.methods.items()}
         self.tensors: dict[str, torch.Tensor] = {}
         self.runners = {}
         for name, method in contents.methods.items():
@@ -49,18 +47,3 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     """A CUDA copy with the same strides."""
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
     return out.copy_(tensor)
-
-
-def _delegate_inputs(plan) -> list[int]:
-    """For each input of the delegate, which input of the method it is a copy of."""
-    source = {value: i for i, value in enumerate(plan.inputs)}
-    order: list[int] = []
-    for instruction in plan.chains[0].instructions:
-        call = instruction.instr_args
-        if type(call).__name__ == "KernelCall":
-            given, made = call.args[0], call.args[-1]
-            if given in source:
-                source[made] = source[given]
-        elif type(call).__name__ == "DelegateCall":
-            order = [source[value] for value in call.args if value in source]
-    return order

@@ -1,5 +1,7 @@
 """The pass alone, on graphs written by hand."""
 
+import operator
+
 import torch
 from torch.fx import Graph, GraphModule
 
@@ -70,3 +72,14 @@ def test_a_tensor_that_is_written_to_stays_a_copy():
 def test_nothing_to_do():
     targets, changed = run(lambda graph: graph.call_function(aten.sin.default, (graph.placeholder("x"),)))
     assert (targets, changed) == ([aten.sin.default], False)
+
+
+def test_several_views_at_once():
+    def build(graph, leave):
+        x = graph.placeholder("x")
+        parts = graph.call_function(aten.unbind_copy.int, (x, 1))
+        first, second = (graph.call_function(operator.getitem, (parts, i)) for i in range(2))
+        return graph.call_function(aten.add.Tensor, (first, second)) if not leave else (first, second)
+
+    assert run(lambda graph: build(graph, leave=False))[0][0] == aten.unbind.int
+    assert run(lambda graph: build(graph, leave=True))[0][0] == aten.unbind_copy.int

@@ -25,7 +25,7 @@ def wrapper_source(program, tmp_path, restore_views=True):
         raise HaveSource
 
     arch = find_arch("sm_90")
-    with pytest.raises(Exception) as stopped, cross_compile(arch, tmp_path, "pte", restore_views, keep):  # noqa: PT012
+    with pytest.raises(Exception) as stopped, cross_compile(arch, tmp_path, "pte", restore_views, keep):
         write_pte({"forward": program}, tmp_path, "flashpte", {})
     if not sources:
         raise stopped.value

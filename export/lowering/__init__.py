@@ -1,0 +1,24 @@
+"""Exported programs to ``.pte`` and ``.pt2`` files, on machines with or without a GPU."""
+
+from flashpte.export.lowering.api import LoweredModel, LoweringError, lower
+from flashpte.export.lowering.cross_compile import ARCHES, CrossCompileError, GpuArch, UnknownArchError, find_arch
+from flashpte.export.lowering.output import OutputError, check_output_folder
+from flashpte.export.lowering.pte_contents import ContentsError, PteContents, inspect_pte
+from flashpte.export.lowering.self_check import SelfCheckError
+
+__all__ = [
+    "ARCHES",
+    "ContentsError",
+    "CrossCompileError",
+    "GpuArch",
+    "LoweredModel",
+    "LoweringError",
+    "OutputError",
+    "PteContents",
+    "SelfCheckError",
+    "UnknownArchError",
+    "check_output_folder",
+    "find_arch",
+    "inspect_pte",
+    "lower",
+]

@@ -1,0 +1,124 @@
+"""Picks a Triton matrix-multiply configuration by a small roofline model, where Inductor would benchmark.
+
+Inductor offers one choice per (tile, stages, warps) of its matrix-multiply templates and times them all on the
+GPU. Here each is given a time by a model, and the smallest wins; equal times go to the earlier choice, so the
+result is the same everywhere. The model takes the larger of
+
+* memory time: the bytes the grid reads and writes (the left operand is reread once per column of tiles, mostly
+  from L2; the right operand once per row of tiles), over the bandwidth reached, which is the GPU's unless too
+  few bytes are in flight (Little's law over the latency below);
+* arithmetic time: the padded problem's operations, over the tensor-core rate scaled by the share of SMs that
+  have work and by how well a tile of that size feeds the tensor cores;
+
+and adds 2 % per wave of thread blocks. It has not been fitted to measurements.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flashpte.kernels.tuning import GpuArch
+
+_LATENCY_S = 0.8e-6  # of a DRAM access under load
+_L2_REREAD = 0.25  # share of the left operand's rereads that miss L2
+_COST_PER_WAVE = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmProblem:
+    """``batch`` products of [m, k] by [k, n], elements of ``itemsize`` bytes."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    itemsize: int
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmTile:
+    """One configuration of the template: a block computes [m, n] in steps of k, with a software pipeline."""
+
+    m: int
+    n: int
+    k: int
+    stages: int
+    warps: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of one block."""
+        return (self.m + self.n) * self.k * itemsize * max(1, self.stages)
+
+
+def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> float:
+    """The model's time for one choice; infinity when it does not fit into shared memory."""
+    shared = tile.shared_bytes(problem.itemsize)
+    if shared > arch.shared_memory_per_block:
+        return math.inf
+    rows, columns = -(-problem.m // tile.m), -(-problem.n // tile.n)
+    blocks = problem.batch * rows * columns
+    resident = max(1, min(arch.shared_memory_per_sm // max(shared, 1), arch.threads_per_sm // (32 * tile.warps), 16))
+    waves = -(-blocks // (arch.sm_count * resident))
+    busy = min(1.0, blocks / arch.sm_count)
+
+    moved = problem.m * problem.k * columns * _L2_REREAD + problem.k * problem.n * rows + problem.m * problem.n
+    moved *= problem.batch * problem.itemsize
+    per_step = (tile.m + tile.n) * tile.k * problem.itemsize
+    per_sm = min(resident, -(-blocks // arch.sm_count)) * max(1, tile.stages - 1) * per_step
+    bandwidth = min(arch.memory_gb_per_s * 1e9 * busy, per_sm * min(blocks, arch.sm_count) / _LATENCY_S)
+
+    operations = 2.0 * problem.batch * (rows * tile.m) * (columns * tile.n) * problem.k
+    feeding = max(0.1, min(1.0, tile.m / 64) * min(1.0, tile.n / 64) ** 0.5)
+    arithmetic = operations / (arch.bf16_tflops * 1e12 * busy * feeding)
+    return max(moved / bandwidth, arithmetic) * (1 + _COST_PER_WAVE * waves)
+
+
+def make_chooser(arch: GpuArch) -> Callable[[list[Any]], list[Any]]:
+    """An Inductor "preprocessing function": takes the choices for one operation, returns the one to use.
+
+    Choices that are not matrix-multiply templates (convolutions, library calls) are not modelled; when there are
+    no others, Inductor's first is taken.
+    """
+
+    def choose(choices: list[Any]) -> list[Any]:
+        if len(choices) <= 1:
+            return choices
+        best, best_time = choices[0], math.inf
+        for choice in choices:
+            described = _describe(choice)
+            if described is None:
+                continue
+            seconds = estimate_seconds(*described, arch)
+            if seconds < best_time:
+                best, best_time = choice, seconds
+        return [best]
+
+    return choose
+
+
+def _describe(choice: Any) -> tuple[GemmProblem, GemmTile] | None:
+    """Reads the problem and the tile out of an Inductor ``TritonTemplateCaller``."""
+    info = getattr(choice, "log_info", None) or {}
+    inputs = getattr(choice, "input_nodes", None)
+    if "tile_shape" not in info or not inputs or len(inputs) < 2:
+        return None
+    numbers = [int(number) for number in re.findall(r"\d+", str(info["tile_shape"]))]
+    if len(numbers) != 3:
+        return None
+    tile_m, tile_k, tile_n = numbers  # the order Inductor logs them in
+    tile = GemmTile(tile_m, tile_n, tile_k, int(info.get("num_stages", 1)), int(info.get("num_warps", 4)))
+    *batch, m, n = _sizes(choice.layout.size)
+    left, right = inputs[-2], inputs[-1]
+    itemsize = max(left.get_dtype().itemsize, right.get_dtype().itemsize)
+    return GemmProblem(math.prod(batch), m, n, _sizes(left.get_size())[-1], itemsize), tile
+
+
+def _sizes(sizes: Sequence[Any]) -> list[int]:
+    """Sizes as numbers; a dynamic one counts as the value Inductor optimises for."""
+    from torch._inductor.virtualized import V
+
+    return [int(V.graph.sizevars.optimization_hint(size, fallback=64)) for size in sizes]

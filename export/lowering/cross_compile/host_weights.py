@@ -1,0 +1,176 @@
+"""Weights that the compiler takes for CUDA tensors while their bytes stay on the host.
+
+AOTInductor wants a program's parameters and buffers on the target device. Here the program holds fake CUDA
+tensors, each carrying its host tensor; where AOTInductor asks for the value to write into the package, it is
+given the host bytes in a tensor whose ``device`` says cuda.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._guards import detect_fake_mode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+
+from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
+
+_HOST = "_flashpte_host"  # attribute of a fake CUDA tensor: its value, as a HostBackedCuda
+
+
+class HostBackedCuda(torch.Tensor):
+    """A host tensor whose ``device`` is cuda:0, which is what is recorded in the package.
+
+    ``is_cuda`` stays False: the writers use it to decide how to read the storage, and the storage is on the host.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the runtime will put it."""
+        return torch.device("cuda", 0)
+
+
+def host_backed(tensor: torch.Tensor) -> HostBackedCuda:
+    """Wraps a tensor, with a host storage that holds exactly it (what ``tensor.to("cuda")`` would have made)."""
+    tensor = tensor.detach().cpu()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+    needed = (last + 1) * tensor.element_size() if tensor.numel() else 0
+    if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != needed:
+        tensor = tensor.clone(memory_format=torch.preserve_format)
+    return torch.Tensor._make_subclass(HostBackedCuda, tensor)
+
+
+def _fake_cuda(mode: FakeTensorMode, host: torch.Tensor) -> torch.Tensor:
+    backed = host_backed(host)
+    with mode:
+        # A tensor with gaps in its memory was made dense by the clone above: its strides count, not the original's.
+        fake = torch.empty_strided(backed.size(), backed.stride(), dtype=backed.dtype, device="cuda:0")
+    setattr(fake, _HOST, backed)
+    return fake
+
+
+def move_program(
+    stock_pass: Callable[..., ExportedProgram], program: ExportedProgram, location: Any
+) -> ExportedProgram:
+    """``torch.export.passes.move_to_device_pass`` for a device that may not be there.
+
+    Parameters, buffers and constants become fake CUDA tensors that carry their host values; the graph's metadata
+    is moved by the stock pass. Like the stock pass it changes ``program`` in place; it leaves the tensors alone.
+    """
+    if not str(location).startswith("cuda"):
+        return stock_pass(program, location)
+    metadata = [
+        value
+        for node in program.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, FakeTensor)
+    ]
+    mode = detect_fake_mode(metadata) or FakeTensorMode(allow_non_fake_inputs=True)
+    hosts: dict[str, HostBackedCuda] = {}
+    for name, tensor in list(program.state_dict.items()):
+        fake = _fake_cuda(mode, tensor)
+        hosts[name] = getattr(fake, _HOST)
+        if isinstance(tensor, torch.nn.Parameter):
+            fake = torch.nn.Parameter(fake, requires_grad=False)
+        program._state_dict[name] = fake
+    for name, tensor in list(program.constants.items()):
+        if isinstance(tensor, torch.Tensor):
+            fake = _fake_cuda(mode, tensor)
+            hosts[name] = getattr(fake, _HOST)
+            program._constants[name] = fake
+    if program.example_inputs is not None:
+        program._example_inputs = pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t),
+            program.example_inputs,
+        )
+    # Autograd metadata of a CUDA tensor asks the device guard for a stream: nothing may require a gradient.
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta.get("val"))
+    with torch.no_grad(), mode:
+        program = stock_pass(program, "cuda:0")
+    for pool in (program.state_dict, program.constants):
+        for name, tensor in pool.items():
+            if isinstance(tensor, torch.Tensor):  # the stock pass made new fake tensors
+                setattr(tensor, _HOST, hosts[name])
+    return program
+
+
+def host_value(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The value of a constant that goes into the package: a fake tensor is replaced by the host value it carries."""
+    if not isinstance(value, FakeTensor):
+        return value
+    host = getattr(value, _HOST, None)
+    if host is None:
+        raise CrossCompileError(f"constant {name} has no value: it was made on the device while compiling")
+    return host
+
+
+def is_same_weight(stock: Callable[[torch.Tensor, torch.Tensor], bool], a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two constants are one. Fake tensors have no address, and all would look alike to the stock test."""
+    host_a, host_b = getattr(a, _HOST, None), getattr(b, _HOST, None)
+    if host_a is None and host_b is None:
+        return stock(a, b)
+    return host_a is host_b
+
+
+def clone_with_host(stock: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """Clones a fake tensor and lets the clone carry the same host value."""
+    clone = stock(tensor)
+    host = getattr(tensor, _HOST, None)
+    if host is not None:
+        setattr(clone, _HOST, host)
+    return clone
+
+
+class StorageFiles:
+    """Writes each tensor's storage to disk once, however many methods use it.
+
+    ExecuTorch writes all weights of every method to files before it drops the duplicates. The second time, this
+    makes a hard link to the first file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        # The tensors are kept, so that an address stays theirs.
+        self._written: dict[tuple[int, int], tuple[torch.Tensor, Path, bytes]] = {}
+
+    def write(self, stock: Callable[[torch.Tensor, str], bytes], tensor: torch.Tensor, path: str) -> bytes:
+        """``_write_tensor_storage``: writes the storage to ``path``, returns its SHA-256."""
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes())
+        if key in self._written:
+            _, first, digest = self._written[key]
+            os.unlink(path)
+            os.link(first, path)
+            return digest
+        digest = stock(tensor, path)
+        first = self._folder / f"storage-{len(self._written)}"
+        with contextlib.suppress(OSError):  # a file system without hard links: write it again next time
+            os.link(path, first)
+            self._written[key] = (tensor, first, digest)
+        return digest
+
+
+def deepcopy_sharing_tensors(program: ExportedProgram, memo: dict[int, Any]) -> ExportedProgram:
+    """Copies a program's graph and tables, not its weights, which nothing in the lowering writes to."""
+    for pool in (program.state_dict, program.constants):
+        for tensor in pool.values():
+            if isinstance(tensor, torch.Tensor):
+                memo[id(tensor)] = tensor
+    new = type(program).__new__(type(program))
+    memo[id(program)] = new
+    for name, value in vars(program).items():
+        setattr(new, name, copy.deepcopy(value, memo))
+    return new

@@ -1,0 +1,366 @@
+"""Every name of PyTorch, Triton and ExecuTorch that is replaced while cross-compiling, in one table.
+
+Lowering for a GPU wants one only for incidental reasons: to ask for its limits, to hold the weights, to time
+kernels. :data:`TABLE` lists what is replaced, why, and the PyTorch versions whose source was read for it. A
+name that is gone stops the lowering with a message naming it, and every name is put back on exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashpte.export.lowering.cross_compile import host_weights
+from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
+from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags, embed_cubin
+from flashpte.export.lowering.cross_compile.triton_driver import make_driver
+from flashpte.kernels.tuning import GpuArch
+
+CHECKED = ("2.11", "2.13", "2.15")
+
+
+@dataclasses.dataclass
+class Target:
+    """What the replacements know about the lowering in progress.
+
+    Attributes:
+        arch: the architecture compiled for.
+        work_dir: folder for intermediate files.
+        cuda_home: folder that stands for a CUDA toolkit.
+        flags: rewrites host compiler command lines.
+        compiling: how many of Inductor's code generators are on the stack.
+        restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
+        on_wrapper: called with the C++ source of each method's wrapper.
+    """
+
+    arch: GpuArch
+    work_dir: Path
+    cuda_home: str
+    flags: ReproducibleFlags
+    restore_views: bool = True
+    compiling: int = 0
+    on_wrapper: Callable[[str], None] | None = None
+
+
+Make = Callable[[Target, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """One replaced name.
+
+    Attributes:
+        name: ``module:attribute.path`` or ``module:dictionary[key]``.
+        why: what would go wrong without it.
+        make: takes the target and what was there, returns what goes there. For a method, what was there and
+            what goes there are plain functions taking ``self``; for a class or static method they take what a
+            caller passes.
+        adds: the name does not exist before (a method or a key that overrides a default).
+        checked: PyTorch versions whose source was read.
+    """
+
+    name: str
+    why: str
+    make: Make
+    adds: bool = False
+    checked: tuple[str, ...] = CHECKED
+
+
+def _answer(value: Callable[[Target], Any]) -> Make:
+    """A function that ignores its arguments and returns a fact about the target."""
+    return lambda target, original: lambda *args, **kwargs: value(target)
+
+
+def _inside_codegen(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        target.compiling += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            target.compiling -= 1
+
+    return run
+
+
+def _with_original(function: Callable[..., Any]) -> Make:
+    """Binds the original as the first argument of ``function``."""
+    return lambda target, original: functools.partial(function, original)
+
+
+def _triton_backend(target: Target, original: Any) -> Any:
+    return type(original)(compiler=original.compiler, driver=make_driver(target.arch))
+
+
+def _compile_kernels(target: Target, original: Any) -> Callable[..., None]:
+    """Replaces Inductor's compile-time tuning: compiles every kernel and saves it, launches none."""
+
+    def generate_and_run_autotune_block(wrapper: Any) -> None:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        scope: dict[str, Any] = {}
+        wait = "\nasync_compile.wait(globals())\ndel async_compile\n"
+        exec(wrapper.kernel_autotune_defs.getvalue() + wait, scope)
+        for kernel in scope.values():
+            if isinstance(kernel, CachingAutotuner):
+                if not kernel.launchers:
+                    kernel.precompile()
+                launcher = _pick_launcher(kernel.launchers)
+                kernel.launchers = [launcher]
+                kernel.save_gpu_kernel("stream", launcher)
+
+    return generate_and_run_autotune_block
+
+
+def _pick_launcher(launchers: Sequence[Any]) -> Any:
+    """The first configuration, in its author's order, that spills no registers; else the one that spills least."""
+    return min(launchers, key=lambda launcher: launcher.n_spills or 0)
+
+
+def _compile_command(target: Target, original: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    return lambda cmd_line, cwd: original(target.flags.rewrite(cmd_line), cwd)
+
+
+def _compile_wrapper(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_(graph: Any, wrapper_code: str, *args: Any, **kwargs: Any) -> Any:
+        if target.on_wrapper is not None:
+            target.on_wrapper(wrapper_code)
+        # A package that maps its weights into memory is marked with a random number.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return original(graph, wrapper_code, *args, **kwargs)
+
+    return compile_
+
+
+def _custom_passes(target: Target, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    from flashpte.export.lowering.restore_views import RestoreViews
+
+    # Last, because one of ExecuTorch's passes validates the program, and a view is no edge operator.
+    last = [RestoreViews()] if target.restore_views else []
+    return lambda compile_specs: [*original(compile_specs), *last]
+
+
+def _stable_int_arrays(target: Target, original: Callable[..., str]) -> Callable[..., str]:
+    """Keeps the writers alive that Inductor tells apart by address, so that an address is never used twice."""
+
+    def codegen_int_array_var(self: Any, int_array: str, writeline: Any, *args: Any, **kwargs: Any) -> str:
+        writers = vars(self).setdefault("_flashpte_writers", {})
+        key = (id(getattr(writeline, "__self__", writeline)), getattr(writeline, "__name__", ""))
+        return original(self, int_array, writers.setdefault(key, writeline), *args, **kwargs)
+
+    return codegen_int_array_var
+
+
+def _package(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    from flashpte.export.lowering.aot_inductor import tidy_package_files
+
+    return lambda archive_file, aoti_files: original(archive_file, tidy_package_files(aoti_files))
+
+
+def _write_storage(target: Target, original: Callable[[torch.Tensor, str], bytes]) -> Callable[..., bytes]:
+    files = host_weights.StorageFiles(target.work_dir)
+    return lambda tensor, path: files.write(original, tensor, path)
+
+
+_QUESTION = "asked for by Inductor, by templates and by our own kernels' tile choice"
+_NO_RUNTIME = "would initialise the CUDA runtime"
+
+TABLE: tuple[Override, ...] = (
+    # Questions about the device.
+    Override("torch.cuda:get_device_properties", _QUESTION, _answer(lambda t: device_properties(t.arch))),
+    Override("torch.cuda:get_device_capability", _QUESTION, _answer(lambda t: t.arch.capability)),
+    Override("torch.cuda:get_device_name", _QUESTION, _answer(lambda t: t.arch.product)),
+    Override("torch.cuda:current_device", _QUESTION, _answer(lambda t: 0)),
+    Override("torch.cuda:is_tf32_supported", _QUESTION, _answer(lambda t: t.arch.capability[0] >= 8)),
+    Override(
+        "torch.cuda:is_available",
+        "code generation takes its CUDA branches only when this is true; everything around it must not touch a GPU, "
+        "present or not, so that the result is the same with and without one",
+        _answer(lambda t: t.compiling > 0),
+    ),
+    Override("torch._inductor.graph:GraphLowering.run", "marks code generation for is_available", _inside_codegen),
+    Override(
+        "torch._inductor.graph:GraphLowering.codegen_with_cpp_wrapper",
+        "marks code generation for is_available",
+        _inside_codegen,
+    ),
+    Override("torch.cuda:_exchange_device", _NO_RUNTIME, _answer(lambda t: 0)),
+    Override("torch.cuda:_maybe_exchange_device", _NO_RUNTIME, _answer(lambda t: 0)),
+    Override("torch.cuda:synchronize", _NO_RUNTIME, _answer(lambda t: None)),
+    Override("torch.cuda:get_rng_state", _NO_RUNTIME, _answer(lambda t: torch.zeros(16, dtype=torch.uint8))),
+    Override("torch.cuda:set_rng_state", _NO_RUNTIME, _answer(lambda t: None)),
+    Override("torch._subclasses.fake_tensor:init_gpu_context", _NO_RUNTIME, _answer(lambda t: None)),
+    Override(
+        "torch._dynamo.device_interface:device_interfaces[cuda]",
+        "Inductor asks here for properties, streams and whether Triton works",
+        lambda target, original: make_interface(target.arch),
+    ),
+    Override(
+        "torch._dynamo.device_interface:device_interfaces[cuda:0]",
+        "the same, by index",
+        lambda target, original: make_interface(target.arch),
+        adds=True,
+    ),
+    # Triton.
+    Override("triton.backends:backends[nvidia]", "its driver loads libcuda", _triton_backend),
+    Override(
+        "triton.runtime:driver._active",
+        "the driver in use; Triton's own needs a GPU",
+        lambda target, original: make_driver(target.arch)(),
+    ),
+    # Weights stay on the host.
+    Override(
+        "torch.export.passes:move_to_device_pass",
+        "copies the weights to the GPU",
+        _with_original(host_weights.move_program),
+    ),
+    Override(
+        "torch.export:ExportedProgram.__deepcopy__",
+        "ExecuTorch copies each program several times; a copy of the weights per method would not fit in memory",
+        lambda target, original: host_weights.deepcopy_sharing_tensors,
+        adds=True,
+    ),
+    Override(
+        "torch._inductor.graph:GraphLowering.get_original_value_of_constant",
+        "reads the values to be written into the package",
+        lambda target, original: lambda self, name: host_weights.host_value(name, original(self, name)),
+    ),
+    Override(
+        "torch._inductor.graph:is_same_tensor",
+        "compares addresses, and fake tensors have none: all constants of a shape would be merged",
+        _with_original(host_weights.is_same_weight),
+    ),
+    Override(
+        "torch._inductor.compile_fx:clone_preserve_strides",
+        "clones mutated buffers to remember their initial value",
+        _with_original(host_weights.clone_with_host),
+    ),
+    # Kernels are compiled and saved, never launched.
+    Override(
+        "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block",
+        "launches every kernel to compile and time it",
+        _compile_kernels,
+    ),
+    # Host code.
+    Override(
+        "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_int_array_var",
+        "2.11 and 2.13 cache by the address of objects that are freed: names, and at worst declarations, vary",
+        _stable_int_arrays,
+    ),
+    Override(
+        "torch._inductor.cpp_builder:_run_compile_cmd",
+        "compiles for the build machine's CPU and writes its paths into the binary",
+        _compile_command,
+    ),
+    Override(
+        "torch._inductor.cpu_vec_isa:valid_vec_isa_list",
+        "probes the build machine's vector instructions and compiles host code with them",
+        _answer(lambda t: []),
+    ),
+    Override("torch._inductor.codecache:AotCodeCompiler.compile", "draws a random number", _compile_wrapper),
+    Override(
+        "torch._inductor.codecache:convert_cubin_to_obj",
+        "orders symbols by a hash of temporary paths (used by 2.11; later ones fall back on it)",
+        lambda target, original: lambda cubin_file, kernel_name, ld, objcopy: embed_cubin(cubin_file, kernel_name),
+    ),
+    Override("torch.utils.cpp_extension:CUDA_HOME", "no CUDA toolkit is needed", lambda t, original: t.cuda_home),
+)
+
+EXECUTORCH_TABLE: tuple[Override, ...] = (
+    Override(
+        "executorch.backends.aoti.aoti_backend:move_to_device_pass",
+        "copies the weights to the GPU",
+        _with_original(host_weights.move_program),
+    ),
+    Override(
+        "executorch.backends.cuda.cuda_backend:CudaBackend._setup_cuda_environment_for_fatbin",
+        "asks for fat binaries when PyTorch was built with CUDA 12.9 or newer; they need nvcc, and a build "
+        "must not depend on how PyTorch was built",
+        _answer(lambda t: False),
+    ),
+    Override(
+        "executorch.backends.cuda.cuda_weight_collector:_write_tensor_storage",
+        "writes all weights once per method",
+        _write_storage,
+    ),
+    Override(
+        "executorch.backends.cuda.cuda_backend:CudaBackend.get_custom_passes",
+        "of the edge dialect's view copies it restores slice, select and split only; the others would copy caches",
+        _custom_passes,
+    ),
+)
+
+PT2_TABLE: tuple[Override, ...] = (
+    Override("torch._inductor.package:package_aoti", "packages sources that name the build machine", _package),
+)
+
+
+@contextlib.contextmanager
+def apply(overrides: Sequence[Override], target: Target) -> Iterator[None]:
+    """Puts the replacements in place and takes them away again, in reverse order, whatever happens."""
+    with contextlib.ExitStack() as stack:
+        for override in overrides:
+            stack.callback(_replace(override, target))
+        yield
+
+
+_ABSENT = object()
+
+
+def _replace(override: Override, target: Target) -> Callable[[], None]:
+    """Applies one override; returns the function that undoes it."""
+    module_name, path = override.name.split(":", 1)
+    try:
+        owner: Any = importlib.import_module(module_name)
+        item = re.fullmatch(r"(.+)\[(.+)\]", path)
+        *parents, last = (item[1] if item else path).split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        if item:
+            owner, last = getattr(owner, last), item[2]
+        original = _look_up(owner, last, bool(item))
+    except (ImportError, AttributeError) as error:
+        raise _gone(override) from error
+    if original is _ABSENT and not override.adds:
+        raise _gone(override)
+
+    if item:
+        owner[last] = override.make(target, None if original is _ABSENT else original)
+        if original is _ABSENT:
+            return lambda: owner.pop(last, None)
+        return lambda: owner.__setitem__(last, original)
+
+    seen = None if original is _ABSENT else getattr(owner, last)
+    replacement = override.make(target, seen)
+    if isinstance(original, (classmethod, staticmethod)):
+        replacement = staticmethod(replacement)  # what was there was bound already
+    elif inspect.isclass(owner) and isinstance(replacement, functools.partial):
+        raise AssertionError(f"{override.name}: a partial would not be bound to self")
+    own = last in vars(owner)
+    setattr(owner, last, replacement)
+    if not own:
+        return lambda: delattr(owner, last)
+    return lambda: setattr(owner, last, original)
+
+
+def _look_up(owner: Any, name: str, is_item: bool) -> Any:
+    if is_item:
+        return owner.get(name, _ABSENT)
+    return inspect.getattr_static(owner, name, _ABSENT)
+
+
+def _gone(override: Override) -> CrossCompileError:
+    return CrossCompileError(
+        f"torch {torch.__version__} has no {override.name}, which cross-compiling replaces ({override.why}); "
+        f"checked with torch {', '.join(override.checked)}: use one of these"
+    )

@@ -1,0 +1,179 @@
+"""Puts the process into a state in which it compiles for a GPU it does not have, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flashpte.export.lowering.cross_compile import overrides
+from flashpte.export.lowering.cross_compile.caches import forget_device
+from flashpte.export.lowering.cross_compile.device_guard import ensure_cuda_device_guard
+from flashpte.export.lowering.cross_compile.gemm_choice import make_chooser
+from flashpte.export.lowering.cross_compile.toolchain import (
+    CrossCompileError,
+    ReproducibleFlags,
+    find_compiler,
+    find_triton_tool,
+    make_cuda_home,
+    make_stub_library,
+)
+from flashpte.kernels.tuning import GpuArch
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One option of ``torch._inductor.config``, and why it is set."""
+
+    name: str
+    value: Any
+    why: str
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("compile_threads", 1, "worker processes would not see the overrides"),
+    Setting("triton.autotune_at_compile_time", True, "kernels are compiled from Python, so that they can be saved"),
+    Setting("always_keep_tensor_constants", True, "a small constant would be read for inlining; it is fake"),
+    Setting("joint_graph_constant_folding", False, "folding computes with constants; they are fake"),
+    Setting("fx_graph_cache", False, "a cached graph may come from another target"),
+    Setting("autotune_local_cache", False, "choices must not depend on what ran before"),
+    Setting("autotune_remote_cache", False, "choices must not depend on what ran before"),
+    Setting("shape_padding", False, "decides by benchmark"),
+    Setting("benchmark_epilogue_fusion", False, "decides by benchmark"),
+    Setting("coordinate_descent_tuning", False, "decides by benchmark"),
+    Setting("aot_inductor.allow_stack_allocation", False, "ExecuTorch's runtime has no shim for it"),
+    Setting("aot_inductor.precompile_headers", False, "they are kept in a shared folder, and save nothing here"),
+)
+
+
+@contextlib.contextmanager
+def cross_compile(
+    arch: GpuArch,
+    work_dir: Path,
+    package: Literal["pte", "pt2"] = "pte",
+    restore_views: bool = True,
+    on_wrapper: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Inside, PyTorch, Triton and ExecuTorch compile for ``arch``, whether or not there is a GPU.
+
+    Args:
+        arch: what to compile for.
+        work_dir: an empty folder for caches and intermediate files (weights pass through it).
+        package: ``pte`` for ExecuTorch's CUDA backend, ``pt2`` for a plain AOTInductor package.
+        restore_views: hand views to kernels as strides (``pte`` only; a ``pt2`` program has views already).
+        on_wrapper: called with the C++ source of each compiled program's wrapper.
+
+    Raises:
+        CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced,
+            or another thread is lowering (the overrides are global to the process).
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
+    if not _ONE_AT_A_TIME.acquire(blocking=False):
+        raise CrossCompileError("another lowering is running in this process: run them one after the other")
+    try:
+        find_compiler()
+        cuda_home = work_dir / "cuda"
+        make_cuda_home(cuda_home)
+        flags = _flags(work_dir, package)
+        target = overrides.Target(arch, work_dir, str(cuda_home), flags, restore_views, on_wrapper=on_wrapper)
+        table = overrides.TABLE + (overrides.EXECUTORCH_TABLE if package == "pte" else overrides.PT2_TABLE)
+        with contextlib.ExitStack() as stack:
+            stack.callback(forget_device)
+            ensure_cuda_device_guard()
+            _initialise_device_interfaces()
+            stack.enter_context(overrides.apply(table, target))
+            stack.enter_context(_environment(cuda_home, work_dir))
+            stack.enter_context(_inductor(arch, package))
+            forget_device()
+            yield
+    finally:
+        _ONE_AT_A_TIME.release()
+
+
+def _flags(work_dir: Path, package: str) -> ReproducibleFlags:
+    # A longer prefix must come after a shorter one: of two maps that match, gcc takes the later.
+    prefixes = {
+        sys.prefix: "python",
+        sysconfig.get_paths()["purelib"]: "site-packages",
+        str(Path(torch.__file__).parents[1]): "site-packages",
+        str(work_dir): "build",
+        str(work_dir.resolve()): "build",
+    }
+    if package == "pte":
+        return ReproducibleFlags(prefixes)
+    return ReproducibleFlags(prefixes, link_first=_libtorch_cuda(work_dir))
+
+
+def _libtorch_cuda(work_dir: Path) -> list[str]:
+    """Link arguments that make a package need libtorch_cuda.so, which a CPU build of PyTorch does not have."""
+    if torch.version.cuda is not None:
+        return []
+    folder = work_dir / "libtorch"
+    make_stub_library(folder / "libtorch_cuda.so", "libtorch_cuda.so", ("flashpte_stub_of_libtorch_cuda",))
+    return [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cuda"]
+
+
+def _initialise_device_interfaces() -> None:
+    from torch._dynamo.device_interface import get_interface_for_device
+
+    get_interface_for_device("cpu")  # registers all of them, once, over what is there
+
+
+@contextlib.contextmanager
+def _environment(cuda_home: Path, work_dir: Path) -> Iterator[None]:
+    changes = {
+        "CUDA_HOME": str(cuda_home),
+        "TORCHINDUCTOR_CACHE_DIR": str(work_dir / "inductor"),
+        "TRITON_CACHE_DIR": str(work_dir / "triton"),
+        # Line tables in a cubin name the file the kernel came from, with its path.
+        "TRITON_DISABLE_LINE_INFO": "1",
+        # CUDA builds of PyTorch bring an assembler of their own and prefer it.
+        "TRITON_PTXAS_PATH": str(find_triton_tool("ptxas")),
+        "TRITON_PTXAS_BLACKWELL_PATH": str(find_triton_tool("ptxas-blackwell")),
+    }
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
+    """Inductor's configuration, empty caches, and the rule that chooses matrix-multiply tiles."""
+    import torch._inductor.config as config
+    from torch._inductor import select_algorithm
+    from torch._inductor.utils import clear_caches
+
+    settings = {setting.name: setting.value for setting in SETTINGS}
+    settings["cuda.arch"] = str(arch.number)
+    # ExecuTorch has no matrix multiply of its own, so each one must become a Triton template. A plain AOTInductor
+    # package calls cuBLAS, which libtorch brings.
+    settings["max_autotune_gemm"] = package == "pte"
+    chooser = make_chooser(arch)
+    selector = select_algorithm.get_algorithm_selector_cache()
+    clear_caches()
+    with config.patch(settings):
+        selector.add_preprocessing_fn(chooser)
+        try:
+            yield
+        finally:
+            if chooser in selector.preprocessing_fns:
+                selector.preprocessing_fns.remove(chooser)
+            clear_caches()  # what it holds belongs to the target, and to files about to be deleted

@@ -1,0 +1,174 @@
+"""The host C++ toolchain: compiler, CUDA headers from PyPI wheels, and flags that give the same bytes anywhere.
+
+AOTInductor compiles a C++ wrapper with g++ against a CUDA toolkit. No toolkit is needed: the Triton wheel
+carries the CUDA headers, ``nvidia-cuda-cccl`` the one they include besides (``nv/target``), and linking needs
+only something that answers to ``-lcuda``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from flashpte.export.errors import ExportError
+
+# AVX2, no AVX-512: what every x86 machine with a GPU worth compiling for has. Needs gcc 11 or newer.
+HOST_MARCH = "x86-64-v3"
+
+_CCCL_DISTRIBUTIONS = ("nvidia-cuda-cccl", "nvidia-cuda-cccl-cu13", "nvidia-cuda-cccl-cu12")
+
+# Functions of libcuda that AOTInductor's wrapper calls. The stub defines them, so that a linker that drops
+# libraries nothing refers to (--as-needed) keeps the DT_NEEDED entry.
+_LIBCUDA_SYMBOLS = (
+    "cuCtxGetCurrent",
+    "cuFuncGetAttribute",
+    "cuFuncSetAttribute",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuInit",
+    "cuLaunchKernel",
+    "cuLaunchKernelEx",
+    "cuModuleGetFunction",
+    "cuModuleLoad",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuTensorMapEncodeTiled",
+)
+
+
+class CrossCompileError(ExportError):
+    """Something cross-compiling needs is missing, or does not fit the installed PyTorch."""
+
+
+@functools.cache
+def find_compiler() -> str:
+    """Path of the C++ compiler: ``$CXX``, else g++."""
+    wanted = os.environ.get("CXX") or "g++"
+    path = shutil.which(wanted)
+    if path is None:
+        raise CrossCompileError(f"no C++ compiler: {wanted} is not on PATH (install g++ 11 or newer, or set CXX)")
+    return path
+
+
+@functools.cache
+def compiler_version(compiler: str) -> str:
+    """First line of ``compiler --version``."""
+    out = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    return out.splitlines()[0]
+
+
+def find_cccl_include() -> Path:
+    """The folder that holds ``nv/target``, from whichever CCCL wheel is installed."""
+    for name in _CCCL_DISTRIBUTIONS:
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if file.parts[-2:] == ("nv", "target"):
+                path = Path(str(file.locate()))
+                if path.exists():
+                    return path.parent.parent
+    raise CrossCompileError("the CUDA header nv/target is missing: pip install nvidia-cuda-cccl")
+
+
+def find_triton_tool(name: str) -> Path:
+    """A program of the CUDA toolkit that the Triton wheel carries (ptxas, cuobjdump, ...)."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise CrossCompileError(f"{name} is missing from the triton wheel: reinstall triton")
+    return path
+
+
+def make_cuda_home(folder: Path) -> None:
+    """Fills ``folder`` with what AOTInductor reads of a CUDA toolkit: include/, lib64/libcuda.so and bin/."""
+    import triton
+
+    nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
+    include = folder / "include"
+    include.mkdir(parents=True)
+    for entry in sorted((nvidia / "include").iterdir()):
+        (include / entry.name).symlink_to(entry)
+    if not (include / "nv").exists():
+        (include / "nv").symlink_to(find_cccl_include() / "nv")
+    bin_ = folder / "bin"
+    bin_.mkdir()
+    for entry in sorted((nvidia / "bin").iterdir()):
+        (bin_ / entry.name).symlink_to(entry)
+    make_stub_library(folder / "lib64" / "libcuda.so", "libcuda.so.1", _LIBCUDA_SYMBOLS)
+
+
+def make_stub_library(path: Path, soname: str, symbols: Sequence[str]) -> None:
+    """Builds a shared library that only exists to be linked against."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = "\n".join(f"int {symbol}(void) {{ return 0; }}" for symbol in symbols)
+    command = [find_compiler(), "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-x", "c", "-", "-o", str(path)]
+    done = subprocess.run(command, input=source, text=True, capture_output=True)
+    if done.returncode:
+        raise CrossCompileError(f"cannot build a stub of {soname}: {done.stderr.strip().splitlines()[:1]}")
+
+
+def embed_cubin(cubin_file: str, kernel_name: str) -> str:
+    """Makes an object file that holds a cubin between ``__<kernel>_start`` and ``__<kernel>_end``.
+
+    Inductor's own way (``ld -b binary``, then renaming symbols) leaves their order to a hash of the file's path.
+
+    Returns:
+        The object file's path.
+    """
+    source, built = f"{cubin_file}.S", f"{cubin_file}.o"
+    start, end, size = (f"__{kernel_name}_{part}" for part in ("start", "end", "size"))
+    Path(source).write_text(
+        ".section .rodata\n.balign 16\n"
+        f".global {start}\n.global {end}\n.global {size}\n"
+        f'{start}:\n.incbin "{cubin_file}"\n{end}:\n.set {size}, {end} - {start}\n'
+        '.section .note.GNU-stack,"",@progbits\n'
+    )
+    done = subprocess.run([find_compiler(), "-c", source, "-o", built], capture_output=True, text=True)
+    if done.returncode:
+        raise CrossCompileError(f"cannot embed kernel {kernel_name}: {done.stderr.strip().splitlines()[:1]}")
+    return built
+
+
+class ReproducibleFlags:
+    """Rewrites Inductor's compiler command lines so that nothing of this machine gets into the binary.
+
+    Args:
+        prefixes: folders, and the fixed names that stand for them in ``__FILE__``.
+        link_first: arguments put before everything else when linking.
+    """
+
+    def __init__(self, prefixes: dict[str, str], link_first: Sequence[str] = ()) -> None:
+        self._maps = [f"-ffile-prefix-map={folder}={name}" for folder, name in prefixes.items()]
+        self._link_first = list(link_first)
+
+    def rewrite(self, command_line: str) -> str:
+        """Returns the command line to run instead of ``command_line``."""
+        compiler, *arguments = shlex.split(command_line)
+        if platform.machine() == "x86_64":  # Inductor's default is the build machine's own instruction set
+            arguments = [f"-march={HOST_MARCH}" if a == "-march=native" else a for a in arguments]
+        if "-shared" in arguments and "-c" not in arguments:
+            # The symbol table is dropped because it names temporary files; the dynamic one stays. Some distributions
+            # bind all symbols at load time by default; PyTorch's headers mention functions that are never called
+            # and that ExecuTorch does not have.
+            last = ["-Wl,--build-id=none", "-Wl,--strip-all", "-Wl,-z,lazy"]
+            return shlex.join([compiler, *self._link_first, *arguments, *last])
+        return shlex.join([compiler, *arguments, *self._maps, *self._source_maps(arguments)])
+
+    @staticmethod
+    def _source_maps(arguments: Sequence[str]) -> Iterator[str]:
+        # Inductor names a source file after a hash of the command line, which holds this machine's paths. Of two
+        # maps that match, gcc takes the later one.
+        for argument in arguments:
+            if argument.endswith(".cpp") and not argument.startswith("-"):
+                suffix = ".".join(Path(argument).name.split(".")[1:])
+                yield f"-ffile-prefix-map={argument}=model.{suffix}"

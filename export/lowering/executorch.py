@@ -1,0 +1,70 @@
+"""Programs to ``model.pte`` and ``aoti_cuda_blob.ptd``, through ExecuTorch's CUDA backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.export import ExportedProgram
+
+from flashpte.export.lowering.mutation import mutated_buffers
+
+PTE_NAME = "model.pte"
+PTD_NAME = "aoti_cuda_blob.ptd"  # the name ExecuTorch gives the CUDA backend's external data
+MUTABLE_BUFFER_METADATA = "get_mutable_buffer_metadata"
+
+Attention = Literal["flashpte", "executorch", "math"]
+
+
+def mutable_buffer_metadata(programs: Mapping[str, ExportedProgram]) -> str:
+    """The JSON that ExecuTorch's runners read to share buffers between sessions."""
+    return json.dumps(
+        {"version": 1, "mutable_buffers": list(mutated_buffers(programs.values()))}, separators=(",", ":")
+    )
+
+
+def write_pte(
+    programs: Mapping[str, ExportedProgram],
+    folder: Path,
+    attention: Attention,
+    constant_methods: Mapping[str, Any],
+) -> list[Path]:
+    """Lowers all methods in one call, so that they share weights and buffers by FQN, and writes the files.
+
+    Must run inside :func:`~flashpte.export.lowering.cross_compile.cross_compile`.
+
+    Args:
+        programs: methods by name.
+        folder: where ``model.pte`` and ``aoti_cuda_blob.ptd`` go (no ``.ptd`` when there are no weights).
+        attention: with ``executorch``, ExecuTorch's own Triton kernels replace SDPA nodes (and top-k).
+        constant_methods: values of methods that return a constant.
+    """
+    from executorch.backends.cuda.cuda_backend import CudaBackend
+    from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
+    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+
+    specs = [
+        # Pointwise and reduction kernels take the configuration Inductor's heuristics give, instead of compiling
+        # every candidate; matrix multiplies still choose among templates.
+        CompileSpec("max_autotune", b"OFF"),
+        CompileSpec("triton_kernel_mode", b"ON" if attention == "executorch" else b"OFF"),
+    ]
+    partitioner = {
+        name: [CudaPartitioner([CudaBackend.generate_method_name_compile_spec(name), *specs])] for name in programs
+    }
+    edge = to_edge_transform_and_lower(
+        dict(programs),
+        partitioner=partitioner,
+        # The CUDA backend takes ATen operators; dim-order variants of copies have no kernel in it.
+        compile_config=EdgeCompileConfig(_check_ir_validity=True, _skip_dim_order=True),
+        constant_methods=dict(constant_methods),
+    )
+    manager = edge.to_executorch(ExecutorchBackendConfig(emit_mutable_buffer_names=True))
+    pte = folder / PTE_NAME
+    with pte.open("wb") as file:
+        manager.write_to_file(file)
+    manager.write_tensor_data_to_file(str(folder))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".pte", ".ptd"))

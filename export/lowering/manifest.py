@@ -1,0 +1,135 @@
+"""What is written next to a lowered model, for people and for tools."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+
+from flashpte.export.lowering.mutation import mutated_buffers
+from flashpte.export.lowering.output import GENERATOR, MANIFEST_NAME
+
+MANIFEST_VERSION = 1
+_VERSIONED = ("flashpte", "torch", "triton", "executorch", "transformers")
+_CHUNK = 8 << 20
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide what comes out; those that are not installed are left out."""
+    found = {}
+    for name in _VERSIONED:
+        if name in sys.modules and hasattr(sys.modules[name], "__version__"):
+            found[name] = str(sys.modules[name].__version__)  # torch's says which build it is
+        else:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
+    return found
+
+
+def describe_method(program: ExportedProgram) -> dict[str, Any]:
+    """A method's inputs and outputs, in calling order, with dtypes and shapes.
+
+    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound.
+    """
+    by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = [
+        _describe_value(spec.arg, by_name, program)
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT
+    ]
+    outputs = [
+        _describe_value(spec.arg, by_name, program)
+        for spec in program.graph_signature.output_specs
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    return {
+        "inputs": inputs,
+        "outputs": outputs,
+        "mutable_buffers": list(mutated_buffers([program])),
+    }
+
+
+def _describe_value(argument: Any, by_name: Mapping[str, Any], program: ExportedProgram) -> dict[str, Any]:
+    name = str(argument.name)
+    if isinstance(argument, ConstantArgument):
+        return {"name": name, "constant": argument.value}
+    value = by_name.get(name)
+    if not isinstance(value, torch.Tensor):
+        return {"name": name, "type": type(value).__name__}
+    return {
+        "name": name,
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": [_describe_size(size, program) for size in value.shape],
+    }
+
+
+def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | list[int | None]:
+    if isinstance(size, int):
+        return size
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    known = program.range_constraints.get(size.node.expr)
+    if known is not None:
+        bounds = bounds & known
+    limits: list[int | None] = []
+    for bound in (bounds.lower, bounds.upper):
+        limits.append(int(bound) if bound.is_finite and int(bound) < 2**62 else None)
+    return limits
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a folder, the manifest excepted."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+
+
+def build_manifest(
+    programs: Mapping[str, ExportedProgram],
+    *,
+    arch: str,
+    package: str,
+    attention: str,
+    constant_methods: Mapping[str, Any],
+    files: Mapping[str, Any],
+    caller: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input."""
+    return {
+        **caller,
+        "generator": GENERATOR,
+        "version": MANIFEST_VERSION,
+        "versions": versions(),
+        "arch": arch,
+        "format": package,
+        "attention": attention,
+        "methods": {name: describe_method(program) for name, program in programs.items()},
+        "constant_methods": dict(constant_methods),
+        "files": dict(files),
+    }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Writes ``manifest.json``."""
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(manifest, indent=2) + "\n")
+    return path

@@ -1,0 +1,197 @@
+"""Checks a lowered model before it is handed out: what would fail on the user's GPU fails here, with a reason."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from flashpte.export.errors import ExportError
+from flashpte.export.lowering.cross_compile import GpuArch
+from flashpte.export.lowering.mutation import mutated_buffers
+from flashpte.export.lowering.pte_contents import (
+    Method,
+    PteContents,
+    SharedLibrary,
+    WeightEntry,
+    inspect_pte,
+    read_library,
+)
+from flashpte.export.lowering.shims import missing_shims
+
+_COPIES = ("et_copy::_h2d_copy.out", "et_copy::_d2h_copy.out")
+_COMPARE_BYTES = 64 << 20
+
+
+class SelfCheckError(ExportError):
+    """A lowered model is not what was asked for; nothing is written."""
+
+
+def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuArch, attention: str) -> None:
+    """Checks ``model.pte`` and its weights against the programs they were made from.
+
+    Raises:
+        SelfCheckError: naming the first thing that is wrong.
+    """
+    contents = inspect_pte(folder / "model.pte")
+    if set(contents.methods) != set(programs):
+        raise SelfCheckError(f"the file has methods {sorted(contents.methods)}, not {sorted(programs)}")
+    foreign = frozenset() if attention == "executorch" else executorch_kernels()
+    for name, method in contents.methods.items():
+        for problem in _method_problems(method, arch, foreign):
+            raise SelfCheckError(f"method {name}: {problem}")
+        for problem in _weight_problems(contents, name, programs[name]):
+            raise SelfCheckError(f"method {name}: {problem}")
+
+
+def check_pt2(path: Path, arch: GpuArch) -> None:
+    """Checks the code of an AOTInductor package.
+
+    Raises:
+        SelfCheckError: naming the first thing that is wrong.
+    """
+    with zipfile.ZipFile(path) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
+    if len(libraries) != 1:
+        raise SelfCheckError(f"{path.name} holds {len(libraries)} shared libraries; one was expected")
+    library = read_library(libraries[0])
+    for problem in _code_problems(library, arch):
+        raise SelfCheckError(f"{path.name}: {problem}")
+    if "libtorch_cuda.so" not in library.needed:
+        raise SelfCheckError(f"{path.name}: not linked with libtorch_cuda.so")
+
+
+def _method_problems(method: Method, arch: GpuArch, foreign: frozenset[str]) -> Iterator[str]:
+    if method.delegates != ("CudaBackend",):
+        yield f"delegates are {method.delegates}; one CudaBackend was expected"
+    others = [operator for operator in method.operators if operator not in _COPIES]
+    if others:
+        yield f"operators left outside the delegate: {', '.join(others)}"
+    yield from _code_problems(method.library, arch)
+    missing = missing_shims(method.library.undefined)
+    if missing:
+        yield f"ExecuTorch's runtime does not provide {', '.join(missing)}"
+    used = sorted({kernel for cubin in method.library.cubins for kernel in cubin.kernels} & foreign)
+    if used:
+        yield f"kernels of ExecuTorch's own were compiled in: {', '.join(used)}"
+
+
+def _code_problems(library: SharedLibrary, arch: GpuArch) -> Iterator[str]:
+    for cubin in library.cubins:
+        if cubin.arch != arch.name:
+            yield f"kernel {cubin.symbol} was compiled for {cubin.arch}, not {arch.name}"
+    wide = find_avx512(library.data)
+    if wide:
+        yield f"host code uses AVX-512: {wide}"
+    path = find_build_path(library.data)
+    if path:
+        yield f"host code names a folder of this machine: {path}"
+
+
+def executorch_kernels() -> frozenset[str]:
+    """Names of the Triton functions in the modules of ExecuTorch's CUDA backend that can be imported here."""
+    import executorch.backends.cuda.triton.kernels as package
+    from triton.runtime import JITFunction
+
+    names = set()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package.__name__):
+            for value in vars(module).values():
+                while value is not None and not isinstance(value, JITFunction):  # under @triton.autotune
+                    value = getattr(value, "fn", None) if type(value).__module__.startswith("triton") else None
+                if value is not None:
+                    names.add(value.__name__)
+    return frozenset(names)
+
+
+def can_disassemble() -> bool:
+    """Whether there is an ``objdump`` (GNU binutils); without it host code is not searched for AVX-512."""
+    return shutil.which("objdump") is not None
+
+
+def find_avx512(code: bytes) -> str | None:
+    """The first AVX-512 instruction of a shared library; ``None`` also when there is no objdump to ask."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(code)
+        file.flush()
+        command = [objdump, "-d", "--no-show-raw-insn", file.name]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            found = next((line.strip() for line in process.stdout if _AVX512.search(line)), None)
+            process.kill()
+    return found
+
+
+# zmm registers, registers 16 to 31 of the shorter kinds, and mask registers exist in AVX-512 only.
+_AVX512 = re.compile(r"%zmm\d|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
+
+
+def find_build_path(data: bytes) -> str | None:
+    """A folder of this machine (home, temporary, Python, working folder) that occurs in ``data``."""
+    folders = {
+        str(Path.home()),
+        tempfile.gettempdir(),
+        sys.prefix,
+        sysconfig.get_paths()["purelib"],
+        str(Path.cwd()),
+        str(Path(torch.__file__).parents[1]),
+    }
+    for folder in sorted(folders):
+        if len(folder) > 1 and (folder.rstrip("/") + "/").encode() in data:
+            return folder
+    return None
+
+
+def _weight_problems(contents: PteContents, method: str, program: ExportedProgram) -> Iterator[str]:
+    values = {**program.constants, **program.state_dict}
+    for entry in contents.methods[method].weights:
+        if entry.key not in contents.data:
+            yield f"the .ptd has no {entry.key}"
+            continue
+        original = values.get(entry.fqn)
+        if not isinstance(original, torch.Tensor):
+            continue  # a constant that the compiler made, such as a lifted scalar
+        if original.dtype != entry.dtype or tuple(original.shape) != entry.shape:
+            yield f"{entry.fqn} was written as {entry.dtype} {entry.shape}"
+        elif not _same_bytes(original, entry, contents.data[entry.key]):
+            yield f"{entry.fqn} differs from the program's value"
+    used = {entry.fqn for entry in contents.methods[method].weights}
+    for fqn in mutated_buffers([program]):
+        if fqn not in used:
+            yield f"mutable buffer {fqn} is not bound by its name, so methods would not share it"
+
+
+def _same_bytes(original: torch.Tensor, entry: WeightEntry, data: memoryview) -> bool:
+    """Compares without copying a large tensor whole: dense tensors in pieces, others through a strided view."""
+    if original.numel() == 0:
+        return True
+    original = original.detach().cpu()
+    dense = original.is_contiguous() and entry.storage_offset == 0 and entry.strides == original.stride()
+    if not dense:
+        written = torch.frombuffer(bytearray(data), dtype=entry.dtype)
+        view = written.as_strided(entry.shape, entry.strides, entry.storage_offset)
+        return bool(torch.equal(_bits(view.contiguous()), _bits(original.contiguous())))
+    flat = _bits(original)
+    if len(data) < flat.numel():
+        return False
+    for start in range(0, flat.numel(), _COMPARE_BYTES):
+        piece = flat[start : start + _COMPARE_BYTES]
+        if piece.numpy().tobytes() != data[start : start + piece.numel()]:
+            return False
+    return True
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
