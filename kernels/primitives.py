@@ -35,14 +35,6 @@ def score_scale(scale, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
-def as_bytes(mask_ptr, MASK: tl.constexpr):
-    """A bool mask's pointer as one to bytes: loads through a pointer to bits are not vectorised or pipelined."""
-    if MASK == 1:
-        mask_ptr = mask_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-    return mask_ptr
-
-
-@triton.jit
 def listed_key(tiles, step, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
     """First key of the ``step``-th tile of ``BLOCK_N`` keys in a list of map tiles; 0 past ``end``.
 

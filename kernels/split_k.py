@@ -34,7 +34,7 @@ from flashpte.kernels.launch import (
     static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, as_bytes, attend_tile, listed_key, normalise, score_scale
+from flashpte.kernels.primitives import INTERPRETED, attend_tile, listed_key, normalise, score_scale
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
@@ -107,7 +107,7 @@ def _split_k_kernel(
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     mask_rows = head
     if MASK != 0:
-        mask_rows = as_bytes(mask_ptr, MASK) + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     qk_scale = score_scale(scale, EXP2_SCALE)
@@ -119,15 +119,47 @@ def _split_k_kernel(
     if MASK != 0:
         tile_row = b * stride_tb + h * stride_th
         tiles = tiles_ptr + tile_row * n_key_tiles
-        live = tl.load(counts_ptr + tile_row * 2) + tl.load(counts_ptr + tile_row * 2 + 1)
-        steps = live * (MAP_BLOCK_N // BLOCK_N)
+        full_steps = tl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
+        steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
     else:
         # Causal is aligned to the top left: no row sees a key beyond the last row.
         steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
+        full_steps = 0 if CAUSAL else kv_len // BLOCK_N
     first = (split.to(tl.int64) * steps // num_splits).to(tl.int32)
     last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
+    edge = tl.minimum(tl.maximum(first, full_steps), last)
     start_n = listed_key(tiles, first, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else first * BLOCK_N
-    for step in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(first, edge, num_stages=STAGES):
+        acc, row_max, row_sum = attend_tile(
+            q,
+            q_rows,
+            acc,
+            row_max,
+            row_sum,
+            k_ptr,
+            v_ptr,
+            start_n,
+            kv_len,
+            stride_kn,
+            stride_vn,
+            mask_rows,
+            stride_mn,
+            m,
+            qk_scale,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            False,
+            False,
+            0,
+            EXP2_SCALE,
+            EXACT,
+        )
+        start_n = listed_key(tiles, step + 1, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
+    # Tiles that reach past the end of the keys, or that the mask shows in part, come last.
+    for step in tl.range(edge, last, num_stages=1):
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,

@@ -32,7 +32,6 @@ from flashpte.kernels.launch import (
 )
 from flashpte.kernels.primitives import (
     INTERPRETED,
-    as_bytes,
     attend_tile,
     listed_key,
     load_tile,
@@ -117,7 +116,7 @@ def _tiled_kernel(
     if MASK != 0:
         # Rows past the end repeat the last one, so that the pointers stay in range.
         safe_m = tl.minimum(m, q_len - 1).to(tl.int64)
-        mask_rows = as_bytes(mask_ptr, MASK) + b * stride_mb + head * stride_mh + safe_m * stride_mm
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m * stride_mm
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
         n_full = tl.load(counts_ptr + tile_row * 2)

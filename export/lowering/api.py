@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,9 @@ def lower(
     )
 
 
+_ERROR_LINE = re.compile(r"\berror: |multiple definition|undefined reference|cannot find")
+
+
 class LoweringError(ExportError):
     """A program could not be compiled; the cause holds the compiler's own error."""
 
@@ -163,8 +167,14 @@ def _plain_errors() -> Iterator[None]:
             if isinstance(inner, ExportError):
                 raise inner from error
             inner = getattr(inner, "inner_exception", None) or inner.__cause__
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise LoweringError(f"compiling failed: {type(error).__name__}: {' '.join(lines[:3])[:400]}") from error
+        raise LoweringError(f"compiling failed: {type(error).__name__}: {_summary(str(error))}") from error
+
+
+def _summary(message: str) -> str:
+    """One line of a compiler's many: what its tools call an error, else how the message begins."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR_LINE.search(line)]
+    return " ".join((errors or lines)[:3])[:400]
 
 
 def _check_arguments(

@@ -141,7 +141,8 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     block_n, stages = (32, 2) if width > 256 else (64, 3)
     if shape.dtype == torch.float32:
         rows, block_n, stages = _FLOAT32_TILE
-    rows, block_n, stages = _fit(shape, rows, block_n, stages, 4, arch)
+    # The mask is loaded in a loop of its own, which is not pipelined.
+    rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, 4, arch)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
     long = shape.kv_len is None or shape.kv_len >= 16384
     splits = max(1, arch.sm_count * (2 if long else 1) // parallel)

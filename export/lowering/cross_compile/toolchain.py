@@ -125,7 +125,8 @@ def embed_cubin(cubin_file: str, kernel_name: str) -> str:
     Returns:
         The object file's path.
     """
-    source, built = f"{cubin_file}.S", f"{cubin_file}.o"
+    # Named after the kernel too: a program that calls one kernel for two purposes has one cubin under two names.
+    source, built = f"{cubin_file}.{kernel_name}.S", f"{cubin_file}.{kernel_name}.o"
     start, end, size = (f"__{kernel_name}_{part}" for part in ("start", "end", "size"))
     Path(source).write_text(
         ".section .rodata\n.balign 16\n"
