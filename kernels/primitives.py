@@ -35,14 +35,27 @@ def score_scale(scale, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
-def listed_key(tiles, step, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of the ``step``-th tile of ``BLOCK_N`` keys in a list of map tiles; 0 past ``end``.
+def listed_key(tiles, step, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of the ``step``-th tile of ``BLOCK_N`` keys in a list of map tiles."""
+    SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
+    return tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
 
-    Kernels carry it from one iteration to the next: a loop that loads an index and, through it, a mask in the same
-    iteration is not pipelined (Triton 3.6).
+
+@triton.jit
+def consecutive_end(tiles, first, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``end`` if steps ``first .. end`` of an ascending list are consecutive tiles (or none), else ``first``.
+
+    Consecutive tiles are walked without the list: a loop whose addresses come from memory runs up to 20% slower.
+    Causal, windowed and padded masks have consecutive full tiles; a ring buffer has two runs of them.
     """
     SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
-    return tl.load(tiles + step // SUB, mask=step < end, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
+    result = first
+    if end > first:
+        from_tile = first // SUB
+        to_tile = (end - 1) // SUB
+        if tl.load(tiles + to_tile) - tl.load(tiles + from_tile) == to_tile - from_tile:
+            result = end
+    return result
 
 
 @triton.jit

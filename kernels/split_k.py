@@ -34,7 +34,7 @@ from flashpte.kernels.launch import (
     static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, attend_tile, listed_key, normalise, score_scale
+from flashpte.kernels.primitives import INTERPRETED, attend_tile, consecutive_end, listed_key, normalise, score_scale
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
@@ -128,8 +128,13 @@ def _split_k_kernel(
     first = (split.to(tl.int64) * steps // num_splits).to(tl.int32)
     last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
     edge = tl.minimum(tl.maximum(first, full_steps), last)
-    start_n = listed_key(tiles, first, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else first * BLOCK_N
+    first_key = first * BLOCK_N
+    if MASK != 0:
+        edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
+        if edge > first:
+            first_key = listed_key(tiles, first, MAP_BLOCK_N, BLOCK_N)
     for step in tl.range(first, edge, num_stages=STAGES):
+        start_n = first_key + (step - first) * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -157,9 +162,9 @@ def _split_k_kernel(
             EXP2_SCALE,
             EXACT,
         )
-        start_n = listed_key(tiles, step + 1, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
-    # Tiles that reach past the end of the keys, or that the mask shows in part, come last.
+    # What needs checks: tiles past the end of the keys, tiles that the mask shows in part, scattered full tiles.
     for step in tl.range(edge, last, num_stages=1):
+        start_n = listed_key(tiles, step, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -187,7 +192,6 @@ def _split_k_kernel(
             EXP2_SCALE,
             EXACT,
         )
-        start_n = listed_key(tiles, step + 1, last, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
 
     dv = tl.arange(0, BLOCK_DV)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]

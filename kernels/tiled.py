@@ -33,6 +33,7 @@ from flashpte.kernels.launch import (
 from flashpte.kernels.primitives import (
     INTERPRETED,
     attend_tile,
+    consecutive_end,
     listed_key,
     load_tile,
     normalise,
@@ -132,8 +133,18 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
-    start_n = listed_key(tiles, 0, full_steps, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else 0
+    first_key = 0
+    if MASK != 0:
+        consecutive = consecutive_end(tiles, 0, full_steps, MAP_BLOCK_N, BLOCK_N)
+        if consecutive > 0:
+            first_key = listed_key(tiles, 0, MAP_BLOCK_N, BLOCK_N)
+            # The partial tiles are listed behind the full ones.
+            tiles += n_full
+        else:
+            edge_steps += n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
+        full_steps = consecutive
     for step in tl.range(0, full_steps, num_stages=STAGES):
+        start_n = first_key + step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -161,12 +172,13 @@ def _tiled_kernel(
             EXP2_SCALE,
             EXACT,
         )
-        start_n = listed_key(tiles, step + 1, full_steps, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else start_n + BLOCK_N
-
-    # The partial tiles are listed behind the full ones.
-    tiles += n_full
-    start_n = listed_key(tiles, 0, edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N) if MASK != 0 else edge_start
+    # What needs checks: tiles past the end of the keys or on the diagonal, or that the mask shows in part, and full
+    # tiles that are scattered.
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
+        if MASK != 0:
+            start_n = listed_key(tiles, step, MAP_BLOCK_N, EDGE_BLOCK_N)
+        else:
+            start_n = edge_start + step * EDGE_BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
             q_rows,
@@ -194,10 +206,6 @@ def _tiled_kernel(
             EXP2_SCALE,
             EXACT,
         )
-        if MASK != 0:
-            start_n = listed_key(tiles, step + 1, edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N)
-        else:
-            start_n += EDGE_BLOCK_N
 
     dv = tl.arange(0, BLOCK_DV)
     out_ptr += b * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_om

@@ -125,7 +125,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def bench_rows(name: str, length: int, context: int | None, rows: int, limits: dict[str, float]) -> dict:
+def bench_rows(name: str, length: int, context: int | None, rows: int, limits: dict[str, float], et) -> dict:
     """One decode or verify case; the mask is causal over the context, as an exported model makes it."""
     shape = SHAPES[name]
     group = shape.heads_q // shape.heads_kv
@@ -153,7 +153,6 @@ def bench_rows(name: str, length: int, context: int | None, rows: int, limits: d
     }
     if length > 32768:
         del candidates["torch default"]  # tens of milliseconds a call
-    et = executorch_ops()
     if et is not None:
         chosen = et(rows)
         candidates["executorch"] = lambda k, v: chosen(q, k, v, mask, 0.0, False, shape.scale, True)
@@ -169,7 +168,7 @@ def bench_rows(name: str, length: int, context: int | None, rows: int, limits: d
     return row
 
 
-def bench_prefill(name: str, length: int, window: int | None, limits: dict[str, float]) -> dict:
+def bench_prefill(name: str, length: int, window: int | None, limits: dict[str, float], et) -> dict:
     """One prefill case: causal, optionally with a sliding window, given as a dense bool mask."""
     shape = SHAPES[name]
     q = random(1, shape.heads_q, length, shape.head_dim)
@@ -196,7 +195,6 @@ def bench_prefill(name: str, length: int, window: int | None, limits: dict[str, 
         candidates["flashpte is_causal"] = lambda: kernels.sdpa_prefill(
             q, k, v, None, None, None, True, shape.scale, DIM_ORDER
         )
-    et = executorch_ops()
     if et is not None:
         candidates["executorch"] = lambda: et(length)(q, k, v, mask, 0.0, False, shape.scale, True)
     row = {
@@ -226,9 +224,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     suites = ("decode", "verify", "prefill")
     parser.add_argument("--suite", nargs="+", choices=suites, default=suites)
+    parser.add_argument("--no-executorch", action="store_true", help="leave its operators out: they tune for minutes")
     parser.add_argument("--json", help="also write raw numbers to this file")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    et = None if arguments.no_executorch else executorch_ops()
     limits = ceilings()
     results: dict = {
         "date": datetime.date.today().isoformat(),
@@ -240,10 +240,10 @@ def main() -> None:
           f"bf16 {limits['bf16_flop_per_us'] / 1e6:.0f} TFLOP/s")  # fmt: skip
     for suite in arguments.suite:
         if suite == "prefill":
-            rows = [bench_prefill(*case, limits) for case in PREFILL]
+            rows = [bench_prefill(*case, limits, et) for case in PREFILL]
         else:
             rows = [
-                bench_rows(*case, m, limits) for case in DECODE for m in ((1,) if suite == "decode" else (4, 8, 16))
+                bench_rows(*case, m, limits, et) for case in DECODE for m in ((1,) if suite == "decode" else (4, 8, 16))
             ]
         results[suite] = rows
         print_table(suite, rows)
