@@ -45,6 +45,8 @@ def attention_reference(
         scores = scores.masked_fill(torch.arange(kv_len, device=query.device)[None] > rows, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if kv_len == 0:
+        return query.new_zeros(batch, heads_q, q_len, v_head_dim)
     row_max = scores.amax(-1, keepdim=True)
     probs = torch.exp(scores - row_max.masked_fill(row_max == float("-inf"), 0.0))
     row_sum = probs.sum(-1, keepdim=True)

@@ -148,6 +148,14 @@ def _check(mask: torch.Tensor, head_group: int) -> None:
         raise ValueError(f"tile_map: {heads} mask heads are not a multiple of head_group {head_group}")
 
 
+def _floor(dtype: torch.dtype) -> float:
+    """The value that, alone in a tile, makes it skippable beside larger ones.
+
+    float16's minimum is none: scores can bridge the 65,504 between it and 0. It gets float32's, which it never holds.
+    """
+    return torch.finfo(torch.float32 if dtype == torch.float16 else dtype).min
+
+
 def _map_heads(mask: torch.Tensor, head_group: int) -> int:
     return 1 if static_int(mask.shape[1]) == 1 else mask.shape[1] // head_group
 
@@ -188,7 +196,7 @@ def launch_tile_map(
         heads,
         q_len,
         kv_len,
-        0.0 if is_bool else torch.finfo(mask.dtype).min,
+        0.0 if is_bool else _floor(mask.dtype),
         HEAD_GROUP=group,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -257,7 +265,8 @@ def tile_map_reference(
         floor = torch.zeros_like(live)
         anchored = torch.ones(batch, heads, q_len, dtype=torch.bool)
     else:
-        minimum = torch.finfo(mask.dtype).min
+        minimum = _floor(mask.dtype)
+        full_mask = full_mask.float()
         live = full_mask != float("-inf")
         open_ = full_mask == 0
         floor = full_mask == minimum

@@ -40,9 +40,7 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             "call torch.export.export(model, example_inputs) first"
         )
     program = _copy(exported_program)
-    # The signature names the outputs: an attention that is one has to be renamed there too.
-    with program.graph_module._set_replace_hook(program.graph_signature.get_replace_hook()):
-        report = replace_sdpa_in_graph(program.graph_module)
+    report = replace_sdpa_in_graph(program.graph_module)
     program.validate()
     return program, report
 
@@ -70,8 +68,12 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
     routes: list[NodeRoute] = []
     maps: dict[GraphModule, TileMaps] = {}
     for module, node in find_sdpa(graph_module):
-        call = recover_gqa(SdpaCall.from_node(node))
+        written = SdpaCall.from_node(node)
+        call = recover_gqa(written)
         decision = route(call)
+        if decision.op is None and call is not written:
+            # The repetition may be what made a layout fit: it is a copy.
+            call, decision = written, route(written)
         routes.append(_entry(call, decision))
         if decision.op is not None:
             _replace(call, decision.op, decision, maps.setdefault(module, TileMaps()))
@@ -104,6 +106,8 @@ def _replace(call: SdpaCall, op_name: str, decision: Route, tile_maps: TileMaps)
     )
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
+    # Signatures of a program and of its modules refer to outputs by name.
+    new.name = call.node.name
 
 
 def _entry(call: SdpaCall, decision: Route) -> NodeRoute:

@@ -4,8 +4,9 @@ Without ``enable_gqa`` a model repeats each key/value head for the query heads t
 ``unsqueeze -> expand -> reshape`` (Hugging Face's ``repeat_kv``, or ``repeat_interleave`` once decomposed), or
 ``repeat_interleave`` itself. That copies the whole cache at every step; the kernels take grouped heads as they are.
 
-The trap: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1). Only the
-repetition right behind the head dimension is recovered.
+The traps: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1), so only
+the repetition right behind the head dimension is recovered. And before a program is made functional, the cache may be
+written between the repetition and the attention, or the copy may be: then the copy is not the cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from flashpte.passes.mutation import written_between
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, same_size, val
 
 aten = torch.ops.aten
@@ -36,6 +38,10 @@ def recover_gqa(call: SdpaCall) -> SdpaCall:
         return call
     if val(call.query).shape[1] != val(call.key).shape[1]:
         return call
+    for source, repeated in ((key, call.key), (value, call.value)):
+        chain = _chain(source, repeated)
+        if written_between(chain[0], call.node, [source, *chain]):
+            return call
     return dataclasses.replace(call, key=key, value=value, enable_gqa=True)
 
 
@@ -70,6 +76,14 @@ def _ungrouped(repeated: Node) -> Node | None:
     ):
         return None
     return source
+
+
+def _chain(source: Node, repeated: Node) -> list[Node]:
+    """The nodes from behind ``source`` to ``repeated``, first one first."""
+    nodes = [repeated]
+    while nodes[-1].args[0] is not source:
+        nodes.append(_node(nodes[-1].args[0]))
+    return nodes[::-1]
 
 
 def _skip_identities(argument: Any) -> Node:

@@ -41,6 +41,8 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def _decline_reason(call: SdpaCall) -> str | None:
     query, key, value = val(call.query), val(call.key), val(call.value)
+    if val(call.node).dtype != query.dtype:
+        return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"
     if call.dropout_p != 0.0:
         return f"dropout_p is {call.dropout_p}: the kernels are for inference"
     if call.mask is not None and call.is_causal:

@@ -55,8 +55,17 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A value of a size or stride to compare magnitudes with: the example's, for a symbolic one."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """A value of a size or stride to compare magnitudes with: the example's, for a symbolic one.
+
+    A size that depends on data has no example; a number that no size is a multiple of by chance stands in for it.
+    """
+    if isinstance(size, int):
+        return size
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    expr = size.node.expr
+    primes = (10007, 20011, 30011, 40009)
+    return int(expr.subs(dict(zip(sorted(expr.free_symbols, key=str), primes, strict=False))))
 
 
 def printable(size: int | torch.SymInt) -> int | str:

@@ -2,6 +2,7 @@
 
 Models compute a mask once and expand it for every layer. The trap: each layer sees its own ``expand`` node, so the
 mask has to be followed back through expands to the tensor that was computed, whose broadcast dimensions have size 1.
+And before a program is made functional the mask may be changed in place between two calls, which then need two maps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.fx import Node
 from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.insert import call_before, size_argument
+from flashpte.passes.mutation import written_between
 from flashpte.passes.route import PREFILL
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
 
@@ -58,7 +60,8 @@ class TileMaps:
         if val(mask).shape[1] == 1:
             group = 1
         identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group)
-        if identity not in self._maps:
+        made = self._maps.get(identity)
+        if made is None or written_between(made[0], call.node, [mask]):
             q_len, kv_len = size_argument(call.node, call.query, 2), size_argument(call.node, call.key, 2)
             both = call_before(
                 call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group

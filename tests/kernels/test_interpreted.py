@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import MASKS, Case, build, check
+from attention_cases import MASKS, Case, Problem, build, check
 from mutants import mutant
 
 from flashpte.kernels import split_k, tiled, tuning
@@ -132,7 +132,7 @@ def test_split_k_causal_visits_visible_keys_only(monkeypatch):
 
 @pytest.mark.parametrize("mask", ["bool_context", "bool_window", "bool_ring", "bool_all_empty", "float_min_context"])
 def test_tiled_visits_live_tiles_only(monkeypatch, mask):
-    case = Case(200, 900, heads_q=1, heads_kv=1, head_dim=16, mask=mask)
+    case = Case(200, 900, heads_q=1, heads_kv=1, head_dim=16, mask=mask, dtype=torch.float32)
     counted = CountedTiles(monkeypatch, tiled)
     problem, out = run(tiled.launch_tiled, case, tuning.TiledConfig(128, 128, 4, 2, 128, 1))
     check(problem, out)
@@ -174,7 +174,8 @@ def test_each_mutation_is_caught(name, tmp_path):
     def failures(launcher) -> int:
         failed = 0
         for mask in masks:
-            case = Case(3 if module == "split_k" else 40, 90, head_dim=32, scale=1.0, mask=mask)
+            dtype = torch.float32 if "min" in mask else torch.float16
+            case = Case(3 if module == "split_k" else 40, 90, head_dim=32, scale=1.0, mask=mask, dtype=dtype)
             try:
                 check(*run(launcher, case, configs[module]))
             except AssertionError:
@@ -185,3 +186,16 @@ def test_each_mutation_is_caught(name, tmp_path):
     assert failures(intact) == 0
     changed = getattr(mutant(tmp_path, file, old, new, module), f"launch_{module}")
     assert failures(changed) > 0
+
+
+def test_float16_scores_that_bridge_the_masks_minimum():
+    """Masked by -65504, the last keys still win by their scores: skipping their tiles would be wrong."""
+    query = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)
+    key = torch.full((1, 1, 256, 64), -20.0, dtype=torch.float16)
+    key[:, :, 128:] = 40.0
+    value = torch.randn(1, 1, 256, 64, generator=torch.Generator().manual_seed(0)).half()
+    mask = torch.zeros(1, 1, 1, 256, dtype=torch.float16)
+    mask[..., 128:] = torch.finfo(torch.float16).min
+    problem = Problem(query, key, value, mask, False, 1.0)
+    for launcher in (split_k.launch_split_k, tiled.launch_tiled):
+        check(problem, launcher(query, key, value, mask, None, None, False, 1.0, (0, 2, 1, 3)))

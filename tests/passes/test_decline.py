@@ -79,6 +79,18 @@ def test_run_time_scale():
     assert "computed at run time" in route(SdpaCall.from_node(node)).reason
 
 
+def test_autocast():
+    class Autocast(torch.nn.Module):
+        def forward(self, q, k, v):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return F.scaled_dot_product_attention(q, k, v)
+
+    program = exported(Autocast(), qkv(4))
+    new, report = replace_sdpa(program)
+    assert "autocast" in report.declined[0].reason
+    assert new.module()(*qkv(4)).dtype == program.module()(*qkv(4)).dtype == torch.bfloat16
+
+
 def test_a_program_without_attention_is_returned_as_it_was():
     program = exported(torch.nn.Linear(4, 4), (torch.randn(1, 4),))
     new, report = replace_sdpa(program)

@@ -78,6 +78,22 @@ def test_keys_alone_are_not_enough():
     assert calls(new, "repeat_interleave")
 
 
+def test_a_repetition_that_is_also_the_copy_that_fits():
+    """Keys kept as [B, H, D, L]: the repetition makes them contiguous, so it stays."""
+
+    class Transposed(torch.nn.Module):
+        def forward(self, q, k, v):
+            repeat = REPEAT["hugging face"]
+            return F.scaled_dot_product_attention(q, repeat(k.transpose(2, 3), 3), repeat(v, 3))
+
+    q, k, v = qkv(5, heads=6, heads_kv=2)
+    args = (q, k.transpose(2, 3).contiguous(), v)
+    program = exported(Transposed(), args)
+    new, report = replace_sdpa(program)
+    assert report.nodes[0].key == (1, 6, 64, 16)
+    torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
+
+
 def test_dynamic_lengths():
     rows, keys = Dim("rows", min=2, max=99), Dim("keys", min=2, max=500)
     shapes = {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}, "mask": {2: rows, 3: keys}}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from programs import Attention, CachedLayers, cached_program, calls, exported, qkv
+from programs import Attention, CachedLayers, cached_program, calls, check_maps, exported, qkv
 from torch.export import Dim
 
 from flashpte.passes import format_table, replace_sdpa
@@ -77,8 +77,10 @@ def test_masks_of_every_broadcast(q_len, shape, kind):
     mask = torch.rand(shape, generator=generator) < 0.6 if kind == "bool" else torch.randn(shape, generator=generator)
     if len(shape) == 1:
         mask = mask.expand(q_len, 64)  # a mask has at least two dimensions
-    new, entry = rewrite(Attention(), (*qkv(q_len, batch=2), mask))
+    args = (*qkv(q_len, batch=2), mask)
+    new, entry = rewrite(Attention(), args)
     assert entry.mask == kind
+    assert check_maps(new, args) == 1
     node = calls(new, "sdpa_")[0]
     assert node.args[3].meta["val"].dim() == 4
     assert len(calls(new, "tile_map")) == 1
@@ -134,6 +136,7 @@ def test_one_map_for_layers_that_share_a_mask(q_len, dynamic, decompose):
     users = calls(new, "sdpa_")
     assert len({n.args[3] for n in users}) == 1
     assert users[0].args[3].meta["val"].shape[:2] == (1, 1)
+    assert check_maps(new, args) == 3
     torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=1e-5, rtol=1e-4)
 
 
@@ -242,3 +245,37 @@ def test_report_names_the_module_and_is_json_ready():
 def test_only_exported_programs_are_taken():
     with pytest.raises(TypeError, match=r"takes a torch\.export\.ExportedProgram, got Attention"):
         replace_sdpa(Attention())
+
+
+def test_preserved_module_signatures():
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Bare()
+
+        def forward(self, q, k, v):
+            return self.inner(q, k, v) + 1
+
+    class Bare(torch.nn.Module):
+        def forward(self, q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    args = qkv(5)
+    program = torch.export.export(Outer(), args, preserve_module_call_signature=("inner",))
+    new, report = replace_sdpa(program)
+    assert report.replaced
+    torch.testing.assert_close(torch.export.unflatten(new)(*args), Outer()(*args), atol=2e-6, rtol=2e-5)
+
+
+def test_lengths_that_depend_on_data():
+    class Cut(torch.nn.Module):
+        def forward(self, q, k, v, n):
+            length = n.item()
+            torch._check(length >= 1)
+            torch._check(length <= q.shape[2])
+            return torch.nn.functional.scaled_dot_product_attention(q[:, :, :length], k, v)
+
+    args = (*qkv(40), torch.tensor(7))
+    new, report = replace_sdpa(exported(Cut(), args))
+    assert report.nodes[0].op == "flashpte::sdpa_prefill"
+    torch.testing.assert_close(new.module()(*args), Cut()(*args), atol=2e-6, rtol=2e-5)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch.export import Dim, ExportedProgram, export
+
+from flashpte.kernels.tuning import tiled_map_block
 
 
 class Attention(torch.nn.Module):
@@ -78,3 +82,34 @@ def cached_program(q_len: int, dynamic: tuple[int, int] | None = None, **options
 def calls(program: ExportedProgram, name: str) -> list[torch.fx.Node]:
     """Nodes that call an operator whose name contains ``name``."""
     return [n for n in program.graph.nodes if n.op == "call_function" and name in str(n.target)]
+
+
+class _MapChecker(torch.fx.Interpreter):
+    """Runs a rewritten program and compares every tile map an attention is given with the map of its mask then."""
+
+    def __init__(self, module: torch.fx.GraphModule):
+        super().__init__(module)
+        self.checked = 0
+
+    def call_function(self, target, args, kwargs):
+        name = str(target)
+        if "flashpte.sdpa_" in name and args[3] is not None:
+            query, key, value, mask, tiles, counts = args[:6]
+            block = (16, 64) if "prefill" not in name else tiled_map_block(query.shape[3], value.shape[3])
+            group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
+            expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *block, group)
+            assert torch.equal(counts, expected[1])
+            assert torch.equal(tiles, expected[0])
+            self.checked += 1
+        return super().call_function(target, args, kwargs)
+
+
+def check_maps(program: ExportedProgram, args: tuple) -> int:
+    """Asserts that every attention of a rewritten program gets the map of the mask it gets; returns how many have one.
+
+    On a CPU the operators ignore the maps, so that a wrong one would not show in results.
+    """
+    checker = _MapChecker(copy.deepcopy(program.module()))
+    with torch.no_grad():
+        checker.run(*args)
+    return checker.checked

@@ -1,0 +1,80 @@
+"""Who writes to what, in a graph that may still hold in-place operators.
+
+A program straight from ``torch.export`` is not functional: a cache or a mask may be changed in place between two nodes
+that read it, and then a node's name does not name a value. ``run_decompositions`` makes it functional, but a pass must
+be right before as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from flashpte.passes.sdpa_node import is_edge
+
+
+def storage_base(node: Node) -> Node:
+    """The node that made the memory ``node`` may be a view of: followed back through whatever may alias."""
+    while (parent := _aliased_argument(node)) is not None:
+        node = parent
+    return node
+
+
+def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
+    """Whether memory of one of ``readers`` may be written after ``start`` and before ``end``, both in one graph."""
+    bases = {storage_base(reader) for reader in readers}
+    node = start.next
+    while node is not end:
+        if any(storage_base(written) in bases for written in _written(node)):
+            return True
+        node = node.next
+    return False
+
+
+def _schema(node: Node) -> torch.FunctionSchema | None:
+    target: Any = node.target
+    if is_edge(node):
+        target = target._op
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _given(node: Node, schema: torch.FunctionSchema) -> Iterator[tuple[torch._C.Argument, Any]]:
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            yield argument, node.args[position]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def _aliased_argument(node: Node) -> Node | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return node.args[0] if isinstance(node.args[0], Node) else None
+    schema = _schema(node)
+    if schema is None:
+        return None
+    returned = {name for result in schema.returns if result.alias_info for name in result.alias_info.before_set}
+    for argument, value in _given(node, schema):
+        if argument.alias_info and argument.alias_info.before_set & returned and isinstance(value, Node):
+            return value
+    return None
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """Nodes whose memory ``node`` may write to."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return
+    schema = _schema(node)
+    if schema is not None:
+        for argument, value in _given(node, schema):
+            if argument.alias_info and argument.alias_info.is_write:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                yield from (v for v in values if isinstance(v, Node))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        # What its branches write to is not looked into: anything they are given.
+        yield from (n for n in node.all_input_nodes if n.op != "get_attr")
