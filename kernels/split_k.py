@@ -86,6 +86,7 @@ def _split_k_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     SINGLE_SPLIT: tl.constexpr,
+    SEPARATE_FULL: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -129,11 +130,13 @@ def _split_k_kernel(
     last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
     edge = tl.minimum(tl.maximum(first, full_steps), last)
     first_key = first * BLOCK_N
-    if MASK != 0:
+    if not SEPARATE_FULL:
+        edge = first
+    elif MASK != 0:
         edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
         if edge > first:
             first_key = listed_key(tiles, first, MAP_BLOCK_N, BLOCK_N)
-    for step in tl.range(first, edge, num_stages=STAGES):
+    for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
@@ -163,7 +166,7 @@ def _split_k_kernel(
             EXACT,
         )
     # What needs checks: tiles past the end of the keys, tiles that the mask shows in part, scattered full tiles.
-    for step in tl.range(edge, last, num_stages=1):
+    for step in tl.range(edge, last, num_stages=1 if SEPARATE_FULL else STAGES):
         start_n = listed_key(tiles, step, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else step * BLOCK_N
         acc, row_max, row_sum = attend_tile(
             q,
@@ -337,6 +340,7 @@ def launch_split_k(
         CAUSAL=is_causal,
         MASK=mask_kind(mask),
         SINGLE_SPLIT=single,
+        SEPARATE_FULL=config.separate_full,
         EXP2_SCALE=exp2_scale,
         EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,

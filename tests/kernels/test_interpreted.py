@@ -67,9 +67,9 @@ def test_tiled_matches_the_float64_answer(case):
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
-@pytest.mark.parametrize(("block_rows", "block_n"), [(16, 16), (16, 64), (32, 32)])
-def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n):
-    config = tuning.SplitKConfig(block_rows, block_n, num_splits, 4, 2)
+@pytest.mark.parametrize(("block_rows", "block_n", "separate_full"), [(16, 16, True), (16, 64, False), (32, 32, True)])
+def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n, separate_full):
+    config = tuning.SplitKConfig(block_rows, block_n, num_splits, 4, 2, separate_full)
     for mask in ("none", "bool_ring", "float_min_rows"):
         check(*run(split_k.launch_split_k, Case(7, 300, heads_q=6, heads_kv=2, head_dim=16, mask=mask), config))
 
