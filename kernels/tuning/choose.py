@@ -161,7 +161,10 @@ def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     """Tiles for prefill: the map's tile where it fits, smaller for short L_q, small shared memory and float32."""
     width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
     rows, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)
-    stages = {512: 1, 256: 2}.get(width, 3)
+    stages = 3 if width <= 128 else 2
+    if width > 256:
+        # 185 (mask) and 197 (causal) TFLOP/s on an H200, against 174 and 140 with 64 keys and one stage.
+        block_n = 32
     if shape.dtype == torch.float32:
         rows, block_n, stages = _FLOAT32_TILE
     if shape.q_len is not None:
@@ -169,6 +172,7 @@ def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     # The mask is loaded in the edge loop alone, which has its own, smaller tile.
     itemsize = shape.dtype.itemsize
     rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, itemsize, arch)
-    edge_n, edge_stages = min(block_n, 64), min(stages, 2)
+    # 32 keys keep the loop that also holds a tile of the mask from spilling registers, up to D = 256.
+    edge_n, edge_stages = min(block_n, 32), min(stages, 2)
     _, edge_n, edge_stages = _fit(shape, rows, edge_n, edge_stages, itemsize, arch)
     return TiledConfig(rows, block_n, 4 if rows <= 32 else 8, stages, edge_n, edge_stages)
