@@ -94,6 +94,9 @@ def test_a_repetition_that_is_also_the_copy_that_fits():
     torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch 2.11 refuses to export it: it adds a guard on the length, then rejects it"
+)
 def test_dynamic_lengths():
     rows, keys = Dim("rows", min=2, max=99), Dim("keys", min=2, max=500)
     shapes = {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}, "mask": {2: rows, 3: keys}}
