@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from flashpte.export.errors import ExportError, UsageError
-from flashpte.export.models.caches import KVCache
+from flashpte.export.models.caches import KVCache, cache_bytes
 from flashpte.export.models.methods import MethodSpec, constant_methods, export_method, plan_methods
 from flashpte.export.models.registry import TargetSpec, get_target, targets_for
 from flashpte.export.models.source import ModelFacts, cut_layers, decoder_layers, describe
 from flashpte.export.options import DEFAULT_PREFILL_CHUNK, DTYPE_NAMES, VERIFY_WINDOW_RANGE, ExportOptions, Format
-from flashpte.export.weights.folder import read_config, read_json, read_token_ids, tokenizer_files
+from flashpte.export.weights.folder import check_token_ids, read_config, read_json, read_token_ids, tokenizer_files
 from flashpte.export.weights.random import fill_random, fill_uninitialised
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors, load_checkpoint
 
@@ -123,6 +124,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     max_seq_len = _sequence_length(spec, options, facts)
     chunk = _prefill_chunk(options, facts, max_seq_len)
     _check_verify_window(options, facts, max_seq_len)
+    _check_cache_size(facts, max_seq_len, DTYPES[options.dtype])
     checkpoint = None
     if options.checkpoint is not None:
         checkpoint = Checkpoint(options.checkpoint)
@@ -144,6 +146,7 @@ def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any
             size = "small" if options.small else "default"
             raise UsageError(f"target {spec.name} has no {size} model: give --checkpoint DIR or --config FILE")
         return chosen
+    check_token_ids(fields, origin)
     model_type = fields.get("model_type")
     if model_type not in spec.model_types:
         others = targets_for(str(model_type))
@@ -165,14 +168,29 @@ def _with_token_ids(facts: ModelFacts, ids: Mapping[str, Any]) -> ModelFacts:
 
 def _sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts) -> int:
     if options.max_seq_len is None:
-        return min(spec.small_max_seq_len if options.small else spec.max_seq_len, facts.max_positions)
+        default = min(spec.small_max_seq_len if options.small else spec.max_seq_len, facts.max_positions)
+        if default < 2:
+            raise ExportError(f"target {spec.name} has a default length of {default}: give --max-seq-len, at least 2")
+        return default
     if not 2 <= options.max_seq_len <= facts.max_positions:
         raise UsageError(f"--max-seq-len {options.max_seq_len}: must be 2..{facts.max_positions} for this model")
     return options.max_seq_len
 
 
+def _check_cache_size(facts: ModelFacts, max_seq_len: int, dtype: torch.dtype) -> None:
+    needed = cache_bytes(facts.attention, max_seq_len, dtype)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ExportError(
+            f"--max-seq-len {max_seq_len}: the KV caches take {needed / 1e9:.1f} GB, "
+            f"this machine has {memory / 1e9:.1f} GB of memory"
+        )
+
+
 def _prefill_chunk(options: ExportOptions, facts: ModelFacts, max_seq_len: int) -> int:
     limit = max_seq_len if facts.window is None else min(facts.window, max_seq_len)
+    if limit < 2:
+        raise ExportError(f"the model's sliding_window is {facts.window}, must be at least 2")
     chunk = options.max_prefill_chunk
     if chunk is None:
         return min(limit, DEFAULT_PREFILL_CHUNK) if facts.window is None else limit
@@ -282,9 +300,11 @@ def export_model(
         ExportError: reading, exporting or writing failed.
     """
     from flashpte.export.lowering import lower
+    from flashpte.export.lowering.preflight import check_surroundings
 
     if plan.checkpoint is None and plan.options.random_seed is None:
         raise UsageError("no weights: give --checkpoint DIR or --random-weights")
+    check_surroundings(output_dir, plan.extra_files)  # lower asks again, but minutes from now
     programs = export_programs(plan, progress=progress)
     reports: dict[str, RoutingReport] = {}
     if plan.options.attention == "flashpte":

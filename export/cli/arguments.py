@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from flashpte.export.cli.report import check_report_path
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import get_target
 from flashpte.export.options import (
     DEFAULT_PREFILL_CHUNK,
     DTYPE_NAMES,
     METHOD_NAMES,
+    PREFILL,
     TARGET_VERIFY,
     VERIFY_WINDOW_RANGE,
     ExportOptions,
@@ -40,7 +41,8 @@ examples:
   # which kernel would each attention node get? writes nothing
   export-model --target gemma4-31b --dry-run
 
-exit codes: 0 done, 1 failed (a file, a model, the disk), 2 wrong options, 130 interrupted.
+exit codes: 0 done, 1 failed (a file, a model, the disk), 2 wrong options, 130 interrupted, 143 and 129 ended by
+SIGTERM and SIGHUP.
 The output folder appears complete or not at all."""
 
 
@@ -63,6 +65,12 @@ def _dtype(text: str) -> str:
     return name
 
 
+def _path(text: str) -> Path:
+    if not text:  # Path("") is the current folder; an unset shell variable is more likely
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``export-model``."""
     parser = _Parser(
@@ -77,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
     model.add_argument("--list-targets", action="store_true", help="print the targets and exit")
     model.add_argument("--small", action="store_true", help="the target's architecture at a small size")
-    model.add_argument("--config", type=Path, metavar="FILE", help="a config.json that describes the model's size")
+    model.add_argument("--config", type=_path, metavar="FILE", help="a config.json that describes the model's size")
     model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
     model.add_argument(
         "--dtype",
@@ -90,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights = parser.add_argument_group("weights (one of the first two)")
     weights.add_argument(
         "--checkpoint",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
     )
@@ -139,11 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for the program and its manifest.json")
+    output.add_argument("--output-dir", type=_path, metavar="DIR", help="folder for the program and its manifest.json")
     output.add_argument(
         "--dry-run", action="store_true", help="print which kernel each attention node gets; no weights"
     )
-    output.add_argument("--report", type=Path, metavar="FILE", help="write the routing of every attention node as JSON")
+    output.add_argument(
+        "--report", type=_path, metavar="FILE", help="write the routing of every attention node as JSON"
+    )
     output.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     return parser
@@ -162,6 +172,7 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
     _check_flags(args)
     _check_lengths(args)
     _check_inputs(args)
+    _check_overlaps(args)
     if not args.dry_run:
         check_output_dir(args.output_dir)
     if args.report is not None:
@@ -226,9 +237,22 @@ def _check_lengths(args: argparse.Namespace) -> None:
                 raise UsageError(f"{flag} {value}: must not exceed --max-seq-len {args.max_seq_len}")
     if args.method == TARGET_VERIFY and args.verify_window is None:
         raise UsageError("--method target_verify needs --verify-window M")
+    for flag, value, method in (
+        ("--verify-window", args.verify_window, TARGET_VERIFY),
+        ("--max-prefill-chunk", args.max_prefill_chunk, PREFILL),
+    ):
+        if value is not None and args.method not in (None, method):
+            raise UsageError(f"{flag} belongs to the method {method}, which --method {args.method} leaves out")
 
 
 def _check_inputs(args: argparse.Namespace) -> None:
+    for flag, path in (("--checkpoint", args.checkpoint), ("--config", args.config)):
+        try:
+            if path is not None:
+                path.stat()
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise ExportError(f"{flag} {path} cannot be read: {error.strerror}") from error
     if args.checkpoint is not None:
         if not args.checkpoint.is_dir():
             state = "is not a folder" if args.checkpoint.exists() else "does not exist"
@@ -245,9 +269,12 @@ def check_output_dir(path: Path) -> None:
     Raises:
         ExportError: it is a file, or the nearest folder that exists does not take a new entry.
     """
-    if path.exists() and not path.is_dir():
-        raise ExportError(f"--output-dir {path} is a file; give a folder")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        if path.exists() and not path.is_dir():
+            raise ExportError(f"--output-dir {path} is a file; give a folder")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise ExportError(f"--output-dir {path} cannot be made: {error.strerror}") from error
     try:
         # trying is the only answer that also holds for read-only mounts and for root
         tempfile.TemporaryDirectory(prefix=".export-model-", dir=parent).cleanup()
@@ -255,19 +282,23 @@ def check_output_dir(path: Path) -> None:
         raise ExportError(f"--output-dir {path} cannot be made in {parent}: {error.strerror}") from error
 
 
-def check_report_path(path: Path) -> None:
-    """Finds out whether ``--report`` can be written, without leaving anything there.
+def _check_overlaps(args: argparse.Namespace) -> None:
+    """The output folder is replaced as a whole, and the report's file too: neither may hold an input."""
+    paths = {
+        flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
+        for flag in ("--output-dir", "--report", "--checkpoint", "--config")
+        if getattr(args, flag[2:].replace("-", "_")) is not None
+    }
+    output, report = paths.get("--output-dir"), paths.get("--report")
+    for flag, path in paths.items():
+        if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
+            raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
+        if flag in ("--checkpoint", "--config") and report == path:
+            raise UsageError(f"--report and {flag} name the same file")
 
-    Raises:
-        ExportError: it cannot.
-    """
-    if path.is_dir():
-        raise ExportError(f"--report {path} is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        raise ExportError(f"--report {path}: the folder {path.absolute().parent} does not exist")
+
+def _resolve(flag: str, path: Path) -> Path:
     try:
-        handle, probe = tempfile.mkstemp(prefix=".export-model-", dir=path.absolute().parent)
-    except OSError as error:
-        raise ExportError(f"--report {path} cannot be written: {error.strerror}") from error
-    os.close(handle)
-    os.unlink(probe)
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ExportError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error

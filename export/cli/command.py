@@ -5,27 +5,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashpte.export.cli.arguments import build_parser, check_arguments
 from flashpte.export.cli.progress import StageLog
+from flashpte.export.cli.report import write_report
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import list_targets
 from flashpte.export.options import ExportOptions
+from flashpte.export.signals import Terminated, raise_on_termination
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
     from flashpte.passes import RoutingReport
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,26 +37,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``None`` for those of the process.
 
     Returns:
-        0 when done, 1 after a failure, 2 for wrong options, 130 after Ctrl-C. Every error is one line on stderr.
+        0 when done, 1 after a failure, 2 for wrong options, 130 after Ctrl-C, 128 and the signal's number after SIGTERM
+        and SIGHUP. Every error is one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "-v" in arguments or "--verbose" in arguments
+    with raise_on_termination():
+        return _run(arguments, verbose)
+
+
+def _run(arguments: list[str], verbose: bool) -> int:
+    is_complete = _watch(None)
     try:
         args = build_parser().parse_args(arguments)
         if args.list_targets:
-            _print_targets()
+            with _stdout_may_close():
+                _print_targets()
             return EXIT_OK
-        return _export(args, check_arguments(args))
+        options = check_arguments(args)
+        is_complete = _watch(args.output_dir)
+        return _export(args, options)
     except UsageError as error:
         return _fail(str(error), EXIT_USAGE, verbose)
     except ExportError as error:
-        return _fail(str(error), EXIT_FAILED, verbose)
-    except KeyboardInterrupt:
-        print("export-model: interrupted; nothing written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _fail("; ".join(filter(None, (str(error), is_complete()))), EXIT_FAILED, verbose)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        what = "interrupted" if number == signal.SIGINT else "terminated"
+        print(f"export-model: {what}; {is_complete() or 'nothing written'}", file=sys.stderr)
+        return 128 + number
     except Exception as error:  # the door of the program: whatever it is, the user gets one line and an exit code
         hint = "" if verbose else " (run again with -v for the traceback)"
         return _fail(f"unexpected {type(error).__name__}: {error}{hint}", EXIT_FAILED, verbose)
+
+
+def _watch(output: Path | None) -> Callable[[], str]:
+    """Returns a function that says whether an export has since been put at ``output``, "" if not."""
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = os.stat(output) if output is not None else None
+        except OSError:
+            return None
+        return None if found is None else (found.st_dev, found.st_ino)
+
+    def is_complete() -> str:
+        # Another folder than before; the manifest tells it from one that somebody else made meanwhile.
+        replaced = output is not None and identity() != before and (output / "manifest.json").is_file()
+        return f"{output} is complete" if replaced else ""
+
+    before = identity()
+    return is_complete
+
+
+@contextlib.contextmanager
+def _stdout_may_close() -> Iterator[None]:
+    """A reader that went away (``| head``) is no error; a full disk behind stdout is."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it exits, and would complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise ExportError(f"cannot print the result: {error.strerror}") from error
 
 
 def _fail(message: str, code: int, verbose: bool) -> int:
@@ -75,13 +122,13 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
     with StageLog(quiet=args.quiet) as progress, _quiet_libraries(args.verbose):
         # torch and transformers load here, after every check that can do without them
         from flashpte.export.lowering.cross_compile import find_arch
-        from flashpte.export.lowering.output import check_output_folder
+        from flashpte.export.lowering.preflight import check_surroundings
         from flashpte.export.pipeline import export_model, plan_export, preview_routing
 
         if args.arch is not None:
             find_arch(args.arch)
         if not args.dry_run:
-            check_output_folder(args.output_dir)
+            check_surroundings(args.output_dir, ())
         plan = plan_export(options)
         lowered = None
         if args.dry_run:
@@ -89,9 +136,10 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
         else:
             result = export_model(plan, args.output_dir, arch=args.arch, format=args.format, progress=progress)
             lowered, reports = result.lowered, result.reports
+    with _stdout_may_close():
+        _print_result(options, lowered, reports)
     if args.report is not None:
-        _write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
-    _print_result(options, lowered, reports)
+        write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
     return EXIT_OK
 
 
@@ -103,24 +151,13 @@ def _quiet_libraries(verbose: bool) -> Iterator[None]:
             yield
         return
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)  # some log the traceback of an error that is reported in one line anyway
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
-
-
-def _write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, RoutingReport]) -> None:
-    content = {"version": 1, **model, "routing": {name: report.to_dict() for name, report in reports.items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ExportError(f"--report {path} cannot be written: {error.strerror}") from error
 
 
 def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports: Mapping[str, RoutingReport]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -43,7 +44,8 @@ class StageLog:
         if self._quiet:
             return
         if self._bar is None:
-            print(f"[{time.monotonic() - self._start:7.1f} s] {stage}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a reader that went away does not end an export
+                print(f"[{time.monotonic() - self._start:7.1f} s] {stage}", file=sys.stderr, flush=True)
         elif self._task is None:
             self._task = self._bar.add_task(stage, total=None)
         else:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import errno
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.errors import ExportError
 from flashpte.export.lowering.aot_inductor import PT2_NAME, write_pt2
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
 from flashpte.export.lowering.executorch import (
@@ -24,10 +26,10 @@ from flashpte.export.lowering.executorch import (
     write_pte,
 )
 from flashpte.export.lowering.manifest import build_manifest, describe_files, write_manifest
-from flashpte.export.lowering.output import MANIFEST_NAME, atomic_folder, check_free_space, check_output_folder
+from flashpte.export.lowering.output import MANIFEST_NAME, OutputError, atomic_folder, check_free_space
+from flashpte.export.lowering.preflight import Format, check_programs, check_request, check_surroundings
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
 
-Format = Literal["pte", "pt2"]
 _SPARE_BYTES = 200_000_000  # code, caches and intermediate files, beside the weights
 
 
@@ -95,8 +97,9 @@ def lower(
     output = Path(output_dir)
     target = find_arch(arch)
     constants = dict(constant_methods or {})
-    _check_arguments(programs, format, attention, constants, manifest or {}, extra_files)
-    check_output_folder(output)
+    check_request(programs, format, attention, constants, manifest or {})
+    check_surroundings(output, extra_files)
+    check_programs(programs, format)
     check_free_space(output, 2 * _weight_bytes(programs) + _SPARE_BYTES)  # intermediate files, then the result
     if format == "pte":
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
@@ -106,8 +109,8 @@ def lower(
         restore_views = attention != "executorch"
         tell(f"compiling {', '.join(programs)} for {target.name}")
         with (
+            _plain_errors("compiling failed", output),
             cross_compile(target, scratch, format, restore_views, lambda source: tell("compiling host code")),
-            _plain_errors(),
         ):
             if format == "pte":
                 written = write_pte(programs, folder, attention, constants)
@@ -118,23 +121,25 @@ def lower(
             if can_disassemble()
             else "checking the result (no objdump: AVX-512 is not looked for)"
         )
-        if format == "pte":
-            check_pte(folder, programs, target, attention)
-        else:
-            check_pt2(folder / PT2_NAME, target)
-        for file in extra_files:
-            shutil.copyfile(file, folder / Path(file).name)
+        with _plain_errors("checking the result failed", output):
+            if format == "pte":
+                check_pte(folder, programs, target, attention)
+            else:
+                check_pt2(folder / PT2_NAME, target)
         tell("writing the manifest")
-        document = build_manifest(
-            programs,
-            arch=target.name,
-            package=format,
-            attention=attention,
-            constant_methods=constants,
-            files=describe_files(folder),
-            caller=manifest or {},
-        )
-        write_manifest(folder, document)
+        with _plain_errors("writing the output failed", output):
+            for file in extra_files:
+                shutil.copyfile(file, folder / Path(file).name)
+            document = build_manifest(
+                programs,
+                arch=target.name,
+                package=format,
+                attention=attention,
+                constant_methods=constants,
+                files=describe_files(folder),
+                caller=manifest or {},
+            )
+            write_manifest(folder, document)
     names = {path.suffix: path.name for path in written}
     return LoweredModel(
         folder=output,
@@ -155,19 +160,49 @@ class LoweringError(ExportError):
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turns a compiler's error into one line, with the original as its cause."""
+def _plain_errors(what: str, output: Path) -> Iterator[None]:
+    """Turns an error of a compiler or of the disk into one line, with the original as its cause."""
     try:
         yield
-    except ExportError:
+    except OutputError:
         raise
     except Exception as error:
-        inner: BaseException | None = error
-        while inner is not None:  # an error of ours that a compiler wrapped in one of its own
+        chain = list(_chain(error))
+        if any(map(_is_full_disk, chain)):
+            raise OutputError(f"disk full at {_full_folder(chain, output.absolute().parent)}") from error
+        for inner in chain:  # an error of ours that a compiler wrapped in one of its own
             if isinstance(inner, ExportError):
+                if inner is error:
+                    raise
                 raise inner from error
-            inner = getattr(inner, "inner_exception", None) or inner.__cause__
-        raise LoweringError(f"compiling failed: {type(error).__name__}: {_summary(str(error))}") from error
+        raise LoweringError(f"{what}: {type(error).__name__}: {_summary(str(error))}") from error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those it came from."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if current is not None and id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            waiting += [getattr(current, "inner_exception", None), current.__cause__, current.__context__]
+
+
+_FULL_DISK = os.strerror(errno.ENOSPC)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    said = (str(error), *(str(getattr(error, name, "")) for name in ("stderr", "output")))
+    return getattr(error, "errno", None) == errno.ENOSPC or any(_FULL_DISK in text for text in said)
+
+
+def _full_folder(chain: Sequence[BaseException], parent: Path) -> str:
+    """Which disk it was: compilers also write to the temporary folder. Files of ours are gone: name their place."""
+    said = " ".join(f"{error} {getattr(error, 'filename', '')}" for error in chain)
+    temporary = tempfile.gettempdir()
+    return temporary if str(parent) not in said and f"{temporary}/" in said else str(parent)
 
 
 def _summary(message: str) -> str:
@@ -175,48 +210,6 @@ def _summary(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR_LINE.search(line)]
     return " ".join((errors or lines)[:3])[:400]
-
-
-def _check_arguments(
-    programs: Mapping[str, ExportedProgram],
-    package: str,
-    attention: str,
-    constants: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    extra_files: Sequence[Path],
-) -> None:
-    if not programs:
-        raise UsageError("no programs to lower")
-    for name, program in programs.items():
-        if not name.isidentifier():
-            raise UsageError(f"method name {name!r} is not an identifier")
-        if not isinstance(program, ExportedProgram):
-            raise UsageError(f"method {name} is a {type(program).__name__}: pass what torch.export.export returns")
-        if name in constants:
-            raise UsageError(f"{name} is both a method and a constant method")
-    if package not in get_args(Format):
-        raise UsageError(f"unknown format {package!r} (known: {', '.join(get_args(Format))})")
-    if attention not in get_args(Attention):
-        raise UsageError(f"unknown attention {attention!r} (known: {', '.join(get_args(Attention))})")
-    if package == "pt2":
-        if len(programs) != 1:
-            raise UsageError(
-                f"a .pt2 holds one method, {len(programs)} were given ({', '.join(programs)}): methods of a package "
-                "cannot share a KV cache; lower to .pte, or one method to each .pt2"
-            )
-        if attention == "executorch":
-            raise UsageError("attention 'executorch' needs format 'pte': the kernels belong to ExecuTorch's backend")
-    try:
-        json.dumps(manifest)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"the manifest's extra entries cannot be written as JSON: {error}") from error
-    taken = {"model.pte", "model.pt2", "aoti_cuda_blob.ptd", MANIFEST_NAME}
-    for file in map(Path, extra_files):
-        if not file.is_file():
-            raise ExportError(f"extra file {file} does not exist")
-        if file.name in taken:
-            raise UsageError(f"extra file {file} would replace another file of that name in the output")
-        taken.add(file.name)
 
 
 def _weight_bytes(programs: Mapping[str, ExportedProgram]) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -124,17 +126,41 @@ def inspect_pte(path: Path | str) -> PteContents:
     """Reads a ``.pte`` made by the CUDA backend, and the ``aoti_cuda_blob.ptd`` beside it if there is one.
 
     Raises:
-        ContentsError: a file is missing, truncated or of another kind.
+        ContentsError: a file is missing, truncated or of another kind, or the ``.ptd`` lacks a tensor that a method
+            uses.
     """
-    from executorch.exir._serialize._program import deserialize_pte_binary
-
     path = Path(path)
+    with _plain_errors(path, ".pte"):
+        methods, constants = _read_pte(path.read_bytes())
+    ptd = path.with_name("aoti_cuda_blob.ptd")
+    data = dict(read_ptd(ptd)) if ptd.exists() else {}
+    for method in methods.values():
+        for entry in method.weights:
+            if entry.key not in data:
+                lack = f"does not hold {entry.key}" if ptd.exists() else "does not exist"
+                raise ContentsError(f"method {method.name} uses the tensor {entry.fqn}, but {ptd} {lack}")
+    return PteContents(MappingProxyType(methods), MappingProxyType(constants), MappingProxyType(data))
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a parser makes of bytes that it was not made for becomes one line."""
     try:
-        file = deserialize_pte_binary(path.read_bytes())
+        yield
+    except ContentsError as error:
+        raise ContentsError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise ContentsError(f"{path} does not exist") from error
-    except (ValueError, AssertionError, IndexError, struct.error) as error:
-        raise ContentsError(f"{path} is not a .pte file, or is truncated: {error}") from error
+    except OSError as error:
+        raise ContentsError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        raise ContentsError(f"{path} is not a {kind} file, or is truncated: {' '.join(str(error).split())}") from error
+
+
+def _read_pte(content: bytes) -> tuple[dict[str, Method], dict[str, Any]]:
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    file = deserialize_pte_binary(content)
     blobs = {}
     if file.named_data is not None:
         blobs = {
@@ -147,9 +173,7 @@ def inspect_pte(path: Path | str) -> PteContents:
             continue
         payloads = [bytes(file.program.backend_delegate_data[d.processed.index].data) for d in plan.delegates]
         methods[plan.name] = _read_method(plan, payloads, blobs)
-    ptd = path.with_name("aoti_cuda_blob.ptd")
-    data = dict(read_ptd(ptd)) if ptd.exists() else {}
-    return PteContents(MappingProxyType(methods), MappingProxyType(constants), MappingProxyType(data))
+    return methods, constants
 
 
 def _constant_value(plan: Any) -> Any:
@@ -265,21 +289,48 @@ def read_ptd(path: Path | str) -> Iterator[tuple[str, memoryview]]:
     """Yields the named entries of a ``.ptd``; the file is mapped, not read, so it may be larger than memory.
 
     Raises:
-        ContentsError: the file is truncated or of another kind.
+        ContentsError: the file is missing, truncated or of another kind.
     """
+    path = Path(path)
+    with _plain_errors(path, ".ptd"):
+        entries = _read_entries(path)
+    yield from entries
+
+
+def _read_entries(path: Path) -> list[tuple[str, memoryview]]:
     from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
 
-    path = Path(path)
     with path.open("rb") as file:
-        try:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            header = FlatTensorHeader.from_bytes(bytes(mapped[_PTD_HEADER_OFFSET : _PTD_HEADER_OFFSET + 64]))
-        except ValueError as error:
-            raise ContentsError(f"{path} is not a .ptd file: {error}") from error
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    header = FlatTensorHeader.from_bytes(bytes(mapped[_PTD_HEADER_OFFSET : _PTD_HEADER_OFFSET + 64]))
     if not header.is_valid() or header.segment_base_offset + header.segment_data_size > len(mapped):
-        raise ContentsError(f"{path} is not a .ptd file, or is truncated")
-    table = _deserialize_to_flat_tensor(bytes(mapped[: header.flatbuffer_offset + header.flatbuffer_size]))
+        raise ValueError("its header does not fit")
+    with _quiet_flatc():
+        table = _deserialize_to_flat_tensor(bytes(mapped[: header.flatbuffer_offset + header.flatbuffer_size]))
+    entries = []
     for entry in table.named_data:
         segment = table.segments[entry.segment_index]
         start = header.segment_base_offset + segment.offset
-        yield entry.key, mapped[start : start + segment.size]
+        if start + segment.size > len(mapped):
+            raise ValueError(f"{entry.key} ends behind the file")
+        entries.append((entry.key, mapped[start : start + segment.size]))
+    return entries
+
+
+@contextlib.contextmanager
+def _quiet_flatc() -> Iterator[None]:
+    """ExecuTorch reads the table with the program flatc, which prints its usage when it cannot."""
+    from executorch.exir._serialize import _flatbuffer
+
+    stock = _flatbuffer._run_flatc
+
+    def run(args: Sequence[str]) -> None:
+        done = subprocess.run([_flatbuffer._get_flatc_path(), *args], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError("flatc cannot read its table")
+
+    _flatbuffer._run_flatc = run
+    try:
+        yield
+    finally:
+        _flatbuffer._run_flatc = stock

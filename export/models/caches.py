@@ -43,6 +43,11 @@ class AttentionShape:
         return max_seq_len if self.window is None else min(2 * self.window, max_seq_len)
 
 
+def cache_bytes(layers: Sequence[AttentionShape], max_seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes of the key and value buffers of all layers."""
+    return sum(2 * layer.kv_heads * layer.slots(max_seq_len) * layer.head_dim * dtype.itemsize for layer in layers)
+
+
 class KVCache(nn.Module):
     """Key and value buffers of every layer, each [1, H_kv, S, D] in the model's dtype.
 

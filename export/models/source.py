@@ -23,6 +23,12 @@ from flashpte.export.models.caches import ATTENTION_NAME, AttentionShape
 # These recompute frequencies from the values of the positions: a branch on data, or a write to a buffer.
 _UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
+_LEAST_SIZES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "head_dim", "global_head_dim"), 1),
+    "max_position_embeddings": 2,  # the shortest prefill
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
@@ -63,6 +69,8 @@ def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     text = fields.get("text_config")
     if text is None:
         return dict(fields)
+    if not isinstance(text, Mapping):
+        raise ExportError(f"not a valid config: text_config is a {type(text).__name__}, not an object")
     # said once, at the top, for the whole model
     shared = ("tie_word_embeddings", "quantization_config")
     return {**{name: fields[name] for name in shared if name in fields}, **text}
@@ -85,6 +93,8 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ExportError(f"config.json names a quantised checkpoint ({method}); give the unquantised one")
+    if problem := _wrong_size(fields):
+        raise ExportError(f"not a valid {config_class}: {problem}")
     try:
         config = getattr(transformers, config_class).from_dict(dict(fields))
         # attention layers look this name up whenever they run
@@ -92,11 +102,24 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         _check_rope(config)
         with _EmptyTensorsOnMeta():
             model = getattr(transformers, model_class)(config)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except KeyError as error:  # a name that transformers looks up in one of its tables
+        value = error.args[0] if error.args else None
+        field = next((f"{name} is " for name, held in fields.items() if held == value), "")
+        raise ExportError(f"not a valid {config_class}: {field}{value!r}, unknown or missing") from error
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"not a valid {config_class}: {reason}") from error
     share_tied_head(model)
     return model.eval().requires_grad_(False)
+
+
+def _wrong_size(fields: Mapping[str, Any]) -> str | None:
+    """The first size among a config's fields that no model can have; transformers divides by some of them."""
+    for name, least in _LEAST_SIZES.items():
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            return f"{name} is {value!r}, must be a whole number of at least {least}"
+    return None
 
 
 def _check_rope(config: Any) -> None:
@@ -135,11 +158,17 @@ def cut_layers(model: nn.Module, count: int) -> None:
 
 
 def describe(model: nn.Module) -> ModelFacts:
-    """Reads the facts off a model made by :func:`build_causal_lm`."""
+    """Reads the facts off a model made by :func:`build_causal_lm`.
+
+    Raises:
+        ExportError: its query heads cannot be grouped over its key heads.
+    """
     attention = []
     for layer in decoder_layers(model):
         attn = _untyped(layer).self_attn
-        kv_heads = attn.k_proj.weight.shape[0] // attn.head_dim
+        heads, kv_heads = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+        if heads % kv_heads:
+            raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
         attention.append(AttentionShape(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None)))
     config = _untyped(model).config
     eos = config.eos_token_id

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,10 +30,11 @@ def ensure_cuda_device_guard() -> None:
 
 @functools.cache
 def _load_noop_guard() -> ctypes.CDLL:
-    library = _cache_folder() / f"noop_cuda_guard-{_build_key()}.so"
-    if not library.exists():
-        _build(library)
-    return ctypes.CDLL(str(library))
+    with _cache_folder() as folder:
+        library = folder / f"noop_cuda_guard-{_build_key()}.so"
+        if not library.exists():
+            _build(library)
+        return ctypes.CDLL(str(library))
 
 
 def _build_key() -> str:
@@ -40,15 +43,18 @@ def _build_key() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _cache_folder() -> Path:
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path]:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(base) / "flashpte"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:  # a read-only home: build once per process instead
-        return Path(tempfile.mkdtemp(prefix="flashpte-guard-"))
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:  # a read-only home: build once per process; a loaded library outlives its file
+        with tempfile.TemporaryDirectory(prefix="flashpte-guard-") as once:
+            yield Path(once)
+    else:
+        yield folder
 
 
 def _build(library: Path) -> None:
@@ -56,7 +62,7 @@ def _build(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / "guard.so"
         # PyTorch's headers need C++20 from 2.12 on; 2.11's accept it.
-        command = [find_compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
+        command = [*find_compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}", str(_SOURCE)]
         command += ["-o", str(built), f"-L{root / 'lib'}", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -21,7 +21,7 @@ from flashpte.export.lowering.cross_compile.gemm_choice import make_chooser
 from flashpte.export.lowering.cross_compile.toolchain import (
     CrossCompileError,
     ReproducibleFlags,
-    find_compiler,
+    compiler_program,
     find_triton_tool,
     make_cuda_home,
     make_stub_library,
@@ -77,12 +77,9 @@ def cross_compile(
         CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced,
             or another thread is lowering (the overrides are global to the process).
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
     if not _ONE_AT_A_TIME.acquire(blocking=False):
         raise CrossCompileError("another lowering is running in this process: run them one after the other")
     try:
-        find_compiler()
         cuda_home = work_dir / "cuda"
         make_cuda_home(cuda_home)
         flags = _flags(work_dir, package)
@@ -163,6 +160,7 @@ def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
 
     settings = {setting.name: setting.value for setting in SETTINGS}
     settings["cuda.arch"] = str(arch.number)
+    settings["cpp.cxx"] = (compiler_program(),)
     # ExecuTorch has no matrix multiply of its own, so each one must become a Triton template. A plain AOTInductor
     # package calls cuBLAS, which libtorch brings.
     settings["max_autotune_gemm"] = package == "pte"

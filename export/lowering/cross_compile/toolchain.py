@@ -48,19 +48,24 @@ class CrossCompileError(ExportError):
 
 
 @functools.cache
-def find_compiler() -> str:
-    """Path of the C++ compiler: ``$CXX``, else g++."""
-    wanted = os.environ.get("CXX") or "g++"
-    path = shutil.which(wanted)
-    if path is None:
-        raise CrossCompileError(f"no C++ compiler: {wanted} is not on PATH (install g++ 11 or newer, or set CXX)")
-    return path
+def find_compiler() -> tuple[str, ...]:
+    """The C++ compiler as the beginning of a command: ``$CXX`` (``ccache g++`` is two words), else g++."""
+    wanted = shlex.split(os.environ.get("CXX") or "") or ["g++"]
+    for program in (word for word in wanted if not word.startswith("-")):
+        if shutil.which(program) is None:
+            raise CrossCompileError(f"no C++ compiler: {program} is not on PATH (install g++ 11 or newer, or set CXX)")
+    return (str(shutil.which(wanted[0])), *wanted[1:])
+
+
+def compiler_program() -> str:
+    """The word of :func:`find_compiler` that is the compiler: Inductor asks it what it is."""
+    return [word for word in find_compiler() if not word.startswith("-")][-1]
 
 
 @functools.cache
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
     """First line of ``compiler --version``."""
-    out = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     return out.splitlines()[0]
 
 
@@ -111,7 +116,7 @@ def make_stub_library(path: Path, soname: str, symbols: Sequence[str]) -> None:
     """Builds a shared library that only exists to be linked against."""
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "\n".join(f"int {symbol}(void) {{ return 0; }}" for symbol in symbols)
-    command = [find_compiler(), "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-x", "c", "-", "-o", str(path)]
+    command = [*find_compiler(), "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-x", "c", "-", "-o", str(path)]
     done = subprocess.run(command, input=source, text=True, capture_output=True)
     if done.returncode:
         raise CrossCompileError(f"cannot build a stub of {soname}: {done.stderr.strip().splitlines()[:1]}")
@@ -134,7 +139,7 @@ def embed_cubin(cubin_file: str, kernel_name: str) -> str:
         f'{start}:\n.incbin "{cubin_file}"\n{end}:\n.set {size}, {end} - {start}\n'
         '.section .note.GNU-stack,"",@progbits\n'
     )
-    done = subprocess.run([find_compiler(), "-c", source, "-o", built], capture_output=True, text=True)
+    done = subprocess.run([*find_compiler(), "-c", source, "-o", built], capture_output=True, text=True)
     if done.returncode:
         raise CrossCompileError(f"cannot embed kernel {kernel_name}: {done.stderr.strip().splitlines()[:1]}")
     return built
@@ -155,13 +160,16 @@ class ReproducibleFlags:
     def rewrite(self, command_line: str) -> str:
         """Returns the command line to run instead of ``command_line``."""
         compiler, *arguments = shlex.split(command_line)
+        if compiler == compiler_program():
+            compiler, *arguments = (*find_compiler(), *arguments)
         if platform.machine() == "x86_64":  # Inductor's default is the build machine's own instruction set
             arguments = [f"-march={HOST_MARCH}" if a == "-march=native" else a for a in arguments]
         if "-shared" in arguments and "-c" not in arguments:
             # The symbol table is dropped because it names temporary files; the dynamic one stays. Some distributions
             # bind all symbols at load time by default; PyTorch's headers mention functions that are never called
             # and that ExecuTorch does not have.
-            last = ["-Wl,--build-id=none", "-Wl,--strip-all", "-Wl,-z,lazy"]
+            # A compiler that links libstdc++ statically would export it, and the process's own copy would mix with it.
+            last = ["-Wl,--build-id=none", "-Wl,--strip-all", "-Wl,-z,lazy", "-Wl,--exclude-libs,ALL"]
             return shlex.join([compiler, *self._link_first, *arguments, *last])
         return shlex.join([compiler, *arguments, *self._maps, *self._source_maps(arguments)])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,19 @@ def test_config_file_and_one_method_for_pt2(export_model, lowered, tmp_path, out
     assert (list(call["programs"]), call["format"]) == (["decode"], "pt2")
     assert call["constant_methods"]["get_vocab_size"] == 128
     assert call["manifest"]["weights"] == {"random_seed": 5}
+
+
+def test_report_into_a_pipe_and_through_a_link(export_model, tmp_path):
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "folder" / "report.json"
+    os.mkfifo(pipe)
+    file.parent.mkdir()
+    link.symlink_to(file)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    dry_run = (*SMALL, "--dry-run", "-q", "--method", "decode")
+    assert export_model(*dry_run, "--report", pipe).code == 0
+    through_pipe, _ = reader.communicate(timeout=10)
+    assert export_model(*dry_run, "--report", link).code == 0
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert json.loads(through_pipe) == json.loads(file.read_text())
+    assert [path.name for path in file.parent.iterdir()] == ["report.json"]

@@ -1,11 +1,6 @@
 """Every wrong input: one line that names the thing, the exit code, and no output."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -59,13 +54,25 @@ def entries(folder):
         ((*GEMMA, "--dry-run", "--no-replace", "math"), "--dry-run and --no-replace cannot be combined"),
         ((*GEMMA, "-v", "--dry-run"), "--verbose and --quiet cannot be combined"),
         (("--target", "gemma4-31b", "--seed", "3", "--dry-run"), "--seed belongs to --random-weights"),
+        ((*GEMMA, "--output-dir", ""), "--output-dir: the path is empty"),
+        (("--target", "hf", "--checkpoint", "", "--output-dir", "OUT"), "--checkpoint: the path is empty"),
+        (
+            (*GEMMA, "--output-dir", "OUT", "--method", "decode", "--verify-window", "4"),
+            "--verify-window belongs to the method target_verify, which --method decode leaves out",
+        ),
+        (
+            (*GEMMA, "--output-dir", "OUT", "--method", "decode", "--max-prefill-chunk", "8"),
+            "--max-prefill-chunk belongs to the method prefill, which --method decode leaves out",
+        ),
+        ((*GEMMA, "--output-dir", "OUT", "--report", "OUT"), "is in the --output-dir, which is replaced as a whole"),
+        ((*GEMMA, "--output-dir", "OUT", "--report", "OUT/r.json"), "is in the --output-dir"),
         ((*GEMMA, "--ouput-dir", "OUT"), "unknown flag --ouput-dir; did you mean --output-dir?"),
         ((*GEMMA, "--max-seq", "8", "--output-dir", "OUT"), "unknown flag --max-seq; did you mean --max-seq-len?"),
     ],
     ids=lambda value: None if isinstance(value, tuple) else value[:40],
 )
 def test_wrong_options_exit_2(export_model, output, arguments, named):
-    result = export_model(*(output if argument == "OUT" else argument for argument in arguments))
+    result = export_model(*(str(argument).replace("OUT", str(output)) for argument in arguments))
     if "--quiet cannot" in named:
         assert named in result.err
     else:
@@ -206,31 +213,62 @@ def test_what_nobody_expected_is_one_line_too(export_model, monkeypatch, output)
     assert loud.err.splitlines()[-1].startswith("export-model: error: unexpected RuntimeError")
 
 
-def test_interrupt_in_this_process(export_model, monkeypatch, output):
-    fail_with(monkeypatch, KeyboardInterrupt())
-    result = export_model(*GEMMA, "--output-dir", output)
-    assert (result.code, result.out) == (130, "")
-    assert result.err.splitlines() == ["export-model: interrupted; nothing written"]
+def test_inputs_in_the_output_folder(export_model, checkpoint, tmp_path):
+    result = export_model("--target", "hf", "--checkpoint", checkpoint, "--output-dir", checkpoint)
+    assert result.code == 2
+    assert f"--checkpoint {checkpoint} is in the --output-dir" in result.error
+    config = checkpoint / "config.json"
+    arguments = ("--target", "hf", "--config", config, "--random-weights")
+    assert "is in the --output-dir" in export_model(*arguments, "--output-dir", checkpoint).error
+    result = export_model(*arguments, "--output-dir", tmp_path / "out", "--report", config)
+    assert "--report and --config name the same file" in result.error
 
 
-def test_ctrl_c_in_the_middle(tmp_path):
-    """A real process, interrupted while it exports: one line after the progress, and the folder is as it was."""
-    command = [sys.executable, "-c", "import sys; from flashpte.export.cli import main; sys.exit(main())"]
-    process = subprocess.Popen(
-        [*command, *GEMMA[:-1], "--output-dir", str(tmp_path / "out")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stderr:
-        if "export prefill" in line:
-            break
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "export-model: interrupted; nothing written"
-    assert "Traceback" not in err
-    assert not out
-    assert not entries(tmp_path)
+def test_names_that_are_too_long(export_model, tmp_path, output):
+    long = tmp_path / ("x" * 300)
+    for arguments in (
+        (*GEMMA, "--output-dir", long),
+        (*GEMMA, "--output-dir", output, "--report", long),
+        ("--target", "hf", "--checkpoint", long, "--output-dir", output),
+        ("--target", "hf", "--config", long, "--dry-run"),
+    ):
+        result = export_model(*arguments)
+        assert result.code == 1
+        assert "File name too long" in result.error
+        assert "unexpected" not in result.error
+
+
+def test_output_into_the_current_folder(export_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = export_model(*GEMMA, "--output-dir", ".")
+    assert result.code == 1
+    assert ". is the current folder" in result.error
+
+
+def test_a_missing_compiler_is_found_before_the_model_is_built(export_model, monkeypatch, output):
+    from flashpte.export.lowering.cross_compile import toolchain
+
+    fail_with(monkeypatch, AssertionError("too late"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    toolchain.find_compiler.cache_clear()
+    try:
+        result = export_model(*GEMMA, "--output-dir", output)
+    finally:
+        toolchain.find_compiler.cache_clear()
+    assert "no-such-compiler is not on PATH" in result.error
+
+
+def test_libraries_do_not_log_errors(export_model, monkeypatch, output):
+    import logging
+
+    import flashpte.export.pipeline
+
+    def plan_export(options):
+        try:
+            raise RuntimeError("inner")
+        except RuntimeError:
+            logging.getLogger("torch.somewhere").exception("a traceback")
+            raise
+
+    monkeypatch.setattr(flashpte.export.pipeline, "plan_export", plan_export)
+    assert "unexpected RuntimeError: inner" in export_model(*GEMMA, "--output-dir", output).error

@@ -1,12 +1,14 @@
 """What is inside a lowered ``.pte``: opened without a GPU and without ExecuTorch's runtime."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
 
-from flashpte.export.lowering import self_check
+from flashpte.export.lowering import ContentsError, inspect_pte, self_check
 from flashpte.export.lowering.elf import Elf
 from flashpte.export.lowering.shims import missing_shims
 
@@ -102,6 +104,38 @@ def test_self_check_finds_what_is_wrong(contents, programs):
             weight[3, 5] -= 1
 
 
+@pytest.fixture
+def copied(lowered, tmp_path):
+    """A copy of the files, free to damage."""
+    for path in (lowered.model, lowered.weights):
+        shutil.copyfile(path, tmp_path / path.name)
+    return tmp_path
+
+
+def test_a_missing_or_damaged_file_is_a_contents_error(copied, capfd):
+    pte, ptd = copied / "model.pte", copied / "aoti_cuda_blob.ptd"
+    whole = ptd.read_bytes()
+    ptd.unlink()
+    with pytest.raises(ContentsError, match=r"uses the tensor .*, but .*aoti_cuda_blob.ptd does not exist"):
+        inspect_pte(pte)
+    ptd.write_bytes(b"")
+    with pytest.raises(ContentsError, match=r"is not a \.ptd file"):
+        inspect_pte(pte)
+    ptd.write_bytes(whole[:300] + bytes(range(256)) * 20 + whole[300 + 256 * 20 :])
+    with pytest.raises(ContentsError, match="ptd"):
+        inspect_pte(pte)
+    ptd.write_bytes(whole)
+    content = bytearray(pte.read_bytes())
+    for start in range(0, 4000, 200):  # tables of the flatbuffer
+        broken = bytes(content[:start]) + b"\xff" * 64 + bytes(content[start + 64 :])
+        pte.write_bytes(broken)
+        with contextlib.suppress(ContentsError):  # nothing else comes out
+            inspect_pte(pte)
+    with pytest.raises(ContentsError, match=r"cannot read .*: Is a directory"):
+        inspect_pte(copied)
+    assert capfd.readouterr().err == ""
+
+
 def test_unknown_shim_is_found():
     assert missing_shims(
         frozenset({"aoti_torch_cuda_addmm_out", "malloc", "aoti_torch_get_sizes", "cuLaunchKernel"})
@@ -122,5 +156,5 @@ def test_avx512_is_found(tmp_path):
     source = tmp_path / "wide.cpp"
     source.write_text("typedef float f16 __attribute__((vector_size(64))); void add(f16 *a, f16 *b) { *a += *b; }")
     library = tmp_path / "wide.so"
-    subprocess.run([find_compiler(), "-O2", "-mavx512f", "-shared", "-fPIC", source, "-o", library], check=True)
+    subprocess.run([*find_compiler(), "-O2", "-mavx512f", "-shared", "-fPIC", source, "-o", library], check=True)
     assert "zmm" in self_check.find_avx512(library.read_bytes())

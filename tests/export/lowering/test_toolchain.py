@@ -1,12 +1,15 @@
 """Pieces of the C++ toolchain."""
 
+import errno
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from flashpte.export.lowering.api import LoweringError, _summary
-from flashpte.export.lowering.cross_compile.toolchain import embed_cubin, find_compiler
+from flashpte.export.lowering.cross_compile.toolchain import ReproducibleFlags, embed_cubin, find_compiler
 
 
 def test_one_cubin_under_two_kernel_names_links(tmp_path):
@@ -14,7 +17,7 @@ def test_one_cubin_under_two_kernel_names_links(tmp_path):
     cubin.write_bytes(b"machine code")
     objects = [embed_cubin(str(cubin), name) for name in ("first", "second")]
     library = tmp_path / "both.so"
-    subprocess.run([find_compiler(), "-shared", "-o", library, *objects], check=True)
+    subprocess.run([*find_compiler(), "-shared", "-o", library, *objects], check=True)
     assert library.read_bytes().count(b"machine code") == 2
 
 
@@ -37,3 +40,80 @@ def test_an_error_of_the_compiler_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(LoweringError, match=r"^compiling failed: RuntimeError: g\+\+: error: no such thing$"):
         lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("error_in", ["write_pte", "check_pte", "write_manifest"])
+def test_a_full_disk_is_named(tmp_path, monkeypatch, wrapped, error_in):
+    from flashpte.export.lowering import OutputError, api, lower
+
+    def fail(*args):
+        if not wrapped:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        try:
+            raise RuntimeError("ld: final link failed: No space left on device")
+        except RuntimeError:
+            raise ValueError("something else")  # noqa: B904
+
+    for name in ("write_pte", "check_pte", "write_manifest"):
+        monkeypatch.setattr(api, name, fail if name == error_in else lambda *args: [Path("model.pte")])
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.randn(1, 4),))
+    with pytest.raises(OutputError, match=f"^disk full at {tmp_path}$"):
+        lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_of_the_disk_are_one_line(tmp_path, monkeypatch):
+    from flashpte.export.lowering import api, lower
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(api, "write_pte", lambda *args: [])
+    monkeypatch.setattr(api, "check_pte", lambda *args: None)
+    monkeypatch.setattr(api, "write_manifest", fail)
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.randn(1, 4),))
+    with pytest.raises(LoweringError, match=r"^writing the output failed: OSError: .*Input/output error"):
+        lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+
+
+@pytest.fixture
+def cxx(tmp_path, monkeypatch):
+    """Sets CXX to two words, of which the first runs the rest and leaves a mark."""
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper} g++")
+    find_compiler.cache_clear()
+    yield wrapper
+    find_compiler.cache_clear()
+
+
+def test_cxx_of_two_words(cxx, tmp_path):
+    assert find_compiler() == (str(cxx), "g++")
+    assert ReproducibleFlags({}).rewrite("g++ -c a.cpp").split()[:3] == [str(cxx), "g++", "-c"]
+    embed = tmp_path / "kernel.cubin"
+    embed.write_bytes(b"")
+    embed_cubin(str(embed), "k")
+    assert (tmp_path / "calls").read_text() == "g++\n"
+
+
+@pytest.mark.lowering
+def test_a_program_compiles_with_cxx_of_two_words(cxx, tmp_path):
+    from flashpte.export.lowering import lower
+
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+    assert (tmp_path / "calls").read_text().count("g++") >= 2
+
+
+def test_without_a_cache_folder_the_guard_is_built_and_leaves_nothing(tmp_path, monkeypatch):
+    from flashpte.export.lowering.cross_compile import device_guard
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with device_guard._cache_folder() as folder:
+        assert folder.parent == tmp_path
+        (folder / "guard.so").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from flashpte.export.errors import UsageError
+from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_model, plan_export
+from flashpte.export.weights.folder import read_json, read_token_ids
 
 
 @pytest.fixture
@@ -75,3 +76,46 @@ def test_an_export_needs_weights(tmp_path):
     with pytest.raises(UsageError, match="no weights"):
         export_model(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_larger_than_memory(config):
+    path = config("llama", max_position_embeddings=10**13)
+    with pytest.raises(
+        ExportError, match=r"--max-seq-len 1000000000000: the KV caches take 128000\.0 GB, this machine"
+    ):
+        plan_export(ExportOptions("hf", config=path, max_seq_len=10**12))
+
+
+def test_a_window_too_short_for_a_prefill(config):
+    with pytest.raises(ExportError, match="sliding_window is 1, must be at least 2"):
+        plan_export(ExportOptions("gemma4-31b", config=config("gemma4", sliding_window=1)))
+
+
+@pytest.mark.parametrize("field", ["bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", ["2", True, {}, [2, "x"], 2.5, -1], ids=repr)
+def test_token_ids_that_are_none(config, field, value):
+    path = config("llama", **{field: value})
+    with pytest.raises(ExportError, match=rf"{path}: {field} is .*, not a token id"):
+        plan_export(ExportOptions("hf", config=path))
+
+
+def test_token_ids_of_a_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 3]}')
+    assert read_token_ids(tmp_path) == {"bos_token_id": 1, "eos_token_id": [2, 3]}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ExportError, match=r"generation_config.json: eos_token_id is '</s>'"):
+        read_token_ids(tmp_path)
+
+
+def test_json_nested_too_deeply(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ExportError, match="nested too deeply"):
+        read_json(path, "model config")
+
+
+def test_tools_are_looked_for_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    plan = plan_export(ExportOptions("gemma4-31b", small=True, random_seed=0))
+    with pytest.raises(ExportError, match="TRITON_INTERPRET=1 is set"):
+        export_model(plan, tmp_path / "out", progress=pytest.fail)

@@ -61,3 +61,31 @@ def test_invalid_field_is_one_line(tiny):
     with pytest.raises(ExportError, match=r"LlamaConfig.*hidden_size") as caught:
         hugging_face.build({**tiny("llama"), "hidden_size": "wide"})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_attention_heads": 0}, "LlamaConfig: num_attention_heads is 0, must be a whole number of at least 1"),
+        ({"hidden_size": -48}, "hidden_size is -48"),
+        ({"num_key_value_heads": True}, "num_key_value_heads is True"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings is 1, must be a whole number of at least 2"),
+        ({"vocab_size": 10**30}, "not a valid LlamaConfig"),
+        ({"hidden_act": "swish9"}, "LlamaConfig: hidden_act is 'swish9', unknown or missing"),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, "not a valid LlamaConfig: .*yarm"),
+    ],
+    ids=str,
+)
+def test_invalid_values_name_their_field(tiny, change, named):
+    with pytest.raises(ExportError, match=named):
+        hugging_face.build({**tiny("llama"), **change})
+
+
+def test_heads_that_cannot_be_grouped(tiny):
+    with pytest.raises(ExportError, match="6 attention heads, must be a multiple of its 4 key heads"):
+        describe(hugging_face.build({**tiny("llama"), "num_key_value_heads": 4}))
+
+
+def test_text_config_that_is_no_object():
+    with pytest.raises(ExportError, match="text_config is a str"):
+        gemma4.build({"model_type": "gemma4", "text_config": "gemma4_text"})
