@@ -1,4 +1,8 @@
-"""The exported file on a GPU: made with the GPU present, run from the .pte, compared with the eager model."""
+"""The exported file on a GPU: made with the GPU present, run from the .pte, compared with the eager model.
+
+In float32: rounding moves the logits of this small random model by about as much as they differ in bfloat16 (its scores
+are large), so that a bfloat16 comparison could not tell a wrong mask or cache.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,15 @@ SEED = 0
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("small") / "out"
-    arguments = ["--target", "gemma4-31b", "--small", "--random-weights", "--seed", str(SEED)]
+    arguments = ["--target", "gemma4-31b", "--small", "--random-weights", "--seed", str(SEED), "--dtype", "float32"]
     assert main([*arguments, "--verify-window", str(VERIFY), "--output-dir", str(out), "-q"]) == 0
     return out
 
 
 @pytest.fixture(scope="module")
 def eager():
-    """The Hugging Face model itself, with its own attention, in bfloat16, on the CPU."""
-    plan = plan_export(ExportOptions(target="gemma4-31b", small=True, random_seed=SEED))
+    """The Hugging Face model itself, with its own attention, in float32, on the CPU."""
+    plan = plan_export(ExportOptions(target="gemma4-31b", small=True, random_seed=SEED, dtype="float32"))
     load_weights(plan)
     plan.model.set_attn_implementation("sdpa")
     return plan.model.eval()
@@ -52,15 +56,12 @@ def test_prefill_decode_and_verify_follow_the_eager_model_past_the_window(folder
     length = 3 * chunk
     tokens = torch.randint(0, manifest["constant_methods"]["get_vocab_size"], (1, length), generator=generator)
     with torch.no_grad():
-        in_bfloat16 = eager(tokens, use_cache=False).logits
-        expected = eager.float()(tokens, use_cache=False).logits
-    bound = 2 * (in_bfloat16.float() - expected).abs().max().item()
-    assert bound < expected.std().item()
+        expected = eager(tokens, use_cache=False).logits
+    spread = expected.std().item()
 
     def close(logits, positions):
-        """As near to float32 arithmetic on the same weights as twice what eager bfloat16 is."""
-        worst = (logits.float().cpu() - expected[:, positions]).abs().max().item()
-        assert worst <= bound, f"worst logit is off by {worst:.3f}, the bound is {bound:.3f}"
+        worst = (logits.cpu() - expected[:, positions]).abs().max().item()
+        assert worst < 0.02 * spread, f"worst logit is off by {worst:.4f}; the logits' deviation is {spread:.3f}"
 
     def pos(start, end):
         return torch.arange(start, end, device="cuda")
