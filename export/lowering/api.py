@@ -71,8 +71,9 @@ def lower(
     """Compiles programs for a GPU that need not be there and writes them to a folder.
 
     The same programs give the same bytes in any folder, with a GPU or without, where the same versions of PyTorch,
-    Triton, ExecuTorch and g++ are installed. Nothing is launched or timed. PyTorch, Triton and ExecuTorch are patched while this runs and restored afterwards, so only
-    one call may run at a time in a process. The programs are left as they were.
+    Triton, ExecuTorch and g++ are installed. Nothing is launched or timed. PyTorch, Triton and ExecuTorch are patched
+    while this runs and restored afterwards, so only one call may run at a time in a process. The programs are left as
+    they were.
 
     Args:
         programs: methods by name, ATen dialect (as ``torch.export.export`` gives them, or rewritten by

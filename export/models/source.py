@@ -110,7 +110,20 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         reason = " ".join(str(error).split())
         raise ExportError(f"not a valid {config_class}: {reason}") from error
     share_tied_head(model)
+    _order_sets(model)
     return model.eval().requires_grad_(False)
+
+
+def _order_sets(model: nn.Module) -> None:
+    """Makes modules that keep a set of strings keep it sorted.
+
+    Gemma 4 computes its position embeddings for each of a set of layer types: which comes first in the trace would
+    depend on the process's hash seed, and equal exports would not have equal bytes.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, set) and value and all(isinstance(item, str) for item in value) and name[0] != "_":
+                setattr(module, name, sorted(value))
 
 
 def _wrong_size(fields: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def export(checkpoint: Path, out: Path, arch: str) -> subprocess.CompletedProcess:
+def export(checkpoint: Path, out: Path, arch: str, hash_seed: str = "1") -> subprocess.CompletedProcess:
     arguments = ["--target", "gemma4-31b", "--checkpoint", checkpoint, "--max-seq-len", "256", "--verify-window", "4"]
     code = "import sys; from flashpte.export.cli import main; sys.exit(main())"
     return subprocess.run(
@@ -47,6 +48,7 @@ def export(checkpoint: Path, out: Path, arch: str) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         cwd=out.parent,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
     )
 
 
@@ -137,5 +139,5 @@ def test_the_manifest_describes_the_files(exported):
 def test_the_same_input_gives_the_same_bytes(exported, checkpoint, tmp_path):
     arch, out, _ = exported
     again = tmp_path / "elsewhere"
-    assert export(checkpoint, again, arch).returncode == 0
+    assert export(checkpoint, again, arch, hash_seed="2").returncode == 0
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}

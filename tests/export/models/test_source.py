@@ -89,3 +89,28 @@ def test_heads_that_cannot_be_grouped(tiny):
 def test_text_config_that_is_no_object():
     with pytest.raises(ExportError, match="text_config is a str"):
         gemma4.build({"model_type": "gemma4", "text_config": "gemma4_text"})
+
+
+def test_the_trace_does_not_depend_on_the_hash_seed(tmp_path):
+    """Iterating a set of strings would: each seed is a process of its own."""
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "from flashpte.export.options import ExportOptions\n"
+        "from flashpte.export.pipeline import export_programs, plan_export\n"
+        "options = ExportOptions(target='gemma4-31b', small=True, random_seed=0, method='decode')\n"
+        "print(export_programs(plan_export(options), trace_only=True)['decode'].graph)\n"
+    )
+    graphs = set()
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        graphs.add(done.stdout)
+    assert len(graphs) == 1
