@@ -7,7 +7,7 @@ result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.library import triton_op
@@ -93,12 +93,6 @@ def _cpu(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim
     out = empty_output(query, value.shape[3], dim_order)
     return out.copy_(attention_reference(query, key, value, attn_mask, is_causal, scale))
 
-
-ATTENTION_OPS: dict[str, Callable] = {
-    "flashpte::sdpa_decode": sdpa_decode,
-    "flashpte::sdpa_verify": sdpa_verify,
-    "flashpte::sdpa_prefill": sdpa_prefill,
-}
 
 for _op in (sdpa_decode, sdpa_verify, sdpa_prefill):
     _op.register_fake(_fake)
