@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -69,6 +70,13 @@ def empty_output(query: torch.Tensor, v_head_dim: int, dim_order: Sequence[int])
     return query.new_empty([shape[d] for d in dim_order]).permute(inverse)
 
 
+class Checkable(Protocol):
+    """Intervals, which are defined on top of this module."""
+
+    def check(self, batch: int | None, q_len: int | None, kv_len: int | None) -> None:
+        """Raises ``ValueError`` if they do not fit."""
+
+
 def check_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -76,6 +84,7 @@ def check_attention(
     mask: torch.Tensor | None,
     is_causal: bool,
     dim_order: Sequence[int],
+    intervals: Checkable | None = None,
 ) -> None:
     """Raises ``ValueError`` with one sentence for arguments that no kernel here takes."""
     if not (query.dim() == key.dim() == value.dim() == 4):
@@ -93,9 +102,13 @@ def check_attention(
         raise ValueError(
             f"query heads must be a multiple of key/value heads; got {query.shape[1]}, {key.shape[1]}, {value.shape[1]}"
         )
+    if mask is not None and intervals is not None:
+        raise ValueError("a mask together with key_bounds is ambiguous")
+    if intervals is not None:
+        intervals.check(query.shape[0], query.shape[2], key.shape[2])
+    if is_causal and not (mask is None and intervals is None):
+        raise ValueError("a mask together with is_causal is ambiguous")
     if mask is not None:
-        if is_causal:
-            raise ValueError("a mask together with is_causal is ambiguous")
         if mask.dim() != 4:
             raise ValueError(f"the mask must have 4 dimensions (size 1 where it is broadcast), got {mask.dim()}")
         if mask.dtype != torch.bool and not mask.dtype.is_floating_point:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.library import triton_op
 
+from flashpte.kernels.intervals import as_intervals
 from flashpte.kernels.launch import check_attention, empty_output
 from flashpte.kernels.reference import attention_reference
 from flashpte.kernels.split_k import launch_split_k
@@ -29,6 +30,8 @@ def sdpa_decode(
     is_causal: bool,
     scale: float,
     dim_order: Sequence[int],
+    key_bounds: torch.Tensor | None = None,
+    key_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of one query row (L_q = 1) over all keys, split-K.
 
@@ -37,10 +40,11 @@ def sdpa_decode(
         key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
         value: ``[B, H_kv, L_kv, D_v]``, same dtype.
         attn_mask: 4-dimensional, size 1 where it is broadcast; bool (True = attend) or float (added to the scores).
-        tiles, tile_counts: the mask's ``flashpte::tile_map``, or ``None`` to make it in here.
+        tiles, tile_counts: the mask's ``flashpte::tile_map`` (or ``interval_map``), or ``None`` to make it in here.
         is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not together with a mask.
         scale: factor of the scores.
         dim_order: order in which the result's four dimensions lie in memory, outermost first.
+        key_bounds, key_values: a mask as :class:`flashpte.kernels.intervals.Intervals`, instead of ``attn_mask``.
 
     Returns:
         ``[B, H_q, L_q, D_v]``; rows that attend to nothing are 0.
@@ -48,7 +52,10 @@ def sdpa_decode(
     Raises:
         ValueError: shapes, dtypes or head counts do not fit; the message names them.
     """
-    return launch_split_k(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+    intervals = as_intervals(key_bounds, key_values)
+    return launch_split_k(
+        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
+    )
 
 
 @triton_op("flashpte::sdpa_verify", mutates_args=())
@@ -62,9 +69,14 @@ def sdpa_verify(
     is_causal: bool,
     scale: float,
     dim_order: Sequence[int],
+    key_bounds: torch.Tensor | None = None,
+    key_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a few query rows (L_q up to 16) over all keys, split-K. Arguments as for :func:`sdpa_decode`."""
-    return launch_split_k(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+    intervals = as_intervals(key_bounds, key_values)
+    return launch_split_k(
+        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
+    )
 
 
 @triton_op("flashpte::sdpa_prefill", mutates_args=())
@@ -78,20 +90,31 @@ def sdpa_prefill(
     is_causal: bool,
     scale: float,
     dim_order: Sequence[int],
+    key_bounds: torch.Tensor | None = None,
+    key_values: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of any number of query rows, tiled, skipping masked tiles. Arguments as for :func:`sdpa_decode`."""
-    return launch_tiled(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order)
+    intervals = as_intervals(key_bounds, key_values)
+    return launch_tiled(
+        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
+    )
 
 
-def _fake(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order):
-    check_attention(query, key, value, attn_mask, is_causal, dim_order)
+def _fake(
+    query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, key_bounds=None, key_values=None
+):
+    check_attention(query, key, value, attn_mask, is_causal, dim_order, as_intervals(key_bounds, key_values))
     return empty_output(query, value.shape[3], dim_order)
 
 
-def _cpu(query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order):
-    check_attention(query, key, value, attn_mask, is_causal, dim_order)
+def _cpu(
+    query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, key_bounds=None, key_values=None
+):
+    intervals = as_intervals(key_bounds, key_values)
+    check_attention(query, key, value, attn_mask, is_causal, dim_order, intervals)
+    mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
     out = empty_output(query, value.shape[3], dim_order)
-    return out.copy_(attention_reference(query, key, value, attn_mask, is_causal, scale))
+    return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
 
 
 for _op in (sdpa_decode, sdpa_verify, sdpa_prefill):

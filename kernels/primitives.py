@@ -2,6 +2,9 @@
 
 Shape legend: ``R`` query rows of one program, ``N`` keys of one tile, ``D``/``DV`` padded head dims (powers of two).
 
+What belongs together travels as a tuple: the running ``state`` of the softmax, the query ``rows``, the ``keys`` and
+values, and the ``mask``. (Constants stay apart: a compile-time constant in a tuple becomes a run-time value.)
+
 Scores are kept in log2 units (``q . k * scale * log2(e)``) so that the exponential is a bare ``exp2``. With a float
 mask they stay in natural units and ``EXP2_SCALE`` carries the ``log2(e)``: a mask entry may be the dtype's minimum,
 which is finite, and multiplying it by ``log2(e)`` would turn it into -inf and a row of nothing else into zeros.
@@ -20,6 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MASK_NONE = 0
 MASK_BOOL = 1
 MASK_FLOAT = 2
+MASK_INTERVALS = 3
 
 
 @triton.jit
@@ -74,15 +78,13 @@ def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.conste
 
 
 @triton.jit
-def exact_scores(
-    q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr):
     """``q . k`` ``[R, N]`` of float32 tensors, summed in float64, from the rows' pointers.
 
     The error of a score is multiplied by the exponential, and a chain of hundreds of float32 additions loses several
     times more than the blocked sums of a BLAS. (``tl.dot`` on float64 operands does not compile in every layout.)
     """
-    scores = tl.zeros([BLOCK_R, BLOCK_N], tl.float64)
+    scores = tl.zeros([q_rows.shape[0], n.shape[0]], tl.float64)
     for start in range(0, HEAD_DIM, 16):
         d = start + tl.arange(0, 16)
         ok = (d < HEAD_DIM)[None, :]
@@ -109,22 +111,36 @@ def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
+def visible_in_intervals(intervals, start_n, n, in_range, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr):
+    """Which of the keys ``start_n + n`` every row sees, ``[R, N]``: each term's value lies within the row's bounds.
+
+    ``intervals`` is ``(bound_rows [R] pointers, side_stride, values_ptr, values_stride)``; see
+    :mod:`flashpte.kernels.intervals`.
+    """
+    bound_rows, side_stride, values_ptr, values_stride = intervals
+    visible = in_range
+    for term in tl.static_range(TERMS):
+        lower = tl.load(bound_rows + 2 * term * side_stride)
+        upper = tl.load(bound_rows + (2 * term + 1) * side_stride)
+        if INDEX_TERM and term == 0:
+            # An index fits in 32 bits, so bounds that do not can be cut to those that do.
+            lower = tl.minimum(tl.maximum(lower, -1), 2147483647).to(tl.int32)
+            upper = tl.minimum(tl.maximum(upper, -1), 2147483647).to(tl.int32)
+            value = (start_n + n)[None, :]
+        else:
+            row = values_ptr + (term - INDEX_TERM) * values_stride
+            value = tl.load(row + start_n + n[None, :], mask=in_range, other=0)
+        visible = visible & (value >= lower[:, None]) & (value <= upper[:, None])
+    return visible
+
+
+@triton.jit
 def attend_tile(
-    q,  # [R, D]; not used if EXACT
-    q_rows,  # [R] pointers to the query rows
-    acc,  # [R, DV] float32
-    row_max,  # [R] float32
-    row_sum,  # [R] float32
-    k_ptr,
-    v_ptr,
+    state,
+    rows,
+    keys,
+    mask,
     start_n,
-    kv_len,
-    stride_kn,
-    stride_vn,
-    mask_rows,  # [R] pointers to the mask's rows; anything when MASK is MASK_NONE
-    stride_mn,
-    q_pos,  # [R] query positions, for CAUSAL
-    qk_scale,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,45 +149,56 @@ def attend_tile(
     CHECK_KEYS: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    TERMS: tl.constexpr,
+    INDEX_TERM: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns ``acc, row_max, row_sum``."""
+    """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns the new ``state``.
+
+    Args:
+        state: ``(acc [R, DV] float32, row_max [R] float32, row_sum [R] float32)``.
+        rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``; ``q`` is read
+            unless ``EXACT``, then ``q_rows`` are.
+        keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
+        mask: for a dense mask ``([R] pointers to its rows, stride_mn)``, for intervals what
+            :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
+    """
+    acc, row_max, row_sum = state
+    q, q_rows, q_pos, qk_scale = rows
+    k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     n = tl.arange(0, BLOCK_N)
+    n_keys = kv_len - start_n
     # int64: start_n * stride passes 2^31 elements in a [B, L, H, D] cache of 128K tokens.
     tile_start = start_n.to(tl.int64)
     k_ptr += tile_start * stride_kn
     if EXACT:
-        scores = exact_scores(q_rows, k_ptr, n, stride_kn, kv_len - start_n, HEAD_DIM, q_rows.shape[0], BLOCK_N)
+        scores = exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM)
     else:
         d = tl.arange(0, BLOCK_D)
-        k = load_tile(k_ptr, n, stride_kn, kv_len - start_n, d, HEAD_DIM, CHECK_KEYS, BLOCK_D != HEAD_DIM)
+        k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D != HEAD_DIM)
         scores = tl.dot(q, tl.trans(k))
     scores = scores * qk_scale
     # The logits are masked beside the load, always: a key past the end was read as zeros, which is a score of 0.
     if CHECK_KEYS:
-        scores = tl.where((n < kv_len - start_n)[None, :], scores, float("-inf"))
+        scores = tl.where((n < n_keys)[None, :], scores, float("-inf"))
     if CAUSAL:
         scores = tl.where((start_n + n)[None, :] <= q_pos[:, None], scores, float("-inf"))
-    if MASK != 0:
+    in_range = (n < n_keys)[None, :]
+    if MASK == 3:
+        scores = tl.where(visible_in_intervals(mask, start_n, n, in_range, TERMS, INDEX_TERM), scores, float("-inf"))
+    elif MASK != 0:
+        mask_rows, stride_mn = mask
         mask_ptrs = mask_rows[:, None] + (tile_start * stride_mn + n * stride_mn)[None, :]
-        in_range = (n < kv_len - start_n)[None, :]
         if MASK == 1:
             visible = tl.load(mask_ptrs, mask=in_range, other=0)
             scores = tl.where(visible != 0, scores, float("-inf"))
         else:
             scores += tl.load(mask_ptrs, mask=in_range, other=0.0).to(tl.float32)
     probs, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, EXP2_SCALE)
-    v = load_tile(
-        v_ptr + tile_start * stride_vn,
-        n,
-        stride_vn,
-        kv_len - start_n,
-        tl.arange(0, BLOCK_DV),
-        V_HEAD_DIM,
-        CHECK_KEYS,
-        BLOCK_DV != V_HEAD_DIM,
-    )
+    dv = tl.arange(0, BLOCK_DV)
+    v_ptr += tile_start * stride_vn
+    v = load_tile(v_ptr, n, stride_vn, n_keys, dv, V_HEAD_DIM, CHECK_KEYS, BLOCK_DV != V_HEAD_DIM)
     if EXACT:
         acc = acc * rescale[:, None] + tl.dot(probs, v, input_precision="ieee")
     else:

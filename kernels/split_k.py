@@ -23,14 +23,13 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
-    broadcast_stride,
     cdiv,
     check_attention,
     empty_output,
     exponent_scale,
-    mask_kind,
     static_int,
     with_unit_stride,
 )
@@ -41,11 +40,45 @@ MAX_ROWS = 16
 
 
 @triton.jit
+def _key_steps(
+    counts_ptr,
+    tile_row,
+    q_len,
+    kv_len,
+    BLOCK_N: tl.constexpr,
+    MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """How many tiles of ``BLOCK_N`` keys have to be visited: all, and of those the full ones, which come first."""
+    if MASK != 0:
+        full_steps = tl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
+        steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
+    else:
+        # Causal is aligned to the top left: no row sees a key beyond the last row.
+        steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
+        full_steps = 0 if CAUSAL else kv_len // BLOCK_N
+    return steps, full_steps
+
+
+@triton.jit
+def _active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_KEYS: tl.constexpr):
+    """Into how many of ``num_splits`` the visited keys are cut.
+
+    A buffer is cut for its length, which the context may be far from: with few keys to visit, partial results would
+    cost more bytes than keys do.
+    """
+    active = tl.where(steps * BLOCK_N >= LONG_KEYS, num_splits, tl.minimum(short_splits, num_splits))
+    return tl.maximum(tl.minimum(active, steps), 1)
+
+
+@triton.jit
 def _split_k_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mask_ptr,
+    mask_ptr,  # of intervals, their bounds
+    interval_values_ptr,
     tiles_ptr,
     counts_ptr,
     out_ptr,
@@ -71,10 +104,14 @@ def _split_k_kernel(
     stride_tb,  # of the tile map, in rows of tiles
     stride_th,
     n_key_tiles,
+    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
+    stride_ib,
+    stride_it,
     heads_kv,
     q_len,
     kv_len,
     scale,
+    short_splits,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -85,8 +122,11 @@ def _split_k_kernel(
     MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    TERMS: tl.constexpr,
+    INDEX_TERM: tl.constexpr,
     SINGLE_SPLIT: tl.constexpr,
     SEPARATE_FULL: tl.constexpr,
+    LONG_KEYS: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -106,28 +146,27 @@ def _split_k_kernel(
     d = tl.arange(0, BLOCK_D)
     q_rows = q_ptr + b * stride_qb + head * stride_qh + m * stride_qm
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    mask_rows = head
-    if MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
+    mask = (q_rows, 0)
+    if MASK == 3:
+        bound_rows = mask_ptr + b * stride_mb + m
+        interval_values_ptr += b * stride_ib
+        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it)
+    elif MASK != 0:
+        mask = (mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm, stride_mn)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
-    qk_scale = score_scale(scale, EXP2_SCALE)
+    keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
+    query_rows = (q, q_rows, m, score_scale(scale, EXP2_SCALE))
 
-    tiles = tiles_ptr
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
-    if MASK != 0:
-        tile_row = b * stride_tb + h * stride_th
-        tiles = tiles_ptr + tile_row * n_key_tiles
-        full_steps = tl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
-        steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
-    else:
-        # Causal is aligned to the top left: no row sees a key beyond the last row.
-        steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
-        full_steps = 0 if CAUSAL else kv_len // BLOCK_N
-    first = (split.to(tl.int64) * steps // num_splits).to(tl.int32)
-    last = ((split + 1).to(tl.int64) * steps // num_splits).to(tl.int32)
+    state = (tl.zeros([BLOCK_R, BLOCK_DV], tl.float32), row_max, row_sum)
+    tile_row = b * stride_tb + h * stride_th
+    tiles = tiles_ptr + tile_row * n_key_tiles
+    steps, full_steps = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
+    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    first = tl.minimum(split.to(tl.int64) * steps // active, steps).to(tl.int32)
+    last = tl.minimum((split + 1).to(tl.int64) * steps // active, steps).to(tl.int32)
     edge = tl.minimum(tl.maximum(first, full_steps), last)
     first_key = first * BLOCK_N
     if not SEPARATE_FULL:
@@ -138,22 +177,12 @@ def _split_k_kernel(
             first_key = listed_key(tiles, first, MAP_BLOCK_N, BLOCK_N)
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
-        acc, row_max, row_sum = attend_tile(
-            q,
-            q_rows,
-            acc,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
+        state = attend_tile(
+            state,
+            query_rows,
+            keys,
+            mask,
             start_n,
-            kv_len,
-            stride_kn,
-            stride_vn,
-            mask_rows,
-            stride_mn,
-            m,
-            qk_scale,
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
@@ -162,28 +191,20 @@ def _split_k_kernel(
             False,
             False,
             0,
+            0,
+            0,
             EXP2_SCALE,
             EXACT,
         )
     # What needs checks: tiles past the end of the keys, tiles that the mask shows in part, scattered full tiles.
     for step in tl.range(edge, last, num_stages=1 if SEPARATE_FULL else STAGES):
         start_n = listed_key(tiles, step, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else step * BLOCK_N
-        acc, row_max, row_sum = attend_tile(
-            q,
-            q_rows,
-            acc,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
+        state = attend_tile(
+            state,
+            query_rows,
+            keys,
+            mask,
             start_n,
-            kv_len,
-            stride_kn,
-            stride_vn,
-            mask_rows,
-            stride_mn,
-            m,
-            qk_scale,
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
@@ -192,11 +213,15 @@ def _split_k_kernel(
             True,
             CAUSAL,
             MASK,
+            TERMS,
+            INDEX_TERM,
             EXP2_SCALE,
             EXACT,
         )
 
+    acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
+    row_ok = row_ok & (split < active)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
     if SINGLE_SPLIT:
         out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]
@@ -213,18 +238,28 @@ def _split_k_kernel(
 def _combine_kernel(
     acc_ptr,
     stats_ptr,
+    counts_ptr,
     out_ptr,
     stride_ob,
     stride_oh,
     stride_om,
     stride_od,
+    stride_tb,
+    stride_th,
     heads_kv,
-    n_rows,
+    q_len,
+    kv_len,
     num_splits,
+    short_splits,
     GROUP: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MAP_BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    LONG_KEYS: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -234,8 +269,10 @@ def _combine_kernel(
     head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
     s = tl.arange(0, BLOCK_S)
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    s_ok = s < num_splits
-    partial = (bh.to(tl.int64) * num_splits + s) * n_rows + row
+    tile_row = b * stride_tb + (bh % heads_kv) * stride_th
+    steps, _ = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
+    s_ok = s < _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    partial = (bh.to(tl.int64) * num_splits + s) * (q_len * GROUP) + row
     split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
     split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
     row_max = tl.max(split_max, 0)
@@ -262,6 +299,7 @@ def launch_split_k(
     scale: float,
     dim_order: Sequence[int],
     config: tuning.SplitKConfig | None = None,
+    intervals: Intervals | None = None,
 ) -> torch.Tensor:
     """Launches the split-K kernels.
 
@@ -270,17 +308,18 @@ def launch_split_k(
         key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
             copied.
         mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        tiles, counts: the mask's tile map with ``block_m = 16``, ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N` and
-            ``head_group = H_q / H_kv``; made here when ``None``.
+        tiles, counts: the mask's or the intervals' tile map with ``block_m = 16``,
+            ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N` and ``head_group = H_q / H_kv``; made here when ``None``.
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
         config: tile choice; by default :func:`tuning.choose_split_k`'s for the current arch.
+        intervals: a mask in another form, instead of ``mask``.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order)
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     static_rows = static_int(q_len)
@@ -291,8 +330,13 @@ def launch_split_k(
         config = tuning.choose_split_k(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
-    if mask is not None and tiles is None:
+    if tiles is None and intervals is not None:
+        tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N)
+    elif tiles is None and mask is not None:
         tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group)
+    mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
+    counts_or_any = query if counts is None else counts
+    tile_strides = [0] * 3 if tiles is None else map_strides(tiles)
     n_rows = q_len * group
     single = config.num_splits == 1
     if single:
@@ -307,9 +351,9 @@ def launch_split_k(
         query,
         key,
         value,
-        query if mask is None else mask,
+        *mask_tensors,
         query if tiles is None else tiles,
-        query if counts is None else counts,
+        counts_or_any,
         out,
         acc,
         stats,
@@ -322,13 +366,15 @@ def launch_split_k(
         value.stride(0),
         value.stride(1),
         value.stride(2),
-        *([0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]),
+        *mask_strides,
         *out.stride(),
-        *([0] * 3 if tiles is None else map_strides(tiles)),
+        *tile_strides,
+        *interval_strides,
         heads_kv,
         q_len,
         kv_len,
         scale,
+        config.short_splits,
         GROUP=group,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
@@ -338,9 +384,10 @@ def launch_split_k(
         BLOCK_N=config.block_n,
         MAP_BLOCK_N=tuning.SPLIT_K_MAP_BLOCK_N,
         CAUSAL=is_causal,
-        MASK=mask_kind(mask),
+        **mask_flags,
         SINGLE_SPLIT=single,
         SEPARATE_FULL=config.separate_full,
+        LONG_KEYS=tuning.LONG_KEYS,
         EXP2_SCALE=exp2_scale,
         EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,
@@ -354,13 +401,22 @@ def launch_split_k(
         combine[(n_rows, batch * heads_kv, cdiv(v_head_dim, block_dv))](
             acc,
             stats,
+            counts_or_any,
             out,
             *out.stride(),
+            *tile_strides[:2],
             heads_kv,
-            n_rows,
+            q_len,
+            kv_len,
             config.num_splits,
+            config.short_splits,
             GROUP=group,
             V_HEAD_DIM=v_head_dim,
+            BLOCK_N=config.block_n,
+            MAP_BLOCK_N=tuning.SPLIT_K_MAP_BLOCK_N,
+            CAUSAL=is_causal,
+            MASK=mask_flags["MASK"],
+            LONG_KEYS=tuning.LONG_KEYS,
             BLOCK_S=block_s,
             BLOCK_DV=block_dv,
             EXP2_SCALE=exp2_scale,

@@ -167,6 +167,34 @@ def map_strides(tiles: torch.Tensor) -> tuple[int, int, int]:
     return per_batch, 0 if static_int(heads) == 1 else rows, key_tiles
 
 
+def launch_compact(
+    states: torch.Tensor, anchored: torch.Tensor, q_len: int, group: int, block_m: int, is_bool: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists the live tiles of ``states`` int8 ``[Bm, Hm, row tiles, key tiles]``: full ones, then partial ones.
+
+    Returns ``tiles`` and ``counts`` as :func:`tile_map` does. ``anchored`` int8 ``[Bm, Hm, group, L_q]`` says which
+    rows have an entry beside which the mask's floor counts for nothing; anything if ``is_bool``.
+    """
+    batch, heads, row_tiles, key_tiles = states.shape
+    tiles = torch.empty(states.shape, dtype=torch.int32, device=states.device)
+    counts = torch.empty((batch, heads, row_tiles, 2), dtype=torch.int32, device=states.device)
+    compact = _compact_kernel if INTERPRETED else wrap_triton(_compact_kernel)
+    compact[(row_tiles, batch * heads)](
+        states,
+        anchored,
+        tiles,
+        counts,
+        key_tiles,
+        q_len,
+        HEAD_GROUP=group,
+        BLOCK_M=block_m,
+        CHUNK=_COMPACT_CHUNK,
+        IS_BOOL=is_bool,
+        num_warps=4,
+    )
+    return tiles, counts
+
+
 def launch_tile_map(
     mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,13 +206,10 @@ def launch_tile_map(
     is_bool = mask.dtype == torch.bool
     shape = (mask.shape[0], heads, row_tiles, key_tiles)
     states = torch.empty(shape, dtype=torch.int8, device=mask.device)
-    tiles = torch.empty(shape, dtype=torch.int32, device=mask.device)
-    counts = torch.empty((mask.shape[0], heads, row_tiles, 2), dtype=torch.int32, device=mask.device)
     anchored = (
         states if is_bool else torch.zeros((mask.shape[0], heads, group, q_len), dtype=torch.int8, device=mask.device)
     )
     classify = _classify_kernel if INTERPRETED else wrap_triton(_classify_kernel)
-    compact = _compact_kernel if INTERPRETED else wrap_triton(_compact_kernel)
     classify[(key_tiles, row_tiles, mask.shape[0] * heads)](
         mask,
         states,
@@ -203,20 +228,7 @@ def launch_tile_map(
         IS_BOOL=is_bool,
         num_warps=4,
     )
-    compact[(row_tiles, mask.shape[0] * heads)](
-        states,
-        anchored,
-        tiles,
-        counts,
-        key_tiles,
-        q_len,
-        HEAD_GROUP=group,
-        BLOCK_M=block_m,
-        CHUNK=_COMPACT_CHUNK,
-        IS_BOOL=is_bool,
-        num_warps=4,
-    )
-    return tiles, counts
+    return launch_compact(states, anchored, q_len, group, block_m, is_bool)
 
 
 @triton_op("flashpte::tile_map", mutates_args=())
@@ -289,10 +301,14 @@ def tile_map_reference(
     skip_floor = row_anchored.view(batch, heads, rows, 1, block_m).all(-1)
     state = torch.where(all_open, FULL, PARTIAL)
     state = torch.where(~any_live | (all_floor & skip_floor), EMPTY, state)
-    tiles = torch.full((batch, heads, rows, keys), -1, dtype=torch.int32)
-    counts = torch.stack([(state == FULL).sum(-1), (state == PARTIAL).sum(-1)], -1).to(torch.int32)
-    for index in range(batch * heads * rows):
-        row_state = state.view(-1, keys)[index]
-        listed = torch.cat([(row_state == kind).nonzero().flatten() for kind in (FULL, PARTIAL)])
-        tiles.view(-1, keys)[index, : len(listed)] = listed.to(torch.int32)
+    return list_tiles_reference(state)
+
+
+def list_tiles_reference(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`launch_compact` computes from ``states`` without floor tiles."""
+    tiles = torch.full(states.shape, -1, dtype=torch.int32)
+    counts = torch.stack([(states == FULL).sum(-1), (states == PARTIAL).sum(-1)], -1).to(torch.int32)
+    for row_tiles, row_states in zip(tiles.flatten(0, 2), states.flatten(0, 2), strict=True):
+        listed = torch.cat([(row_states == kind).nonzero().flatten() for kind in (FULL, PARTIAL)])
+        row_tiles[: len(listed)] = listed.to(torch.int32)
     return tiles, counts

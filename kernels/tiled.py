@@ -20,14 +20,13 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
-    broadcast_stride,
     cdiv,
     check_attention,
     empty_output,
     exponent_scale,
-    mask_kind,
     with_unit_stride,
 )
 from flashpte.kernels.primitives import (
@@ -47,7 +46,8 @@ def _tiled_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mask_ptr,
+    mask_ptr,  # of intervals, their bounds
+    interval_values_ptr,
     tiles_ptr,
     counts_ptr,
     out_ptr,
@@ -71,6 +71,9 @@ def _tiled_kernel(
     stride_tb,  # of the tile map, in rows of tiles
     stride_th,
     n_key_tiles,
+    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
+    stride_ib,
+    stride_it,
     q_len,
     kv_len,
     scale,
@@ -85,6 +88,8 @@ def _tiled_kernel(
     MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    TERMS: tl.constexpr,
+    INDEX_TERM: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
@@ -99,25 +104,30 @@ def _tiled_kernel(
     first_row = row_tile * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
     q_ptr += b * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qm
-    rows = tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, rows, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D != HEAD_DIM)
+    r = tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, r, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D != HEAD_DIM)
     # Rows past the end repeat the last one, so that every pointer made from them is in range.
-    q_rows = q_ptr + tl.minimum(rows, q_len - 1 - first_row) * stride_qm
+    q_rows = q_ptr + tl.minimum(r, q_len - 1 - first_row) * stride_qm
     k_ptr += b * stride_kb + (head // GROUP) * stride_kh
     v_ptr += b * stride_vb + (head // GROUP) * stride_vh
-    qk_scale = score_scale(scale, EXP2_SCALE)
+    keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
+    query_rows = (q, q_rows, m, score_scale(scale, EXP2_SCALE))
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    state = (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), row_max, row_sum)
 
-    mask_rows = m
+    # Rows past the end repeat the last one, so that the pointers stay in range.
+    safe_m = tl.minimum(m, q_len - 1)
+    mask = (q_rows, 0)
+    if MASK == 3:
+        interval_values_ptr += b * stride_ib
+        mask = (mask_ptr + b * stride_mb + safe_m, stride_bs, interval_values_ptr, stride_it)
+    elif MASK != 0:
+        mask = (mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm, stride_mn)
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0
     if MASK != 0:
-        # Rows past the end repeat the last one, so that the pointers stay in range.
-        safe_m = tl.minimum(m, q_len - 1).to(tl.int64)
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m * stride_mm
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
         n_full = tl.load(counts_ptr + tile_row * 2)
@@ -145,22 +155,12 @@ def _tiled_kernel(
         full_steps = consecutive
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
-        acc, row_max, row_sum = attend_tile(
-            q,
-            q_rows,
-            acc,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
+        state = attend_tile(
+            state,
+            query_rows,
+            keys,
+            mask,
             start_n,
-            kv_len,
-            stride_kn,
-            stride_vn,
-            mask_rows,
-            stride_mn,
-            m,
-            qk_scale,
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
@@ -168,6 +168,8 @@ def _tiled_kernel(
             BLOCK_N,
             False,
             False,
+            0,
+            0,
             0,
             EXP2_SCALE,
             EXACT,
@@ -179,22 +181,12 @@ def _tiled_kernel(
             start_n = listed_key(tiles, step, MAP_BLOCK_N, EDGE_BLOCK_N)
         else:
             start_n = edge_start + step * EDGE_BLOCK_N
-        acc, row_max, row_sum = attend_tile(
-            q,
-            q_rows,
-            acc,
-            row_max,
-            row_sum,
-            k_ptr,
-            v_ptr,
+        state = attend_tile(
+            state,
+            query_rows,
+            keys,
+            mask,
             start_n,
-            kv_len,
-            stride_kn,
-            stride_vn,
-            mask_rows,
-            stride_mn,
-            m,
-            qk_scale,
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
@@ -203,13 +195,16 @@ def _tiled_kernel(
             True,
             CAUSAL,
             MASK,
+            TERMS,
+            INDEX_TERM,
             EXP2_SCALE,
             EXACT,
         )
 
+    acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
     out_ptr += b * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_om
-    out_ptrs = out_ptr + (rows * stride_om)[:, None] + (dv * stride_od)[None, :]
+    out_ptrs = out_ptr + (r * stride_om)[:, None] + (dv * stride_od)[None, :]
     store_ok = (m < q_len)[:, None] & (dv < V_HEAD_DIM)[None, :]
     tl.store(out_ptrs, normalise(acc, row_sum).to(out_ptr.dtype.element_ty), mask=store_ok)
 
@@ -225,6 +220,7 @@ def launch_tiled(
     scale: float,
     dim_order: Sequence[int],
     config: tuning.TiledConfig | None = None,
+    intervals: Intervals | None = None,
 ) -> torch.Tensor:
     """Launches the tiled kernel.
 
@@ -233,17 +229,18 @@ def launch_tiled(
         key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
             copied.
         mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        tiles, counts: the mask's tile map with the tile of :func:`tuning.tiled_map_block` and ``head_group = 1``; made
-            here when ``None``.
+        tiles, counts: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
+            ``head_group = 1``; made here when ``None``.
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
         config: tile choice; by default :func:`tuning.choose_tiled`'s for the current arch.
+        intervals: a mask in another form, instead of ``mask``.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order)
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     if config is None:
@@ -251,14 +248,17 @@ def launch_tiled(
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
     map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
-    if mask is not None and tiles is None:
+    if tiles is None and intervals is not None:
+        tiles, counts = launch_interval_map(intervals, kv_len, map_m, map_n)
+    elif tiles is None and mask is not None:
         tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
+    mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
     kernel[(cdiv(q_len, config.block_m), heads_q, batch)](
         query,
         key,
         value,
-        query if mask is None else mask,
+        *mask_tensors,
         query if tiles is None else tiles,
         query if counts is None else counts,
         out,
@@ -271,9 +271,10 @@ def launch_tiled(
         value.stride(0),
         value.stride(1),
         value.stride(2),
-        *([0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]),
+        *mask_strides,
         *out.stride(),
         *([0] * 3 if tiles is None else map_strides(tiles)),
+        *interval_strides,
         q_len,
         kv_len,
         scale,
@@ -287,7 +288,7 @@ def launch_tiled(
         MAP_BLOCK_M=map_m,
         MAP_BLOCK_N=map_n,
         CAUSAL=is_causal,
-        MASK=mask_kind(mask),
+        **mask_flags,
         EXP2_SCALE=exponent_scale(query.dtype, mask),
         EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,

@@ -5,6 +5,7 @@ A build is therefore deterministic and the same on a machine with no GPU.
 
 from flashpte.kernels.tuning.arch import ARCHES, GpuArch, current_arch, limits
 from flashpte.kernels.tuning.choose import (
+    LONG_KEYS,
     SPLIT_K_MAP_BLOCK_N,
     AttentionShape,
     SplitKConfig,
@@ -18,6 +19,7 @@ from flashpte.kernels.tuning.choose import (
 
 __all__ = [
     "ARCHES",
+    "LONG_KEYS",
     "SPLIT_K_MAP_BLOCK_N",
     "AttentionShape",
     "GpuArch",

@@ -11,6 +11,9 @@ from flashpte.kernels.tuning.arch import GpuArch
 # Keys per tile of the map that split-K kernels walk; every split-K block_n divides it.
 SPLIT_K_MAP_BLOCK_N = 64
 
+# From this many keys on, split-K kernels use two programs per multiprocessor instead of one.
+LONG_KEYS = 16384
+
 _MAX_SPLITS = 512
 
 # Rows, keys, stages. Scores of float32 tensors are summed element by element, which wants small tiles.
@@ -45,7 +48,8 @@ class AttentionShape:
 class SplitKConfig:
     """Tiles of the split-K kernel: packed rows by keys, and into how many splits the keys are cut.
 
-    ``separate_full`` gives full tiles a loop of their own, without checks or mask.
+    ``num_splits`` programs are launched; where a mask leaves fewer than :data:`LONG_KEYS` keys to visit, only the first
+    ``short_splits`` of them work. ``separate_full`` gives full tiles a loop of their own, without checks or mask.
     """
 
     block_rows: int
@@ -54,6 +58,7 @@ class SplitKConfig:
     num_warps: int
     num_stages: int
     separate_full: bool = True
+    short_splits: int = _MAX_SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +153,16 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     # The mask is loaded in a loop of its own, which is not pipelined.
     rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, 4, arch)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
-    long = shape.kv_len is None or shape.kv_len >= 16384
-    splits = max(1, arch.sm_count * (2 if long else 1) // parallel)
+    short_splits = max(1, arch.sm_count // parallel)
+    splits = short_splits
+    if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
+        splits = max(1, 2 * arch.sm_count // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
     warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4
     # On an H200 two loops made D = 512 15 to 25% slower (registers), and narrower heads up to 25% faster.
-    return SplitKConfig(rows, block_n, min(splits, _MAX_SPLITS), warps, stages, separate_full=width <= 256)
+    splits = min(splits, _MAX_SPLITS)
+    return SplitKConfig(rows, block_n, splits, warps, stages, width <= 256, min(short_splits, splits))
 
 
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:

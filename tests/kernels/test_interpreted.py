@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from attention_cases import MASKS, Case, Problem, build, check
+from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, with_intervals
 from mutants import mutant
 
 from flashpte.kernels import split_k, tiled, tuning
+from flashpte.kernels.intervals import launch_interval_map
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -66,6 +69,28 @@ def test_tiled_matches_the_float64_answer(case):
     check(*run(tiled.launch_tiled, case))
 
 
+def run_intervals(launcher, case: Case, kind: str, config=None):
+    p, intervals = with_intervals(case, kind)
+    order = case.dim_order
+    out = launcher(p.query, p.key, p.value, None, None, None, False, p.scale, order, config, intervals=intervals)
+    return p, out
+
+
+@pytest.mark.parametrize("kind", INTERVAL_MASKS)
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_split_k_with_intervals(kind, q_len):
+    case = Case(q_len, 300, batch=2, heads_q=6, heads_kv=2, head_dim=32)
+    check(*run_intervals(split_k.launch_split_k, case, kind))
+    check(*run_intervals(split_k.launch_split_k, case, kind, tuning.SplitKConfig(16, 32, 3, 4, 2, False, 2)))
+
+
+@pytest.mark.parametrize("kind", INTERVAL_MASKS)
+def test_tiled_with_intervals(kind):
+    check(*run_intervals(tiled.launch_tiled, Case(150, 200, batch=2, head_dim=16), kind))
+    config = tuning.TiledConfig(32, 32, 4, 2, 16, 1)
+    check(*run_intervals(tiled.launch_tiled, Case(37, 150, batch=2, head_dim=16), kind, config))
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
 @pytest.mark.parametrize(("block_rows", "block_n", "separate_full"), [(16, 16, True), (16, 64, False), (32, 32, True)])
 def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n, separate_full):
@@ -97,7 +122,7 @@ class CountedTiles:
         original = module.attend_tile
 
         def counting(*args, **kwargs):
-            self.visited.append(int(args[7].handle.data.item()))
+            self.visited.append(int(args[4].handle.data.item()))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, "attend_tile", counting)
@@ -124,6 +149,39 @@ def test_split_k_visits_live_tiles_only(monkeypatch, mask, q_len):
     assert len(counted.visited) < 16
 
 
+@pytest.mark.parametrize("kind", ["causal", "window", "ring", "documents", "empty"])
+def test_intervals_visit_live_tiles_only(monkeypatch, kind):
+    for module, launcher, case, config, tile in (
+        (split_k, split_k.launch_split_k, Case(4, 1000), tuning.SplitKConfig(16, 64, 4, 4, 2), (16, 64)),
+        (tiled, tiled.launch_tiled, Case(200, 900), tuning.TiledConfig(128, 128, 4, 2, 128, 1), (128, 128)),
+    ):
+        case = dataclasses.replace(case, heads_q=1, heads_kv=1, head_dim=16)
+        counted = CountedTiles(monkeypatch, module)
+        problem, out = run_intervals(launcher, case, kind, config)
+        check(problem, out)
+        live = _live_tiles(problem.mask, *tile)
+        assert len(counted.visited) == live
+        assert live < _live_tiles(torch.ones_like(problem.mask), *tile)
+
+
+def test_interval_map_equals_its_reference():
+    for kind in INTERVAL_MASKS:
+        for tile in ((16, 64), (128, 128), (32, 16)):
+            _, intervals = with_intervals(Case(200, 1100, batch=2), kind)
+            tiles, counts = launch_interval_map(intervals, 1100, *tile)
+            expected = torch.ops.flashpte.interval_map(intervals.bounds, intervals.values, 1100, *tile)
+            assert torch.equal(counts, expected[1])
+            listed = torch.arange(tiles.shape[-1]) < counts.sum(-1, keepdim=True)
+            assert torch.equal(tiles[listed], expected[0][listed])
+
+
+def test_short_contexts_use_fewer_splits():
+    """Splits beyond the short ones write nothing, and the combine kernel does not read their (poisoned) memory."""
+    for keys, kind in ((1000, "causal"), (17000, "causal"), (17000, "window")):
+        case = Case(2, keys, heads_q=2, heads_kv=1, head_dim=16)
+        check(*run_intervals(split_k.launch_split_k, case, kind, tuning.SplitKConfig(16, 64, 9, 4, 2, True, 4)))
+
+
 def test_split_k_causal_visits_visible_keys_only(monkeypatch):
     counted = CountedTiles(monkeypatch, split_k)
     check(*run(split_k.launch_split_k, Case(3, 1000, heads_kv=4, head_dim=16, mask="is_causal")))
@@ -148,12 +206,18 @@ def test_tiled_causal_visits_visible_keys_only(monkeypatch):
     assert len(counted.visited) == 1 + 2 + 3 + 4
 
 
-TAIL = "scores = tl.where((n < kv_len - start_n)[None, :], scores"
+TAIL = "scores = tl.where((n < n_keys)[None, :], scores"
 RESCALE = "acc * rescale[:, None]"
 SPLIT = Case(3, 90, head_dim=32, scale=1.0)
 MUTATIONS = {
     "split_k without the tail mask": ("primitives.py", TAIL, "scores = tl.where((n >= 0)[None, :], scores", "split_k"),
     "split_k without the rescale": ("primitives.py", RESCALE, "acc", "split_k"),
+    "more splits combined than worked": (
+        "split_k.py",
+        "s_ok = s < _active_splits(",
+        "s_ok = s < 1 + _active_splits(",
+        "split_k",
+    ),
     "combine without the weights": ("split_k.py", "split_sum * weight", "split_sum", "split_k"),
     "tiled without the tail mask": ("primitives.py", TAIL, "scores = tl.where((n >= 0)[None, :], scores", "tiled"),
     "tiled without the rescale": ("primitives.py", RESCALE, "acc", "tiled"),
@@ -161,28 +225,44 @@ MUTATIONS = {
     "map that drops partial tiles": ("tile_map.py", "(state == 1) |", "(state == 7) |", "tiled"),
     "map that calls partial tiles full": ("tile_map.py", "tl.where(all_open != 0, 2, 1)", "2", "tiled"),
     "map that skips every floor tile": ("tile_map.py", "(anchored == 0)", "(anchored == 9)", "tiled"),
+    "intervals that drop the lower bound": ("primitives.py", "(value >= lower[:, None]) &", "", "intervals"),
+    "intervals off by one": ("primitives.py", "value <= upper", "value < upper", "intervals"),
+    "interval map that calls partial tiles full": ("intervals.py", "tl.where(all_open != 0, 2, 1)", "2", "intervals"),
+    "interval map that ignores lower bounds": ("intervals.py", "open_ & (lower <= smallest)", "open_", "intervals"),
     "float mask in log2 units": ("launch.py", "return LOG2E if", "return 1.0 if", "split_k"),
 }
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_mutation_is_caught(name, tmp_path):
-    file, old, new, module = MUTATIONS[name]
+    file, old, new, kind = MUTATIONS[name]
     masks = ("none", "is_causal", "bool_context", "float_min_rows", "float_all_min", "float_bias")
-    configs = {"split_k": tuning.SplitKConfig(16, 16, 3, 4, 2), "tiled": tuning.TiledConfig(16, 16, 4, 2, 16, 1)}
+    module = "tiled" if kind == "tiled" else "split_k"
+    config = {
+        "split_k": tuning.SplitKConfig(16, 16, 3, 4, 2, True, 2),
+        "tiled": tuning.TiledConfig(16, 16, 4, 2, 16, 1),
+    }[module]
+    intact = {"split_k": split_k.launch_split_k, "tiled": tiled.launch_tiled}[module]
+
+    def attempts(launcher):
+        rows = 3 if module == "split_k" else 40
+        if kind == "intervals":
+            for structure in ("causal", "window", "documents"):
+                yield run_intervals(launcher, Case(rows, 200, head_dim=32), structure, config)
+        else:
+            for mask in masks:
+                dtype = torch.float32 if "min" in mask else torch.float16
+                yield run(launcher, Case(rows, 90, head_dim=32, scale=1.0, mask=mask, dtype=dtype), config)
 
     def failures(launcher) -> int:
         failed = 0
-        for mask in masks:
-            dtype = torch.float32 if "min" in mask else torch.float16
-            case = Case(3 if module == "split_k" else 40, 90, head_dim=32, scale=1.0, mask=mask, dtype=dtype)
+        for problem, out in attempts(launcher):
             try:
-                check(*run(launcher, case, configs[module]))
+                check(problem, out)
             except AssertionError:
                 failed += 1
         return failed
 
-    intact = {"split_k": split_k.launch_split_k, "tiled": tiled.launch_tiled}[module]
     assert failures(intact) == 0
     changed = getattr(mutant(tmp_path, file, old, new, module), f"launch_{module}")
     assert failures(changed) > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import MASKS, Case, build, check
+from attention_cases import INTERVAL_MASKS, MASKS, Case, build, check, with_intervals
 
 from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify
 
@@ -31,6 +31,27 @@ def test_cpu_implementation_is_attention(q_len, mask):
 def test_opcheck(q_len, mask):
     _, args = arguments(Case(q_len, 90, mask=mask, v_head_dim=32))
     torch.library.opcheck(OPS[q_len], args, test_utils=NOT_LAUNCHING)
+
+
+@pytest.mark.parametrize("q_len", OPS)
+@pytest.mark.parametrize("kind", INTERVAL_MASKS)
+def test_cpu_implementation_takes_intervals(q_len, kind):
+    case = Case(q_len, 90, batch=2, heads_q=6, heads_kv=2, head_dim=48, dtype=torch.float32)
+    p, intervals = with_intervals(case, kind)
+    args = (p.query, p.key, p.value, None, None, None, False, p.scale, list(case.dim_order))
+    check(p, OPS[q_len](*args, intervals.bounds, intervals.values))
+
+
+@pytest.mark.parametrize("kind", ["causal", "documents", "ring"])
+def test_opcheck_with_intervals(kind):
+    p, intervals = with_intervals(Case(5, 90), kind)
+    args = (p.query, p.key, p.value, None, None, None, False, p.scale, [0, 2, 1, 3], intervals.bounds, intervals.values)
+    torch.library.opcheck(sdpa_verify, args, test_utils=NOT_LAUNCHING)
+    torch.library.opcheck(
+        torch.ops.flashpte.interval_map.default,
+        (intervals.bounds, intervals.values, 90, 16, 64),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_opcheck_of_tile_map():
@@ -67,8 +88,9 @@ def test_agrees_with_torch_where_a_row_attends_to_nothing():
 def bad(**changes):
     p = build(Case(5, 40))
     given = dict(q=p.query, k=p.key, v=p.value, mask=None, causal=False, order=[0, 2, 1, 3]) | changes
+    intervals = given.get("bounds"), given.get("values")
     return sdpa_verify(
-        given["q"], given["k"], given["v"], given["mask"], None, None, given["causal"], 1.0, given["order"]
+        given["q"], given["k"], given["v"], given["mask"], None, None, given["causal"], 1.0, given["order"], *intervals
     )
 
 
@@ -83,6 +105,20 @@ def bad(**changes):
         (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.int32)), "bool or float"),
         (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.bool), causal=True), "ambiguous"),
         (dict(order=[0, 1, 2, 2]), "permutation"),
+        (dict(bounds=torch.zeros(1, 2, 1, 5)), "must be int64"),
+        (dict(bounds=torch.zeros(2, 2, 1, 5, dtype=torch.int64)), "without key_values there can be one"),
+        (dict(values=torch.zeros(1, 1, 40, dtype=torch.int64)), "key_values without key_bounds"),
+        (dict(bounds=torch.zeros(1, 2, 1, 5, dtype=torch.int64), causal=True), "ambiguous"),
+        (
+            dict(bounds=torch.zeros(1, 2, 1, 5, dtype=torch.int64), mask=torch.ones(1, 1, 5, 40, dtype=torch.bool)),
+            "ambiguous",
+        ),
+        (dict(bounds=torch.zeros(1, 2, 1, 4, dtype=torch.int64)), "are for 4 rows"),
+        (dict(bounds=torch.zeros(1, 2, 3, 5, dtype=torch.int64)), "batch of 3"),
+        (
+            dict(bounds=torch.zeros(1, 2, 1, 5, dtype=torch.int64), values=torch.zeros(1, 1, 41, dtype=torch.int64)),
+            "41 keys",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(changes, message):

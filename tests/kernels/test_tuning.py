@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import Case, build
+from attention_cases import Case, build, with_intervals
 from compile_only import compiling_for
 
 from flashpte.kernels import tuning
@@ -78,15 +78,25 @@ def test_unknown_archs():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
 @pytest.mark.parametrize(
     ("q_len", "group", "head_dim", "mask"),
-    [(16, 8, 512, "bool_context"), (1, 8, 128, "none"), (300, 2, 256, "bool_window")],
+    [
+        (16, 8, 512, "bool_context"),
+        (1, 8, 128, "none"),
+        (300, 2, 256, "bool_window"),
+        (5, 2, 512, "intervals"),
+        (300, 2, 512, "intervals"),
+    ],
 )
 def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, group, head_dim, mask):
-    case = Case(q_len, 4096, heads_q=2 * group, head_dim=head_dim, dtype=torch.bfloat16, mask=mask)
-    problem = build(case)
+    case = Case(q_len, 4096, heads_q=2 * group, head_dim=head_dim, dtype=torch.bfloat16)
+    if mask == "intervals":
+        problem, intervals = with_intervals(case, "documents")
+        problem = dataclasses.replace(problem, mask=None)
+    else:
+        problem, intervals = build(dataclasses.replace(case, mask=mask)), None
     launcher = launch_split_k if q_len <= 16 else launch_tiled
     with compiling_for(arch) as compiled:
         p = problem
-        launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order)
+        launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, intervals=intervals)
     main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel"))
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
     assert "mma" in main.ptx  # on the matrix units, not element by element

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashpte.kernels import attention_reference
+from flashpte.kernels.intervals import Intervals
 
 MASKS = (
     "none",
@@ -30,6 +31,18 @@ MASKS = (
     "float_min_rows",
     "float_all_min",
     "float_row_bias",
+)
+INTERVAL_MASKS = (
+    "causal",
+    "window",
+    "ring",
+    "permuted",
+    "gapped",
+    "documents",
+    "padding",
+    "batch",
+    "empty",
+    "extremes",
 )
 LAYOUTS = ("contiguous", "blhd", "sliced", "expanded")
 
@@ -137,6 +150,65 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
             mask[:, :, ::2] = minimum
             return mask
     raise ValueError(case.mask)
+
+
+def make_intervals(kind: str, case: Case) -> Intervals:
+    """A mask given as intervals over a case's keys; what :meth:`Intervals.dense` makes of it is the definition."""
+    generator = torch.Generator().manual_seed(case.seed)
+    q_len, kv_len = case.q_len, case.kv_len
+    pos, keys = positions(case), torch.arange(kv_len)
+    none, all_ = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    window = max(1, kv_len // 4)
+
+    def bounds(*terms: tuple) -> torch.Tensor:
+        """``[T, 2, B, L_q]`` from pairs of lower and upper bounds ``[B, L_q]``, ``[L_q]`` or one number."""
+        rows = [torch.as_tensor(side, dtype=torch.int64).expand(1, q_len) for term in terms for side in term]
+        return torch.stack(rows).view(len(terms), 2, 1, q_len)
+
+    match kind:
+        case "causal":
+            return Intervals(bounds((none, pos)), None)
+        case "window":
+            return Intervals(bounds((pos - window + 1, pos)), None)
+        case "ring":
+            last = pos.max() + kv_len // 3
+            held = last - torch.remainder(last - keys, kv_len)
+            lower = (pos + kv_len // 3 - kv_len // 2 + 1).clamp(min=0)
+            return Intervals(bounds((lower, pos + kv_len // 3)), held[None, None].contiguous())
+        case "permuted":
+            order = torch.randperm(kv_len, generator=generator)
+            rows = torch.randint(kv_len, (q_len,), generator=generator)
+            return Intervals(bounds((rows - window, rows)), order[None, None].contiguous())
+        case "gapped":
+            rows = torch.randint(4 * kv_len, (q_len,), generator=generator) - kv_len
+            return Intervals(bounds((rows - 2 * window, rows)), (keys * 3)[None, None].contiguous())
+        case "documents":
+            key_documents = torch.div(keys, max(1, kv_len // 5), rounding_mode="floor")
+            documents = torch.div(pos, max(1, kv_len // 5), rounding_mode="floor")
+            return Intervals(bounds((none, pos), (documents, documents)), key_documents[None, None].contiguous())
+        case "padding":
+            valid = (keys < max(1, kv_len // 2)) | (keys % 7 == 0)
+            return Intervals(bounds((none, pos), (1, all_)), valid.long()[None, None].contiguous())
+        case "batch":
+            lengths = torch.randint(kv_len, (case.batch,), generator=generator)
+            lower = torch.zeros(1, 2, case.batch, q_len, dtype=torch.int64)
+            lower[0, 1] = torch.minimum(lengths[:, None] + torch.arange(q_len), torch.tensor(kv_len - 1))
+            shift = torch.randint(3, (1, case.batch, 1), generator=generator)
+            return Intervals(lower, keys[None, None] + shift)
+        case "empty":
+            return Intervals(bounds((pos + 1, pos)), None)
+        case "extremes":
+            values = torch.where(keys % 2 == 0, none, all_)
+            values[keys % 3 == 0] = 5
+            return Intervals(bounds((none, 5 + pos % 2)), values[None, None].contiguous())
+    raise ValueError(kind)
+
+
+def with_intervals(case: Case, kind: str, device: str = "cpu") -> tuple[Problem, Intervals]:
+    """A case whose mask is given as intervals; the problem holds the same mask as a dense tensor."""
+    problem, intervals = build(case, device), make_intervals(kind, case)
+    moved = Intervals(intervals.bounds.to(device), None if intervals.values is None else intervals.values.to(device))
+    return dataclasses.replace(problem, mask=moved.dense(case.kv_len)), moved
 
 
 def keys_in(layout: str, batch: int, heads: int, length: int, dim: int, dtype, generator) -> torch.Tensor:

@@ -11,7 +11,7 @@ from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver
 
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
-from flashpte.kernels import split_k, tile_map, tiled, tuning
+from flashpte.kernels import intervals, split_k, tile_map, tiled, tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
             return compile_
 
     with contextlib.ExitStack() as stack:
-        for module in (split_k, tiled, tile_map):
+        for module in (split_k, tiled, tile_map, intervals):
             stack.callback(setattr, module, "wrap_triton", module.wrap_triton)
             module.wrap_triton = CompileOnly
         for module in (split_k.tuning,):

@@ -1,0 +1,281 @@
+"""Masks as intervals: what a row sees is given by bounds on numbers that belong to the keys, not by a dense tensor.
+
+Row ``m`` sees key ``n`` if ``lower[t, m] <= value[t, n] <= upper[t, m]`` for each of T terms. With positions as values
+that is a causal mask (``upper`` is the row's position), a sliding window (``lower`` is the position minus the window
+plus one) and a ring buffer (each slot's value is the position it holds); with document numbers as values and equal
+bounds it is a packed mask; with 0 and 1 as values a padding mask. Nothing is assumed of the numbers: positions may have
+gaps, repeat or be permuted.
+
+The kernels compute visibility in tiles that are partly masked; ``flashpte::interval_map`` finds those and the full ones
+from L_q + L_kv numbers instead of from L_q x L_kv mask entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_int
+from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
+from flashpte.kernels.tile_map import EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """A mask of T terms.
+
+    Attributes:
+        bounds: int64 ``[T, 2, Bm, L_q]``, contiguous: lower and upper bounds of each term and row; Bm is B or 1.
+        values: int64 ``[T', Bv, L_kv]``, contiguous: the keys' values; Bv is B or 1. T' is T, or T - 1 where the value
+            of the first term is the key's index; ``None`` where that is the only term.
+    """
+
+    bounds: torch.Tensor
+    values: torch.Tensor | None
+
+    @property
+    def terms(self) -> int:
+        """T."""
+        return self.bounds.shape[0]
+
+    @property
+    def index_term(self) -> bool:
+        """Whether the first term's value is the key's index."""
+        return self.values is None or self.values.shape[0] < self.terms
+
+    @property
+    def batch(self) -> int | torch.SymInt:
+        """B, or 1 where all batch entries see the same."""
+        shared = self.values is None or static_int(self.values.shape[1]) == 1
+        return self.bounds.shape[2] if shared or self.values is None else self.values.shape[1]
+
+    def check(self, batch: int | None = None, q_len: int | None = None, kv_len: int | None = None) -> None:
+        """Raises ``ValueError`` with one sentence for tensors that do not fit together, or an attention's sizes.
+
+        Sizes that are symbolic, here or there, are not compared.
+        """
+        bounds, values = self.bounds, self.values
+        if bounds.dim() != 4 or bounds.shape[1] != 2 or bounds.dtype != torch.int64 or bounds.shape[0] == 0:
+            raise ValueError(f"key_bounds must be int64 [T, 2, B, L_q], got {bounds.dtype} {tuple(bounds.shape)}")
+        if values is not None and (values.dim() != 3 or values.dtype != torch.int64):
+            raise ValueError(f"key_values must be int64 [T, B, L_kv], got {values.dtype} {tuple(values.shape)}")
+        if values is None and self.terms != 1:
+            raise ValueError(f"key_bounds have {self.terms} terms; without key_values there can be one")
+        if values is not None and values.shape[0] not in (self.terms, self.terms - 1):
+            raise ValueError(f"key_bounds have {self.terms} terms, key_values {values.shape[0]}")
+
+        def differ(size: int | torch.SymInt, wanted: int | None) -> bool:
+            return isinstance(size, int) and isinstance(wanted, int) and size != wanted
+
+        if differ(bounds.shape[3], q_len):
+            raise ValueError(f"key_bounds are for {bounds.shape[3]} rows, the query has {q_len}")
+        if values is not None and differ(values.shape[2], kv_len):
+            raise ValueError(f"key_values are for {values.shape[2]} keys, there are {kv_len}")
+        for size in (bounds.shape[2], 1 if values is None else values.shape[1]):
+            if differ(size, 1) and differ(size, batch):
+                raise ValueError(f"key_bounds and key_values are for a batch of {size}, the query has {batch}")
+
+    def kernel_arguments(self) -> tuple[torch.Tensor, int, int, int, int]:
+        """Values (or a stand-in); strides of bounds per batch entry and side, of values per entry and term."""
+        bounds, values = self.bounds, self.values
+        bound_batch = 0 if static_int(bounds.shape[2]) == 1 else bounds.stride(2)
+        if values is None:
+            return bounds, bound_batch, bounds.stride(1), 0, 0
+        value_batch = 0 if static_int(values.shape[1]) == 1 else values.stride(1)
+        return values, bound_batch, bounds.stride(1), value_batch, values.stride(0)
+
+    def dense(self, kv_len: int) -> torch.Tensor:
+        """The same mask as a bool tensor ``[B or 1, 1, L_q, L_kv]``: the definition."""
+        visible = self.bounds.new_ones((), dtype=torch.bool)
+        for term in range(self.terms):
+            if self.index_term and term == 0:
+                value = torch.arange(kv_len, device=self.bounds.device)[None, None]
+            else:
+                assert self.values is not None
+                value = self.values[term - self.index_term][:, None]
+            lower, upper = self.bounds[term, 0, :, :, None], self.bounds[term, 1, :, :, None]
+            visible = visible & (value >= lower) & (value <= upper)
+        return visible[:, None]
+
+
+def as_intervals(bounds: torch.Tensor | None, values: torch.Tensor | None) -> Intervals | None:
+    """The intervals of an operator's optional arguments.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    if bounds is None:
+        if values is not None:
+            raise ValueError("key_values without key_bounds")
+        return None
+    intervals = Intervals(bounds.contiguous(), values if values is None else values.contiguous())
+    intervals.check()
+    return intervals
+
+
+def mask_arguments(
+    mask: torch.Tensor | None, intervals: Intervals | None, anything: torch.Tensor
+) -> tuple[list[torch.Tensor], list[int], list[int], dict[str, int]]:
+    """What the attention kernels are told about a mask in either form.
+
+    Returns:
+        The tensors (mask or bounds, values; ``anything`` stands in for what there is not); the strides of the first in
+        batch, head, row and key; those of the intervals (bounds per side, values per batch entry and per term); the
+        flags ``MASK``, ``TERMS`` and ``INDEX_TERM``.
+    """
+    if intervals is not None:
+        values, bound_batch, side, value_batch, value_term = intervals.kernel_arguments()
+        flags = {"MASK": MASK_INTERVALS, "TERMS": intervals.terms, "INDEX_TERM": int(intervals.index_term)}
+        return [intervals.bounds, values], [bound_batch, 0, 1, 0], [side, value_batch, value_term], flags
+    strides = [0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]
+    flags = {"MASK": mask_kind(mask), "TERMS": 0, "INDEX_TERM": 0}
+    return [anything if mask is None else mask, anything], strides, [0, 0, 0], flags
+
+
+@triton.jit
+def _classify_intervals_kernel(
+    bounds_ptr,
+    values_ptr,
+    states_ptr,  # int8 [B, 1, n_row_tiles, n_key_tiles]
+    stride_bb,
+    side_stride,
+    stride_vb,
+    values_stride,
+    q_len,
+    kv_len,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TERMS: tl.constexpr,
+    INDEX_TERM: tl.constexpr,
+):
+    key_tile = tl.program_id(0)
+    row_tile = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_ok = m < q_len
+    # Per row: whether the tile may hold a visible key, and whether all of its keys are visible.
+    live = row_ok
+    open_ = row_ok
+    for term in tl.static_range(TERMS):
+        row = bounds_ptr + b * stride_bb + 2 * term * side_stride + m
+        lower = tl.load(row, mask=row_ok, other=0)
+        upper = tl.load(row + side_stride, mask=row_ok, other=0)
+        if INDEX_TERM and term == 0:
+            smallest = (key_tile * BLOCK_N).to(tl.int64)
+            largest = tl.minimum(smallest + BLOCK_N, kv_len) - 1
+        else:
+            ptrs = values_ptr + b * stride_vb + (term - INDEX_TERM) * values_stride + n
+            # Keys past the end repeat the tile's first one.
+            first = tl.load(values_ptr + b * stride_vb + (term - INDEX_TERM) * values_stride + key_tile * BLOCK_N)
+            value = tl.load(ptrs, mask=n < kv_len, other=0)
+            value = tl.where(n < kv_len, value, first)
+            smallest = tl.min(value, 0)
+            largest = tl.max(value, 0)
+        live = live & (lower <= upper) & (lower <= largest) & (upper >= smallest)
+        open_ = open_ & (lower <= smallest) & (upper >= largest)
+    any_live = tl.max(live.to(tl.int32), 0)
+    # Rows past the end do not stop a tile from being full; keys past the end do.
+    all_open = tl.min((open_ | (row_ok == 0)).to(tl.int32), 0)
+    all_open = tl.where((key_tile + 1) * BLOCK_N <= kv_len, all_open, 0)
+    state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
+    tile = (b * tl.num_programs(1) + row_tile) * tl.num_programs(0) + key_tile
+    tl.store(states_ptr + tile, state.to(tl.int8))
+
+
+def launch_interval_map(
+    intervals: Intervals, kv_len: int, block_m: int, block_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches the two kernels; results as for :func:`interval_map`."""
+    bounds = intervals.bounds
+    q_len, batch = bounds.shape[3], intervals.batch
+    values, *strides = intervals.kernel_arguments()
+    row_tiles, key_tiles = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
+    classify = _classify_intervals_kernel if INTERPRETED else wrap_triton(_classify_intervals_kernel)
+    classify[(key_tiles, row_tiles, batch)](
+        bounds,
+        values,
+        states,
+        *strides,
+        q_len,
+        kv_len,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        TERMS=intervals.terms,
+        INDEX_TERM=int(intervals.index_term),
+        num_warps=4 if block_m * block_n > 1024 else 1,
+    )
+    return launch_compact(states, states, q_len, 1, block_m, True)
+
+
+@triton_op("flashpte::interval_map", mutates_args=())
+def interval_map(
+    key_bounds: torch.Tensor, key_values: torch.Tensor | None, kv_len: int, block_m: int, block_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists the live tiles of a mask given as intervals.
+
+    Args:
+        key_bounds, key_values: as in :class:`Intervals`.
+        kv_len: L_kv.
+        block_m, block_n: tile size in query rows and keys, powers of two.
+
+    Returns:
+        ``tiles`` and ``counts`` as ``flashpte::tile_map`` returns them, for one mask head. A tile whose values' range
+        overlaps a row's bounds counts as live, though no single value may lie within them; a kernel that visits it
+        finds nothing there.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
+    intervals = as_intervals(key_bounds, key_values)
+    assert intervals is not None
+    return launch_interval_map(intervals, kv_len, block_m, block_n)
+
+
+@interval_map.register_fake
+def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n):
+    intervals = Intervals(key_bounds, key_values)
+    intervals.check()
+    shape = (intervals.batch, 1, cdiv(key_bounds.shape[3], block_m), cdiv(kv_len, block_n))
+    return (
+        key_bounds.new_empty(shape, dtype=torch.int32),
+        key_bounds.new_empty((*shape[:3], 2), dtype=torch.int32),
+    )
+
+
+@interval_map.register_kernel("cpu")
+def interval_map_reference(
+    key_bounds: torch.Tensor, key_values: torch.Tensor | None, kv_len: int, block_m: int, block_n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
+    intervals = as_intervals(key_bounds, key_values)
+    assert intervals is not None
+    batch, q_len = intervals.batch, key_bounds.shape[3]
+    rows, keys = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    live = torch.ones(batch, q_len, keys, dtype=torch.bool)
+    open_ = live.clone()
+    for term in range(intervals.terms):
+        if intervals.index_term and term == 0:
+            value = torch.arange(kv_len)[None]
+        else:
+            assert intervals.values is not None
+            value = intervals.values[term - intervals.index_term]
+        tiled = torch.stack(
+            [torch.stack([t.amin(-1), t.amax(-1)]) for t in value.split(block_n, -1)], -1
+        )  # [2, B, key tiles]
+        smallest, largest = tiled[0][:, None], tiled[1][:, None]
+        lower, upper = key_bounds[term, 0][..., None], key_bounds[term, 1][..., None]
+        live = live & (lower <= upper) & (lower <= largest) & (upper >= smallest)
+        open_ = open_ & (lower <= smallest) & (upper >= largest)
+    open_[..., kv_len // block_n :] = False
+    states = torch.full((batch, 1, rows, keys), EMPTY)
+    for i in range(rows):
+        of_rows = slice(i * block_m, (i + 1) * block_m)
+        any_live, all_open = live[:, of_rows].any(1), open_[:, of_rows].all(1)
+        states[:, 0, i] = torch.where(any_live, torch.where(all_open, FULL, PARTIAL), EMPTY)
+    return list_tiles_reference(states)
