@@ -29,7 +29,8 @@ class Intervals:
     """A mask of T terms.
 
     Attributes:
-        bounds: int64 ``[T, 2, Bm, L_q]``, contiguous: lower and upper bounds of each term and row; Bm is B or 1.
+        bounds: int64 ``[2 T, Bm, L_q]``, contiguous: of each term the rows' lower bounds, then their upper bounds;
+            Bm is B or 1.
         values: int64 ``[T', Bv, L_kv]``, contiguous: the keys' values; Bv is B or 1. T' is T, or T - 1 where the value
             of the first term is the key's index; ``None`` where that is the only term.
     """
@@ -40,7 +41,7 @@ class Intervals:
     @property
     def terms(self) -> int:
         """T."""
-        return self.bounds.shape[0]
+        return self.bounds.shape[0] // 2
 
     @property
     def index_term(self) -> bool:
@@ -51,7 +52,7 @@ class Intervals:
     def batch(self) -> int | torch.SymInt:
         """B, or 1 where all batch entries see the same."""
         shared = self.values is None or static_int(self.values.shape[1]) == 1
-        return self.bounds.shape[2] if shared or self.values is None else self.values.shape[1]
+        return self.bounds.shape[1] if shared or self.values is None else self.values.shape[1]
 
     def check(self, batch: int | None = None, q_len: int | None = None, kv_len: int | None = None) -> None:
         """Raises ``ValueError`` with one sentence for tensors that do not fit together, or an attention's sizes.
@@ -59,8 +60,8 @@ class Intervals:
         Sizes that are symbolic, here or there, are not compared.
         """
         bounds, values = self.bounds, self.values
-        if bounds.dim() != 4 or bounds.shape[1] != 2 or bounds.dtype != torch.int64 or bounds.shape[0] == 0:
-            raise ValueError(f"key_bounds must be int64 [T, 2, B, L_q], got {bounds.dtype} {tuple(bounds.shape)}")
+        if bounds.dim() != 3 or bounds.dtype != torch.int64 or bounds.shape[0] == 0 or bounds.shape[0] % 2:
+            raise ValueError(f"key_bounds must be int64 [2 T, B, L_q], got {bounds.dtype} {tuple(bounds.shape)}")
         if values is not None and (values.dim() != 3 or values.dtype != torch.int64):
             raise ValueError(f"key_values must be int64 [T, B, L_kv], got {values.dtype} {tuple(values.shape)}")
         if values is None and self.terms != 1:
@@ -71,22 +72,22 @@ class Intervals:
         def differ(size: int | torch.SymInt, wanted: int | None) -> bool:
             return isinstance(size, int) and isinstance(wanted, int) and size != wanted
 
-        if differ(bounds.shape[3], q_len):
-            raise ValueError(f"key_bounds are for {bounds.shape[3]} rows, the query has {q_len}")
+        if differ(bounds.shape[2], q_len):
+            raise ValueError(f"key_bounds are for {bounds.shape[2]} rows, the query has {q_len}")
         if values is not None and differ(values.shape[2], kv_len):
             raise ValueError(f"key_values are for {values.shape[2]} keys, there are {kv_len}")
-        for size in (bounds.shape[2], 1 if values is None else values.shape[1]):
+        for size in (bounds.shape[1], 1 if values is None else values.shape[1]):
             if differ(size, 1) and differ(size, batch):
                 raise ValueError(f"key_bounds and key_values are for a batch of {size}, the query has {batch}")
 
     def kernel_arguments(self) -> tuple[torch.Tensor, int, int, int, int]:
         """Values (or a stand-in); strides of bounds per batch entry and side, of values per entry and term."""
         bounds, values = self.bounds, self.values
-        bound_batch = 0 if static_int(bounds.shape[2]) == 1 else bounds.stride(2)
+        bound_batch = 0 if static_int(bounds.shape[1]) == 1 else bounds.stride(1)
         if values is None:
-            return bounds, bound_batch, bounds.stride(1), 0, 0
+            return bounds, bound_batch, bounds.stride(0), 0, 0
         value_batch = 0 if static_int(values.shape[1]) == 1 else values.stride(1)
-        return values, bound_batch, bounds.stride(1), value_batch, values.stride(0)
+        return values, bound_batch, bounds.stride(0), value_batch, values.stride(0)
 
     def dense(self, kv_len: int) -> torch.Tensor:
         """The same mask as a bool tensor ``[B or 1, 1, L_q, L_kv]``: the definition."""
@@ -97,7 +98,7 @@ class Intervals:
             else:
                 assert self.values is not None
                 value = self.values[term - self.index_term][:, None]
-            lower, upper = self.bounds[term, 0, :, :, None], self.bounds[term, 1, :, :, None]
+            lower, upper = self.bounds[2 * term, :, :, None], self.bounds[2 * term + 1, :, :, None]
             visible = visible & (value >= lower) & (value <= upper)
         return visible[:, None]
 
@@ -192,7 +193,7 @@ def launch_interval_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; results as for :func:`interval_map`."""
     bounds = intervals.bounds
-    q_len, batch = bounds.shape[3], intervals.batch
+    q_len, batch = bounds.shape[2], intervals.batch
     values, *strides = intervals.kernel_arguments()
     row_tiles, key_tiles = cdiv(q_len, block_m), cdiv(kv_len, block_n)
     states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
@@ -241,7 +242,7 @@ def interval_map(
 def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n):
     intervals = Intervals(key_bounds, key_values)
     intervals.check()
-    shape = (intervals.batch, 1, cdiv(key_bounds.shape[3], block_m), cdiv(kv_len, block_n))
+    shape = (intervals.batch, 1, cdiv(key_bounds.shape[2], block_m), cdiv(kv_len, block_n))
     return (
         key_bounds.new_empty(shape, dtype=torch.int32),
         key_bounds.new_empty((*shape[:3], 2), dtype=torch.int32),
@@ -255,7 +256,7 @@ def interval_map_reference(
     """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
-    batch, q_len = intervals.batch, key_bounds.shape[3]
+    batch, q_len = intervals.batch, key_bounds.shape[2]
     rows, keys = cdiv(q_len, block_m), cdiv(kv_len, block_n)
     live = torch.ones(batch, q_len, keys, dtype=torch.bool)
     open_ = live.clone()
@@ -269,7 +270,7 @@ def interval_map_reference(
             [torch.stack([t.amin(-1), t.amax(-1)]) for t in value.split(block_n, -1)], -1
         )  # [2, B, key tiles]
         smallest, largest = tiled[0][:, None], tiled[1][:, None]
-        lower, upper = key_bounds[term, 0][..., None], key_bounds[term, 1][..., None]
+        lower, upper = key_bounds[2 * term][..., None], key_bounds[2 * term + 1][..., None]
         live = live & (lower <= upper) & (lower <= largest) & (upper >= smallest)
         open_ = open_ & (lower <= smallest) & (upper >= largest)
     open_[..., kv_len // block_n :] = False

@@ -161,9 +161,9 @@ def make_intervals(kind: str, case: Case) -> Intervals:
     window = max(1, kv_len // 4)
 
     def bounds(*terms: tuple) -> torch.Tensor:
-        """``[T, 2, B, L_q]`` from pairs of lower and upper bounds ``[B, L_q]``, ``[L_q]`` or one number."""
+        """``[2 T, B, L_q]`` from pairs of lower and upper bounds ``[B, L_q]``, ``[L_q]`` or one number."""
         rows = [torch.as_tensor(side, dtype=torch.int64).expand(1, q_len) for term in terms for side in term]
-        return torch.stack(rows).view(len(terms), 2, 1, q_len)
+        return torch.stack(rows)
 
     match kind:
         case "causal":
@@ -191,10 +191,10 @@ def make_intervals(kind: str, case: Case) -> Intervals:
             return Intervals(bounds((none, pos), (1, all_)), valid.long()[None, None].contiguous())
         case "batch":
             lengths = torch.randint(kv_len, (case.batch,), generator=generator)
-            lower = torch.zeros(1, 2, case.batch, q_len, dtype=torch.int64)
-            lower[0, 1] = torch.minimum(lengths[:, None] + torch.arange(q_len), torch.tensor(kv_len - 1))
+            rows = torch.zeros(2, case.batch, q_len, dtype=torch.int64)
+            rows[1] = torch.minimum(lengths[:, None] + torch.arange(q_len), torch.tensor(kv_len - 1))
             shift = torch.randint(3, (1, case.batch, 1), generator=generator)
-            return Intervals(lower, keys[None, None] + shift)
+            return Intervals(rows, keys[None, None] + shift)
         case "empty":
             return Intervals(bounds((pos + 1, pos)), None)
         case "extremes":
