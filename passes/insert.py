@@ -12,17 +12,23 @@ from torch.utils import _pytree as pytree
 from flashpte.passes.sdpa_node import is_edge
 
 # The edge dialect has no views: it spells them as copies, which lowering turns back into views.
-_EDGE_NAMES = {torch.ops.aten.unsqueeze.default: torch.ops.aten.unsqueeze_copy.default}
+_EDGE_NAMES = {
+    torch.ops.aten.unsqueeze.default: torch.ops.aten.unsqueeze_copy.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_copy.int,
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_copy.Tensor,
+    torch.ops.aten.permute.default: torch.ops.aten.permute_copy.default,
+    torch.ops.aten.expand.default: torch.ops.aten.expand_copy.default,
+}
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
-def call_before(anchor: Node, op: Any, *args: Any) -> Node:
-    """Inserts ``op(*args)`` before ``anchor`` and computes its metadata.
+def call_before(anchor: Node, op: Any, *args: Any, **kwargs: Any) -> Node:
+    """Inserts ``op(*args, **kwargs)`` before ``anchor`` and computes its metadata.
 
     Args:
         anchor: the node to insert before; also decides the dialect and gives the new node its provenance.
         op: an ATen or ``flashpte`` operator overload.
-        args: nodes and constants.
+        args, kwargs: nodes and constants.
 
     Returns:
         The new node, with ``meta["val"]`` set by running ``op`` on fake tensors.
@@ -37,20 +43,21 @@ def call_before(anchor: Node, op: Any, *args: Any) -> Node:
         target = op
     graph = anchor.graph
     with graph.inserting_before(anchor):
-        node = graph.call_function(target, args)
+        node = graph.call_function(target, args, kwargs)
     node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
     fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
-    fake_mode = detect_fake_mode(fake_args)
+    fake_mode = detect_fake_mode(fake_args) or detect_fake_mode([anchor.meta.get("val")])
     if fake_mode is None:
         raise ValueError(f"the arguments of {node.name} carry no fake tensors; run the pass on an exported program")
     with fake_mode:
-        node.meta["val"] = op(*fake_args)
+        node.meta["val"] = op(*fake_args, **kwargs)
     return node
 
 
 def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:
     """A size of ``tensor`` as an argument: the number itself, or a node that reads it where it is dynamic."""
     size = tensor.meta["val"].shape[dim]
+    dim %= tensor.meta["val"].dim()
     if isinstance(size, int):
         return size
     with anchor.graph.inserting_before(anchor):

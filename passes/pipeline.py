@@ -87,22 +87,21 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
 def _replace(call: SdpaCall, op_name: str, decision: Route, tile_maps: TileMaps) -> None:
     namespace, name = op_name.split("::")
     op = getattr(getattr(torch.ops, namespace), name).default
-    mask = tiles = counts = None
-    if call.mask is not None:
-        mask = tile_maps.mask_for(call)
-        tiles, counts = tile_maps.map_for(call, op_name)
+    mask = tile_maps.arguments_for(call, op_name)
     new = call_before(
         call.node,
         op,
         call.query,
         call.key,
         call.value,
-        mask,
-        tiles,
-        counts,
+        mask.attn_mask,
+        mask.tiles,
+        mask.tile_counts,
         bool(call.is_causal),
         decision.scale,
         list(decision.dim_order),
+        mask.key_bounds,
+        mask.key_values,
     )
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)

@@ -1,12 +1,16 @@
-"""One tile map per distinct mask, shared by every attention call that uses it.
+"""What attention operators are told about a mask: made once per distinct mask, shared by every call that uses it.
 
 Models compute a mask once and expand it for every layer. The trap: each layer sees its own ``expand`` node, so the
 mask has to be followed back through expands to the tensor that was computed, whose broadcast dimensions have size 1.
 And before a program is made functional the mask may be changed in place between two calls, which then need two maps.
+
+A mask whose structure is proven is handed on as intervals, and its tensor disappears from the program; any other as the
+tensor. Either comes with a tile map.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -16,6 +20,8 @@ from torch.fx import Node
 from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.insert import call_before, size_argument
+from flashpte.passes.interval_nodes import IntervalNodes
+from flashpte.passes.mask_structure import Structure, prove
 from flashpte.passes.mutation import written_between
 from flashpte.passes.route import PREFILL
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
@@ -30,12 +36,84 @@ def mask_source(mask: Any) -> Node:
     return mask
 
 
+@dataclasses.dataclass(frozen=True)
+class MaskArguments:
+    """Arguments of an attention operator about its mask, as :func:`flashpte.kernels.ops.sdpa_decode` takes them."""
+
+    attn_mask: Node | None = None
+    tiles: Node | None = None
+    tile_counts: Node | None = None
+    key_bounds: Node | None = None
+    key_values: Node | None = None
+
+
 class TileMaps:
-    """Makes masks 4-dimensional and gives each distinct one its maps, once per graph."""
+    """The masks of one graph: proves their structure, makes the others 4-dimensional, gives each its maps."""
 
     def __init__(self) -> None:
         self._masks: dict[Node, Node] = {}
         self._maps: dict[tuple, tuple[Node, Node]] = {}
+        self._structures: dict[Node, Structure | str] = {}
+        self._intervals: dict[Node, tuple[Node, Node | None]] = {}
+
+    def arguments_for(self, call: SdpaCall, op: str) -> MaskArguments:
+        """What ``op`` is told about the mask of ``call``; inserts what has to be computed before the call."""
+        if call.mask is None:
+            return MaskArguments()
+        if isinstance(self.structure_of(call), Structure):
+            bounds, values = self._intervals_for(call)
+            return MaskArguments(None, *self._interval_map_for(call, op, bounds, values), bounds, values)
+        return MaskArguments(self.mask_for(call), *self.map_for(call, op))
+
+    def structure_of(self, call: SdpaCall) -> Structure | str | None:
+        """The proven structure of the call's mask, or why it has none; ``None`` without a mask."""
+        if call.mask is None:
+            return None
+        source = mask_source(call.mask)
+        if source not in self._structures:
+            structure = prove(source, val(call.key).shape[2])
+            if isinstance(structure, Structure) and self._written_before(structure.visited, call.node):
+                structure = "what it is computed from is written to before attention reads it"
+            self._structures[source] = structure
+        structure = self._structures[source]
+        if isinstance(structure, Structure) and source in self._intervals:
+            made = [node for node in self._intervals[source] if node is not None]
+            if any(written_between(node, call.node, [node]) for node in made):
+                return "what it is computed from is written to between two attentions"
+        return structure
+
+    @staticmethod
+    def _written_before(visited: frozenset[Node], call: Node) -> bool:
+        first = next(node for node in call.graph.nodes if node in visited)
+        return written_between(first, call, visited)
+
+    def _intervals_for(self, call: SdpaCall) -> tuple[Node, Node | None]:
+        assert call.mask is not None
+        source = mask_source(call.mask)
+        if source not in self._intervals:
+            structure = self._structures[source]
+            assert isinstance(structure, Structure)
+            self._intervals[source] = IntervalNodes(call).insert(structure)
+        return self._intervals[source]
+
+    def _interval_map_for(self, call: SdpaCall, op: str, bounds: Node, values: Node | None) -> tuple[Node, Node]:
+        key = val(call.key)
+        block_m, block_n = self._tile(call, op)
+        identity = (bounds, values, printable(key.shape[2]), block_m, block_n)
+        if identity not in self._maps:
+            kv_len = size_argument(call.node, call.key, 2)
+            both = call_before(
+                call.node, torch.ops.flashpte.interval_map.default, bounds, values, kv_len, block_m, block_n
+            )
+            self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
+        return self._maps[identity]
+
+    @staticmethod
+    def _tile(call: SdpaCall, op: str) -> tuple[int, int]:
+        """Rows and keys of a tile of the map that ``op`` walks."""
+        if op == PREFILL:
+            return tuning.tiled_map_block(val(call.query).shape[3], val(call.value).shape[3])
+        return MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N
 
     def mask_for(self, call: SdpaCall) -> Node:
         """The mask of ``call`` as a node of 4 dimensions, with size 1 wherever it is broadcast."""
@@ -49,13 +127,9 @@ class TileMaps:
 
     def map_for(self, call: SdpaCall, op: str) -> tuple[Node, Node]:
         """The nodes ``(tiles, counts)`` of the map of the call's mask in the tiles that ``op`` walks."""
-        query, key, value = val(call.query), val(call.key), val(call.value)
-        if op == PREFILL:
-            block_m, block_n = tuning.tiled_map_block(query.shape[3], value.shape[3])
-            group = 1
-        else:
-            block_m, block_n = MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N
-            group = query.shape[1] // key.shape[1]
+        query, key = val(call.query), val(call.key)
+        block_m, block_n = self._tile(call, op)
+        group = 1 if op == PREFILL else query.shape[1] // key.shape[1]
         mask = self.mask_for(call)
         if val(mask).shape[1] == 1:
             group = 1

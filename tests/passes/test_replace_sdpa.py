@@ -33,8 +33,8 @@ def test_static_lengths_choose_the_kernel(q_len, op, decompose):
     assert entry.op == f"flashpte::sdpa_{op}"
     (node,) = calls(new, "flashpte")
     assert node.target is getattr(torch.ops.flashpte, f"sdpa_{op}").default
-    query, key, value, mask, tiles, counts, is_causal, scale, dim_order = node.args
-    assert (mask, tiles, counts, is_causal) == (None, None, None, False)
+    query, key, value, mask, tiles, counts, is_causal, scale, dim_order, *bounds = node.args
+    assert (mask, tiles, counts, is_causal, *bounds) == (None, None, None, False, None, None)
     assert [n.name for n in (query, key, value)] == ["q", "k", "v"]
     assert scale == 16**-0.5
     assert sorted(dim_order) == [0, 1, 2, 3]
@@ -83,7 +83,7 @@ def test_masks_of_every_broadcast(q_len, shape, kind):
     assert check_maps(new, args) == 1
     node = calls(new, "sdpa_")[0]
     assert node.args[3].meta["val"].dim() == 4
-    assert len(calls(new, "tile_map")) == 1
+    assert len(calls(new, "_map.")) == 1
     assert [n.args[0].target for n in node.args[4:6]] == [torch.ops.flashpte.tile_map.default] * 2
 
 
@@ -132,10 +132,11 @@ def test_one_map_for_layers_that_share_a_mask(q_len, dynamic, decompose):
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
     assert len(report.replaced) == 3
-    assert len(calls(new, "tile_map")) == 1
+    assert len(calls(new, "_map.")) == 1
     users = calls(new, "sdpa_")
-    assert len({n.args[3] for n in users}) == 1
-    assert users[0].args[3].meta["val"].shape[:2] == (1, 1)
+    assert len({n.args[9:] for n in users}) == 1
+    assert {n.args[3] for n in users} == {None}
+    assert users[0].args[9].meta["val"].shape[:2] == (2, 1)
     assert check_maps(new, args) == 3
     torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=1e-5, rtol=1e-4)
 
@@ -148,7 +149,7 @@ def test_two_masks_get_two_maps():
 
     masks = [torch.rand(1, 1, 5, 64) < 0.5 for _ in range(2)]
     new, _ = replace_sdpa(exported(TwoMasks(), (*qkv(5), *masks)))
-    assert len(calls(new, "tile_map")) == 2
+    assert len(calls(new, "_map.")) == 2
 
 
 def test_a_shared_mask_gets_a_map_for_each_tile_shape():
@@ -160,7 +161,7 @@ def test_a_shared_mask_gets_a_map_for_each_tile_shape():
     q, k, _ = qkv(40)
     wide_q, wide_k, _ = qkv(40, dim=256)
     new, _ = replace_sdpa(exported(TwoWidths(), (q, k, wide_q, wide_k, torch.rand(1, 1, 40, 64) < 0.5)))
-    assert len({n.args[3:5] for n in calls(new, "tile_map")}) == 2
+    assert len({n.args[3:5] for n in calls(new, "_map.")}) == 2
 
 
 def test_the_input_program_is_untouched_and_weights_are_shared():

@@ -79,6 +79,16 @@ def cached_program(q_len: int, dynamic: tuple[int, int] | None = None, **options
     return exported(module, args, shapes), args
 
 
+def mask_tensors(program: ExportedProgram, rows, keys: int) -> list[torch.fx.Node]:
+    """Nodes of a program whose result is as large as a mask: ``rows`` by ``keys`` in its last two dimensions."""
+    found = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.dtype != torch.float32:
+            found += [node] if [str(s) for s in value.shape[-2:]] == [str(rows), str(keys)] else []
+    return found
+
+
 def calls(program: ExportedProgram, name: str) -> list[torch.fx.Node]:
     """Nodes that call an operator whose name contains ``name``."""
     return [n for n in program.graph.nodes if n.op == "call_function" and name in str(n.target)]
@@ -93,11 +103,14 @@ class _MapChecker(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         name = str(target)
-        if "flashpte.sdpa_" in name and args[3] is not None:
+        if "flashpte.sdpa_" in name and args[4] is not None:
             query, key, value, mask, tiles, counts = args[:6]
             block = (16, 64) if "prefill" not in name else tiled_map_block(query.shape[3], value.shape[3])
             group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
-            expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *block, group)
+            if mask is None:
+                expected = torch.ops.flashpte.interval_map(args[9], args[10], key.shape[2], *block)
+            else:
+                expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *block, group)
             assert torch.equal(counts, expected[1])
             assert torch.equal(tiles, expected[0])
             self.checked += 1

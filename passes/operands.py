@@ -1,0 +1,213 @@
+"""Tensors as a mask sees them: a node, and the views through which the mask reads it.
+
+A mask such as ``(keys <= positions[:, None])[None, None, :, :n]`` applies views to a comparison of two vectors. Moved
+from the comparison to its operands the views mean the same, by broadcasting, and leave vectors: the operands in the
+mask's own coordinates, ``[..., L_q, L_kv]`` aligned at the right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from flashpte.passes.insert import call_before
+from flashpte.passes.sdpa_node import aten_target, same_size, val
+
+aten = torch.ops.aten
+
+KEY_AXIS, ROW_AXIS, HEAD_AXIS, BATCH_AXIS = 0, 1, 2, 3
+
+_SAME_VALUE = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.expand.default,
+    aten.expand_copy.default,
+}
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+_UNSQUEEZE = {aten.unsqueeze.default, aten.unsqueeze_copy.default}
+_PERMUTE = {aten.permute.default, aten.permute_copy.default}
+_TRANSPOSE = {aten.transpose.int, aten.transpose_copy.int}
+_T = {aten.t.default, aten.t_copy.default}
+_SLICE = {aten.slice.Tensor, aten.slice_copy.Tensor}
+_SELECT = {aten.select.int, aten.select_copy.int}
+_VIEW = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.view_copy.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze_copy.default,
+    aten.squeeze_copy.dim,
+    aten.squeeze_copy.dims,
+}
+_INDEX = {aten.index.Tensor}
+_INDEX_SELECT = {aten.index_select.default}
+
+
+def is_cast(node: Node) -> bool:
+    """Whether the node changes at most dtype, layout or device."""
+    target = aten_target(node)
+    return target in _CASTS or getattr(target, "__name__", "") == "_to_dim_order_copy.default"
+
+
+def view_source(node: Node) -> Node | None:
+    """The node that ``node`` is a view of which can be moved to the operands below it, or ``None``."""
+    target = aten_target(node)
+    known = _SAME_VALUE | _UNSQUEEZE | _PERMUTE | _TRANSPOSE | _T | _SLICE | _SELECT | _INDEX_SELECT
+    if target in known:
+        return node.args[0]
+    if target in _VIEW:
+        source = node.args[0]
+        return source if _same_but_for_ones(val(source).shape, val(node).shape) else None
+    if target in _INDEX:
+        given = [i for i in node.args[1] if i is not None]
+        return node.args[0] if len(given) == 1 and val(given[0]).dim() == 1 else None
+    return None
+
+
+def _same_but_for_ones(a: torch.Size, b: torch.Size) -> bool:
+    kept = [[s for s in sizes if not same_size(s, 1)] for sizes in (a, b)]
+    return len(kept[0]) == len(kept[1]) and all(same_size(x, y) for x, y in zip(*kept, strict=True))
+
+
+class KeyIndex:
+    """The index of a key in the attention's keys, as an operand."""
+
+    def varies_in(self, axis: int) -> bool:
+        """Only along the keys."""
+        return axis == KEY_AXIS
+
+
+KEY_INDEX = KeyIndex()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One operator applied to an operand: ``op(operand, *args)``, lists among the arguments as tuples."""
+
+    op: Any
+    args: tuple
+
+    @property
+    def call_args(self) -> list:
+        """Arguments after the operand as the operator takes them."""
+        return [list(a) if isinstance(a, tuple) else a for a in self.args]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """``node`` seen through ``steps``, aligned at the right with the mask.
+
+    Two operands are equal if they are the same node seen the same way.
+    """
+
+    node: Node
+    steps: tuple[Step, ...]
+    value: torch.Tensor = dataclasses.field(compare=False, hash=False, repr=False)
+
+    @classmethod
+    def through(cls, node: Node, path: tuple[Node, ...]) -> Operand | None:
+        """``node`` seen through the view nodes ``path``, innermost first; ``None`` if a view can't be moved."""
+        operand: Operand | None = cls(node, (), val(node))
+        rank = val(node).dim()
+        for view in path:
+            operand = operand._through(view, rank) if operand is not None else None
+            rank = val(view).dim()
+        return operand
+
+    def varies_in(self, axis: int) -> bool:
+        """Whether the operand has more than one entry (or may have) along an axis counted from the right."""
+        return axis < self.value.dim() and not same_size(self.value.shape[-1 - axis], 1)
+
+    def materialise(self, anchor: Node) -> Node:
+        """Inserts the steps before ``anchor``; returns the operand's node."""
+        node = self.node
+        for step in self.steps:
+            node = call_before(anchor, step.op, node, *step.call_args)
+        return node
+
+    def then(self, op: Any, *args: Any) -> Operand:
+        """The operand with one more step."""
+        step = Step(op, tuple(tuple(a) if isinstance(a, list) else a for a in args))
+        given = pytree.tree_map_only(Node, lambda n: n.meta["val"], step.call_args)
+        fake_mode = detect_fake_mode([self.value])
+        assert fake_mode is not None
+        with fake_mode:
+            value = op(self.value, *given)
+        return Operand(self.node, (*self.steps, step), value)
+
+    def _through(self, view: Node, rank: int) -> Operand | None:
+        """One view of a tensor of ``rank`` dimensions that this operand, of no more, broadcasts to."""
+        target, args = aten_target(view), view.args
+        own = self.value.dim()
+
+        def own_dim(dim: int) -> int:
+            """The operand's dimension that lines up with dimension ``dim`` of ``rank``; negative: it has none."""
+            return (dim % rank) - (rank - own)
+
+        if target in _SAME_VALUE:
+            return self
+        if target in _UNSQUEEZE:
+            dim = args[1] % (rank + 1) - (rank - own)
+            return self if dim <= 0 else self.then(aten.unsqueeze.default, dim)
+        if target in _SLICE:
+            dim = own_dim(args[1] if len(args) > 1 else 0)
+            if dim < 0 or same_size(self.value.shape[dim], 1):
+                return self
+            return self.then(aten.slice.Tensor, dim, *args[2:])
+        if target in _SELECT:
+            dim = own_dim(args[1])
+            if dim < 0:
+                return self
+            return self.then(aten.select.int, dim, 0 if same_size(self.value.shape[dim], 1) else args[2])
+        if target in _INDEX_SELECT:
+            dim = own_dim(args[1])
+            if dim < 0 or same_size(self.value.shape[dim], 1):
+                return self
+            return self.then(aten.index_select.default, dim, args[2])
+        if target in _INDEX:
+            dim = own_dim(next(i for i, index in enumerate(args[1]) if index is not None))
+            if dim < 0 or same_size(self.value.shape[dim], 1):
+                return self
+            index = next(i for i in args[1] if i is not None)
+            return self.then(aten.index.Tensor, [*[None] * dim, index])
+        if target in _PERMUTE | _TRANSPOSE | _T:
+            order = list(range(rank))
+            if target in _PERMUTE:
+                order = [d % rank for d in args[1]]
+            elif rank > 1:
+                a, b = (0, 1) if target in _T else (args[1] % rank, args[2] % rank)
+                order[a], order[b] = order[b], order[a]
+            operand = self._padded(rank)
+            return operand.then(aten.permute.default, order)
+        if target in _VIEW:
+            return self._through_view(val(view.args[0]).shape, val(view).shape)
+        return None
+
+    def _padded(self, rank: int) -> Operand:
+        operand = self
+        while operand.value.dim() < rank:
+            operand = operand.then(aten.unsqueeze.default, 0)
+        return operand
+
+    def _through_view(self, old: torch.Size, new: torch.Size) -> Operand:
+        """A view that only adds and removes dimensions of size 1."""
+        operand = self._padded(len(old))
+        for dim in reversed(range(len(old))):
+            if same_size(old[dim], 1):
+                operand = operand.then(aten.select.int, dim, 0)
+        for dim, size in enumerate(new):
+            if same_size(size, 1):
+                operand = operand.then(aten.unsqueeze.default, dim)
+        return operand
