@@ -270,8 +270,8 @@ def launch_split_k(
         key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
             copied.
         mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        tiles, counts: the mask's tile map with ``block_m = 16``, ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N` and
-            ``head_group = H_q / H_kv``; made here when ``None``.
+        tiles, counts: the mask's tile map with ``block_m = 16``, ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N`,
+            ``head_group = H_q / H_kv`` and ``row_tiles = 1``; made here when ``None``.
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
@@ -292,7 +292,7 @@ def launch_split_k(
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
     if mask is not None and tiles is None:
-        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group)
+        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group, 1)
     n_rows = q_len * group
     single = config.num_splits == 1
     if single:
