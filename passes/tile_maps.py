@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.insert import call_before, size_argument
+from flashpte.passes.insert import call_before, insert_before, size_argument
 from flashpte.passes.mutation import written_between
 from flashpte.passes.route import PREFILL
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
@@ -52,26 +52,23 @@ class TileMaps:
         query, key, value = val(call.query), val(call.key), val(call.value)
         if op == PREFILL:
             block_m, block_n = tuning.tiled_map_block(query.shape[3], value.shape[3])
-            group = 1
+            group, row_tiles = 1, None
         else:
             block_m, block_n = MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N
-            group = query.shape[1] // key.shape[1]
+            # All rows are in the first tile; of a dynamic L_q, the others are never walked.
+            group, row_tiles = query.shape[1] // key.shape[1], 1
         mask = self.mask_for(call)
         if val(mask).shape[1] == 1:
             group = 1
-        identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group)
+        identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group, row_tiles)
         made = self._maps.get(identity)
         if made is None or written_between(made[0], call.node, [mask]):
             q_len, kv_len = size_argument(call.node, call.query, 2), size_argument(call.node, call.key, 2)
             both = call_before(
-                call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group
+                call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group, row_tiles
             )
-            self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
+            tiles, counts = (
+                insert_before(call.node, operator.getitem, (both, i), both.meta["val"][i]) for i in range(2)
+            )
+            self._maps[identity] = tiles, counts
         return self._maps[identity]
-
-    @staticmethod
-    def _item(anchor: Node, pair: Node, index: int) -> Node:
-        with anchor.graph.inserting_before(anchor):
-            item = anchor.graph.call_function(operator.getitem, (pair, index))
-        item.meta["val"] = pair.meta["val"][index]
-        return item

@@ -93,11 +93,20 @@ class _MapChecker(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         name = str(target)
+        if target is torch.ops.higher_order.cond:
+            # Both branches: each one's map must be right for rows that take the other.
+            _, *branches, operands = args
+            for branch in branches:
+                checker = _MapChecker(branch)
+                checker.run(*operands)
+                self.checked += checker.checked
         if "flashpte.sdpa_" in name and args[3] is not None:
             query, key, value, mask, tiles, counts = args[:6]
-            block = (16, 64) if "prefill" not in name else tiled_map_block(query.shape[3], value.shape[3])
-            group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
-            expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *block, group)
+            if "prefill" in name:
+                options = (*tiled_map_block(query.shape[3], value.shape[3]), 1)
+            else:
+                options = (16, 64, query.shape[1] // key.shape[1], 1)
+            expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *options)
             assert torch.equal(counts, expected[1])
             assert torch.equal(tiles, expected[0])
             self.checked += 1
