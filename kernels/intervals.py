@@ -189,13 +189,15 @@ def _classify_intervals_kernel(
 
 
 def launch_interval_map(
-    intervals: Intervals, kv_len: int, block_m: int, block_n: int
+    intervals: Intervals, kv_len: int, block_m: int, block_n: int, row_tiles: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; results as for :func:`interval_map`."""
     bounds = intervals.bounds
     q_len, batch = bounds.shape[2], intervals.batch
     values, *strides = intervals.kernel_arguments()
-    row_tiles, key_tiles = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    if row_tiles is None:
+        row_tiles = cdiv(q_len, block_m)
+    key_tiles = cdiv(kv_len, block_n)
     states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
     classify = _classify_intervals_kernel if INTERPRETED else wrap_triton(_classify_intervals_kernel)
     classify[(key_tiles, row_tiles, batch)](
@@ -216,7 +218,12 @@ def launch_interval_map(
 
 @triton_op("flashpte::interval_map", mutates_args=())
 def interval_map(
-    key_bounds: torch.Tensor, key_values: torch.Tensor | None, kv_len: int, block_m: int, block_n: int
+    key_bounds: torch.Tensor,
+    key_values: torch.Tensor | None,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the live tiles of a mask given as intervals.
 
@@ -224,6 +231,7 @@ def interval_map(
         key_bounds, key_values: as in :class:`Intervals`.
         kv_len: L_kv.
         block_m, block_n: tile size in query rows and keys, powers of two.
+        row_tiles: as for ``flashpte::tile_map``.
 
     Returns:
         ``tiles`` and ``counts`` as ``flashpte::tile_map`` returns them, for one mask head. A tile whose values' range
@@ -235,14 +243,15 @@ def interval_map(
     """
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
-    return launch_interval_map(intervals, kv_len, block_m, block_n)
+    return launch_interval_map(intervals, kv_len, block_m, block_n, row_tiles)
 
 
 @interval_map.register_fake
-def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n):
+def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = Intervals(key_bounds, key_values)
     intervals.check()
-    shape = (intervals.batch, 1, cdiv(key_bounds.shape[2], block_m), cdiv(kv_len, block_n))
+    rows = cdiv(key_bounds.shape[2], block_m) if row_tiles is None else row_tiles
+    shape = (intervals.batch, 1, rows, cdiv(kv_len, block_n))
     return (
         key_bounds.new_empty(shape, dtype=torch.int32),
         key_bounds.new_empty((*shape[:3], 2), dtype=torch.int32),
@@ -251,13 +260,18 @@ def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n):
 
 @interval_map.register_kernel("cpu")
 def interval_map_reference(
-    key_bounds: torch.Tensor, key_values: torch.Tensor | None, kv_len: int, block_m: int, block_n: int
+    key_bounds: torch.Tensor,
+    key_values: torch.Tensor | None,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
     batch, q_len = intervals.batch, key_bounds.shape[2]
-    rows, keys = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
     live = torch.ones(batch, q_len, keys, dtype=torch.bool)
     open_ = live.clone()
     for term in range(intervals.terms):
@@ -277,6 +291,7 @@ def interval_map_reference(
     states = torch.full((batch, 1, rows, keys), EMPTY)
     for i in range(rows):
         of_rows = slice(i * block_m, (i + 1) * block_m)
+        # A row of tiles beyond L_q is empty.
         any_live, all_open = live[:, of_rows].any(1), open_[:, of_rows].all(1)
         states[:, 0, i] = torch.where(any_live, torch.where(all_open, FULL, PARTIAL), EMPTY)
     return list_tiles_reference(states)

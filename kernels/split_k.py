@@ -309,7 +309,8 @@ def launch_split_k(
             copied.
         mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
         tiles, counts: the mask's or the intervals' tile map with ``block_m = 16``,
-            ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N` and ``head_group = H_q / H_kv``; made here when ``None``.
+            ``block_n =`` :data:`tuning.SPLIT_K_MAP_BLOCK_N`, ``head_group = H_q / H_kv`` and ``row_tiles = 1``; made
+            here when ``None``.
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
@@ -331,9 +332,9 @@ def launch_split_k(
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     out = empty_output(query, v_head_dim, dim_order)
     if tiles is None and intervals is not None:
-        tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N)
+        tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, 1)
     elif tiles is None and mask is not None:
-        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group)
+        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
     counts_or_any = query if counts is None else counts
     tile_strides = [0] * 3 if tiles is None else map_strides(tiles)

@@ -196,13 +196,21 @@ def launch_compact(
 
 
 def launch_tile_map(
-    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+    mask: torch.Tensor,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    head_group: int,
+    row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; arguments and results as for :func:`tile_map`."""
     _check(mask, head_group)
     heads = _map_heads(mask, head_group)
     group = 1 if static_int(mask.shape[1]) == 1 else head_group
-    row_tiles, key_tiles = cdiv(q_len, block_m), cdiv(kv_len, block_n)
+    if row_tiles is None:
+        row_tiles = cdiv(q_len, block_m)
+    key_tiles = cdiv(kv_len, block_n)
     is_bool = mask.dtype == torch.bool
     shape = (mask.shape[0], heads, row_tiles, key_tiles)
     states = torch.empty(shape, dtype=torch.int8, device=mask.device)
@@ -233,7 +241,13 @@ def launch_tile_map(
 
 @triton_op("flashpte::tile_map", mutates_args=())
 def tile_map(
-    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+    mask: torch.Tensor,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    head_group: int,
+    row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the live tiles of a mask.
 
@@ -244,34 +258,45 @@ def tile_map(
         block_m, block_n: tile size in query rows and keys, powers of two.
         head_group: how many consecutive mask heads share one row of the map (1, or H_q / H_kv where a kernel packs the
             query heads of a group into one tile). Ignored for a mask with one head.
+        row_tiles: how many rows of tiles to map, from the first on; ``None`` for all ``ceil(L_q / block_m)``. A row of
+            tiles beyond L_q is empty.
 
     Returns:
-        ``tiles`` int32 ``[Bm, Hm / head_group, ceil(L_q / block_m), ceil(L_kv / block_n)]``: key tile indices, the full
-        ones in ascending order, then the partial ones; entries beyond those are not written. ``counts`` int32
-        ``[Bm, Hm / head_group, ceil(L_q / block_m), 2]``: how many full and how many partial tiles.
+        ``tiles`` int32 ``[Bm, Hm / head_group, row_tiles, ceil(L_kv / block_n)]``: key tile indices, the full ones in
+        ascending order, then the partial ones; entries beyond those are not written. ``counts`` int32
+        ``[Bm, Hm / head_group, row_tiles, 2]``: how many full and how many partial tiles.
 
     Raises:
         ValueError: the mask is not 4-dimensional, not bool or float, or its heads are no multiple of ``head_group``.
     """
-    return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group)
+    return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles)
 
 
 @tile_map.register_fake
-def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group):
+def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
     _check(mask, head_group)
-    shape = (mask.shape[0], _map_heads(mask, head_group), cdiv(q_len, block_m), cdiv(kv_len, block_n))
+    rows = cdiv(q_len, block_m) if row_tiles is None else row_tiles
+    shape = (mask.shape[0], _map_heads(mask, head_group), rows, cdiv(kv_len, block_n))
     return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], 2), dtype=torch.int32)
 
 
 @tile_map.register_kernel("cpu")
 def tile_map_reference(
-    mask: torch.Tensor, q_len: int, kv_len: int, block_m: int, block_n: int, head_group: int
+    mask: torch.Tensor,
+    q_len: int,
+    kv_len: int,
+    block_m: int,
+    block_n: int,
+    head_group: int,
+    row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
     _check(mask, head_group)
     batch, heads = mask.shape[0], _map_heads(mask, head_group)
     group = 1 if mask.shape[1] == 1 else head_group
-    full_mask = mask.expand(batch, mask.shape[1], q_len, kv_len)
+    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
+    full_mask = mask.expand(batch, mask.shape[1], q_len, kv_len)[:, :, : rows * block_m]
+    q_len = full_mask.shape[2]
     if mask.dtype == torch.bool:
         live, open_ = full_mask, full_mask
         floor = torch.zeros_like(live)
@@ -283,7 +308,6 @@ def tile_map_reference(
         open_ = full_mask == 0
         floor = full_mask == minimum
         anchored = (live & (full_mask > minimum / 2)).any(-1).view(batch, heads, group, q_len).all(2)
-    rows, keys = cdiv(q_len, block_m), cdiv(kv_len, block_n)
 
     def tiled(entries: torch.Tensor, padding_row: bool, padding_key: bool) -> torch.Tensor:
         """``[batch, heads, rows, keys, entries of the tile]``."""

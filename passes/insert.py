@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,25 +34,49 @@ def call_before(anchor: Node, op: Any, *args: Any, **kwargs: Any) -> Node:
     Returns:
         The new node, with ``meta["val"]`` set by running ``op`` on fake tensors.
     """
-    if is_edge(anchor):
-        from executorch.exir.dialects._ops import ops as exir_ops
+    return insert_before(anchor, in_dialect(anchor, op), args, fake_result(op, args, kwargs, anchor), kwargs)
 
-        op = _EDGE_NAMES.get(op, op)
-        namespace, name = op._schema.name.split("::")
-        target = getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
-    else:
-        target = op
-    graph = anchor.graph
-    with graph.inserting_before(anchor):
-        node = graph.call_function(target, args, kwargs)
-    node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
-    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
-    fake_mode = detect_fake_mode(fake_args) or detect_fake_mode([anchor.meta.get("val")])
-    if fake_mode is None:
-        raise ValueError(f"the arguments of {node.name} carry no fake tensors; run the pass on an exported program")
-    with fake_mode:
-        node.meta["val"] = op(*fake_args, **kwargs)
+
+def insert_before(
+    anchor: Node, target: Callable[..., Any], args: tuple[Any, ...], value: Any, kwargs: dict[str, Any] | None = None
+) -> Node:
+    """Inserts a call of ``target`` as it is before ``anchor``; ``value`` describes its result."""
+    with anchor.graph.inserting_before(anchor):
+        node = anchor.graph.call_function(target, args, kwargs)
+    inherit(node, anchor)
+    node.meta["val"] = value
     return node
+
+
+def in_dialect(anchor: Node, op: Any) -> Any:
+    """The operator overload as the dialect of ``anchor`` spells it."""
+    if not is_edge(anchor):
+        return op
+    from executorch.exir.dialects._ops import ops as exir_ops
+
+    op = _EDGE_NAMES.get(op, op)
+    namespace, name = op._schema.name.split("::")
+    return getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
+
+
+def fake_result(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, anchor: Node | None = None
+) -> Any:
+    """What ``op`` returns for the fake tensors that describe the nodes among ``args``.
+
+    Without any among them, the fake mode of ``anchor`` is used.
+    """
+    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
+    fake_mode = detect_fake_mode([*fake_args, anchor.meta.get("val") if anchor is not None else None])
+    if fake_mode is None:
+        raise ValueError(f"the arguments of {op} carry no fake tensors; run the pass on an exported program")
+    with fake_mode:
+        return op(*fake_args, **(kwargs or {}))
+
+
+def inherit(node: Node, anchor: Node) -> None:
+    """Gives ``node`` the provenance of ``anchor``."""
+    node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
 
 
 def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:
@@ -60,7 +85,4 @@ def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:
     dim %= tensor.meta["val"].dim()
     if isinstance(size, int):
         return size
-    with anchor.graph.inserting_before(anchor):
-        node = anchor.graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
-    node.meta["val"] = size
-    return node
+    return insert_before(anchor, torch.ops.aten.sym_size.int, (tensor, dim), size)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from flashpte.passes.sdpa_node import is_edge
 
@@ -75,6 +75,22 @@ def _written(node: Node) -> Iterator[Node]:
             if argument.alias_info and argument.alias_info.is_write:
                 values = value if isinstance(value, (list, tuple)) else [value]
                 yield from (v for v in values if isinstance(v, Node))
+    elif node.target is torch.ops.higher_order.cond:
+        yield from _written_by_branches(node)
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        # What its branches write to is not looked into: anything they are given.
+        # What its bodies write to is not looked into: anything they are given.
         yield from (n for n in node.all_input_nodes if n.op != "get_attr")
+
+
+def _written_by_branches(cond: Node) -> Iterator[Node]:
+    """Operands of a ``torch.cond`` whose memory one of its branches may write to."""
+    _, *branches, operands = cond.args
+    assert cond.graph.owning_module is not None
+    assert isinstance(operands, (list, tuple))
+    for branch in branches:
+        assert isinstance(branch, Node)
+        body = cond.graph.owning_module.get_submodule(str(branch.target))
+        assert isinstance(body, GraphModule)
+        written = {storage_base(n) for inner in body.graph.nodes for n in _written(inner)}
+        inputs = body.graph.find_nodes(op="placeholder")
+        yield from (n for n, inside in zip(operands, inputs, strict=True) if isinstance(n, Node) and inside in written)

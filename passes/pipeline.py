@@ -10,20 +10,25 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
+from flashpte.kernels.split_k import MAX_ROWS
+from flashpte.passes.dispatch import Call, cond_before
 from flashpte.passes.insert import call_before
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import Route, route
-from flashpte.passes.sdpa_node import SdpaCall, find_sdpa, printable, size_range, val
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
 
 
-def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
+def replace_sdpa(exported_program: ExportedProgram, *, dispatch: bool = True) -> tuple[ExportedProgram, RoutingReport]:
     """Swaps every attention call of a program for the kernel that fits its shape.
 
     Args:
         exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
             ``to_edge``. It is left untouched; weights are shared with the result, not copied.
+        dispatch: where the range of a dynamic L_q spans kernels, choose between them at run time, with ``torch.cond``.
+            Give ``False`` for a program that something other than :func:`flashpte.export.lowering.lower` will compile:
+            PyTorch's Inductor by itself may lay out a branch's inputs in another way than the branch reads them.
 
     Returns:
         The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
@@ -40,7 +45,7 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             "call torch.export.export(model, example_inputs) first"
         )
     program = _copy(exported_program)
-    report = replace_sdpa_in_graph(program.graph_module)
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, dispatch)
     program.validate()
     return program, report
 
@@ -50,7 +55,8 @@ class ReplaceSdpaPass(PassBase):
 
     Give it to ``to_edge_transform_and_lower(..., transform_passes=[ReplaceSdpaPass()])``; the partitioner must keep
     ``scaled_dot_product_attention`` whole, as ExecuTorch's ``CudaPartitioner`` does. After a run, :attr:`report` holds
-    what happened to each node.
+    what happened to each node. There is no choice at run time: a dynamic L_q whose range spans kernels gets prefill
+    (see ``dispatch`` of :func:`replace_sdpa`).
     """
 
     def __init__(self) -> None:
@@ -59,24 +65,32 @@ class ReplaceSdpaPass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Rewrites ``graph_module`` in place."""
-        self.report = replace_sdpa_in_graph(graph_module)
+        self.report = replace_sdpa_in_graph(graph_module, dispatch=False)
         return PassResult(graph_module, bool(self.report.replaced))
 
 
-def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
-    """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node."""
+def replace_sdpa_in_graph(
+    graph_module: GraphModule, ranges: Ranges | None = None, dispatch: bool = True
+) -> RoutingReport:
+    """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
+
+    Args:
+        graph_module: a graph whose nodes carry fake tensors.
+        ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
+        dispatch: as for :func:`replace_sdpa`.
+    """
     routes: list[NodeRoute] = []
     maps: dict[GraphModule, TileMaps] = {}
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
         call = recover_gqa(written)
-        decision = route(call)
-        if decision.op is None and call is not written:
+        decision = route(call, ranges, dispatch)
+        if not decision.ops and call is not written:
             # The repetition may be what made a layout fit: it is a copy.
-            call, decision = written, route(written)
-        routes.append(_entry(call, decision))
-        if decision.op is not None:
-            _replace(call, decision.op, decision, maps.setdefault(module, TileMaps()))
+            call, decision = written, route(written, ranges, dispatch)
+        routes.append(_entry(call, decision, ranges))
+        if decision.ops:
+            _replace(call, decision, maps.setdefault(module, TileMaps()))
     for module in maps:
         module.graph.eliminate_dead_code()
         module.graph.lint()
@@ -84,32 +98,28 @@ def replace_sdpa_in_graph(graph_module: GraphModule) -> RoutingReport:
     return RoutingReport(tuple(routes))
 
 
-def _replace(call: SdpaCall, op_name: str, decision: Route, tile_maps: TileMaps) -> None:
-    namespace, name = op_name.split("::")
-    op = getattr(getattr(torch.ops, namespace), name).default
-    mask = tile_maps.arguments_for(call, op_name)
-    new = call_before(
-        call.node,
-        op,
-        call.query,
-        call.key,
-        call.value,
-        mask.attn_mask,
-        mask.tiles,
-        mask.tile_counts,
-        bool(call.is_causal),
-        decision.scale,
-        list(decision.dim_order),
-        mask.key_bounds,
-        mask.key_values,
-    )
+def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> None:
+    calls = [_call_of(call, op, decision, tile_maps) for op in decision.ops]
+    if len(calls) == 1:
+        new = call_before(call.node, calls[0].op, *calls[0].args)
+    else:
+        new = cond_before(call.node, call.query, MAX_ROWS, *calls)
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
     # Signatures of a program and of its modules refer to outputs by name.
     new.name = call.node.name
 
 
-def _entry(call: SdpaCall, decision: Route) -> NodeRoute:
+def _call_of(call: SdpaCall, op: str, decision: Route, tile_maps: TileMaps) -> Call:
+    """The call of ``op`` that does what ``call`` does; inserts what it needs of the mask."""
+    namespace, name = op.split("::")
+    mask = tile_maps.arguments_for(call, op)
+    tensors = (call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts)
+    options = (bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values)
+    return Call(getattr(getattr(torch.ops, namespace), name).default, (*tensors, *options))
+
+
+def _entry(call: SdpaCall, decision: Route, ranges: Ranges | None) -> NodeRoute:
     query = val(call.query)
     return NodeRoute(
         node=call.node.name,
@@ -119,9 +129,10 @@ def _entry(call: SdpaCall, decision: Route) -> NodeRoute:
         query=tuple(printable(s) for s in query.shape),
         key=tuple(printable(s) for s in val(call.key).shape),
         value=tuple(printable(s) for s in val(call.value).shape),
-        lq_range=size_range(query.shape[-2]),
+        lq_range=size_range(query.shape[-2], ranges),
         dtype=str(query.dtype).removeprefix("torch."),
         mask=call.mask_kind,
+        branches=decision.ops if len(decision.ops) > 1 else (),
     )
 
 

@@ -14,12 +14,14 @@ class NodeRoute:
     Attributes:
         node: name of the original node in the graph.
         module_path: dotted path of the module that called it (empty when the graph does not say).
-        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), or ``None`` when it was declined.
+        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), two with a bar between them where
+            L_q decides at run time, or ``None`` when it was declined.
         reason: one plain sentence: why this operator, or why the node was left alone.
         query, key, value: shapes as written in the graph; a dynamic size is a string such as ``"s3"``.
         lq_range: smallest and largest L_q the program admits (``None`` for no upper bound).
         dtype: dtype of query.
         mask: ``"none"``, ``"causal"``, ``"bool"`` or ``"float"``.
+        branches: the operators that L_q decides between at run time; empty where there is no choice.
     """
 
     node: str
@@ -32,6 +34,7 @@ class NodeRoute:
     lq_range: tuple[int, int | None]
     dtype: str
     mask: str
+    branches: tuple[str, ...] = ()
 
     @property
     def replaced(self) -> bool:

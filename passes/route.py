@@ -9,7 +9,8 @@ import torch
 
 from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
 from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.sdpa_node import SdpaCall, hint, printable, same_size, size_range, val
+from flashpte.passes.dispatch import obstacle
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, printable, same_size, size_range, val
 
 DECODE = "flashpte::sdpa_decode"
 VERIFY = "flashpte::sdpa_verify"
@@ -18,12 +19,25 @@ PREFILL = "flashpte::sdpa_prefill"
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A decision: ``op`` is ``None`` when the call is declined; ``reason`` is one plain sentence either way."""
+    """A decision.
 
-    op: str | None
+    Attributes:
+        ops: the operator, or the two that a run-time choice is between: for at most :data:`MAX_ROWS` rows, and for
+            more. Empty when the call is declined.
+        reason: one plain sentence, whatever the decision.
+        scale: factor of the scores.
+        dim_order: memory order of the result's dimensions.
+    """
+
+    ops: tuple[str, ...]
     reason: str
     scale: float = 1.0
     dim_order: tuple[int, ...] = (0, 1, 2, 3)
+
+    @property
+    def op(self) -> str | None:
+        """The operator, or both with a bar between them, or ``None``."""
+        return " | ".join(self.ops) or None
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -92,25 +106,35 @@ def _decline_mask(call: SdpaCall, mask: torch.Tensor) -> str | None:
     return None
 
 
-def route(call: SdpaCall) -> Route:
+def route(call: SdpaCall, ranges: Ranges | None = None, dispatch: bool = True) -> Route:
     """Decides about one attention call.
 
-    L_q decides the kernel: 1 decode, 2 to 16 verify, more prefill; a dynamic L_q by its range. A range that spans
-    regimes gets the prefill kernel, which is right for every L_q.
+    L_q decides the kernel: 1 decode, 2 to 16 verify, more prefill; a dynamic L_q by its range. Where the range spans
+    regimes, L_q chooses between verify (which is right for 1 row, too) and prefill at run time; where that cannot be,
+    it is prefill, which is right for every L_q.
+
+    Args:
+        call: the call.
+        ranges: the program's range constraints, where they are known.
+        dispatch: whether a choice at run time is wanted.
     """
     declined = _decline_reason(call)
     if declined is not None:
-        return Route(None, declined)
+        return Route((), declined)
     query = val(call.query)
     scale = float(call.scale) if call.scale is not None else query.shape[3] ** -0.5
-    lower, upper = size_range(query.shape[2])
+    lower, upper = size_range(query.shape[2], ranges)
+    span = str(lower) if lower == upper else f"{lower}..{'' if upper is None else upper}"
+    ops: tuple[str, ...] = (PREFILL,)
     if upper == 1:
-        op, reason = DECODE, "L_q is 1: split the keys over the GPU, combine by log-sum-exp"
+        ops, reason = (DECODE,), "L_q is 1: split the keys over the GPU, combine by log-sum-exp"
     elif upper is not None and upper <= MAX_ROWS:
-        span = str(upper) if lower == upper else f"{lower}..{upper}"
-        op, reason = VERIFY, f"L_q is {span}: the rows of a head group share each key tile, keys are split"
-    elif lower == upper:
-        op, reason = PREFILL, f"L_q is {lower}: tiled, skipping masked key tiles"
+        ops, reason = (VERIFY,), f"L_q is {span}: the rows of a head group share each key tile, keys are split"
+    elif lower > MAX_ROWS:
+        reason = f"L_q is {span}: tiled, skipping masked key tiles"
+    elif against := obstacle(call) if dispatch else "it was not asked for":
+        reason = f"L_q is {span}: tiled, right for every L_q; no choice at run time, because {against}"
     else:
-        op, reason = PREFILL, f"L_q is {lower}..{'' if upper is None else upper}: tiled, right for every L_q"
-    return Route(op, reason, scale, memory_order(val(call.node)))
+        ops = (VERIFY, PREFILL)
+        reason = f"L_q is {span}: at run time up to {MAX_ROWS} rows take sdpa_verify, more sdpa_prefill"
+    return Route(ops, reason, scale, memory_order(val(call.node)))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
+
+# What an exported program says of its dynamic sizes. Its graph's own symbols start at 2 where a size may be 1.
+Ranges = Mapping[sympy.Symbol, ValueRanges]
 
 ATEN_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -34,11 +39,15 @@ def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
     ]
 
 
-def size_range(size: int | torch.SymInt) -> tuple[int, int | None]:
+def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[int, int | None]:
     """Smallest and largest value that ``size`` can have; ``None`` when it has no upper bound. Adds no guard."""
     if isinstance(size, int):
         return size, size
-    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    expr = size.node.expr
+    if ranges is not None and expr.free_symbols <= ranges.keys():
+        bounds = bound_sympy(expr, dict(ranges))
+    else:
+        bounds = size.node.shape_env.bound_sympy(expr)
     # Integer infinities are sympy objects of torch's own, not plain infinities: ask for a number instead.
     lower = int(bounds.lower) if bounds.lower.is_Integer else 0
     upper = int(bounds.upper) if isinstance(bounds.upper, sympy.Integer) else None

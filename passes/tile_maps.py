@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.insert import call_before, size_argument
+from flashpte.passes.insert import call_before, insert_before, size_argument
 from flashpte.passes.interval_nodes import IntervalNodes
 from flashpte.passes.mask_structure import Structure, prove
 from flashpte.passes.mutation import written_between
@@ -98,22 +98,21 @@ class TileMaps:
 
     def _interval_map_for(self, call: SdpaCall, op: str, bounds: Node, values: Node | None) -> tuple[Node, Node]:
         key = val(call.key)
-        block_m, block_n = self._tile(call, op)
-        identity = (bounds, values, printable(key.shape[2]), block_m, block_n)
+        tile = self._tile(call, op)
+        identity = (bounds, values, printable(key.shape[2]), *tile)
         if identity not in self._maps:
             kv_len = size_argument(call.node, call.key, 2)
-            both = call_before(
-                call.node, torch.ops.flashpte.interval_map.default, bounds, values, kv_len, block_m, block_n
-            )
+            both = call_before(call.node, torch.ops.flashpte.interval_map.default, bounds, values, kv_len, *tile)
             self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
         return self._maps[identity]
 
     @staticmethod
-    def _tile(call: SdpaCall, op: str) -> tuple[int, int]:
-        """Rows and keys of a tile of the map that ``op`` walks."""
+    def _tile(call: SdpaCall, op: str) -> tuple[int, int, int | None]:
+        """Rows and keys of a tile of the map that ``op`` walks, and how many rows of tiles (``None``: all)."""
         if op == PREFILL:
-            return tuning.tiled_map_block(val(call.query).shape[3], val(call.value).shape[3])
-        return MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N
+            return *tuning.tiled_map_block(val(call.query).shape[3], val(call.value).shape[3]), None
+        # All rows are in the first tile; of a dynamic L_q, the others are never walked.
+        return MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, 1
 
     def mask_for(self, call: SdpaCall) -> Node:
         """The mask of ``call`` as a node of 4 dimensions, with size 1 wherever it is broadcast."""
@@ -128,24 +127,20 @@ class TileMaps:
     def map_for(self, call: SdpaCall, op: str) -> tuple[Node, Node]:
         """The nodes ``(tiles, counts)`` of the map of the call's mask in the tiles that ``op`` walks."""
         query, key = val(call.query), val(call.key)
-        block_m, block_n = self._tile(call, op)
+        block_m, block_n, row_tiles = self._tile(call, op)
         group = 1 if op == PREFILL else query.shape[1] // key.shape[1]
         mask = self.mask_for(call)
         if val(mask).shape[1] == 1:
             group = 1
-        identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group)
+        identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group, row_tiles)
         made = self._maps.get(identity)
         if made is None or written_between(made[0], call.node, [mask]):
             q_len, kv_len = size_argument(call.node, call.query, 2), size_argument(call.node, call.key, 2)
             both = call_before(
-                call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group
+                call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group, row_tiles
             )
-            self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
+            tiles, counts = (
+                insert_before(call.node, operator.getitem, (both, i), both.meta["val"][i]) for i in range(2)
+            )
+            self._maps[identity] = tiles, counts
         return self._maps[identity]
-
-    @staticmethod
-    def _item(anchor: Node, pair: Node, index: int) -> Node:
-        with anchor.graph.inserting_before(anchor):
-            item = anchor.graph.call_function(operator.getitem, (pair, index))
-        item.meta["val"] = pair.meta["val"][index]
-        return item

@@ -142,7 +142,7 @@ def bench_rows(name: str, length: int, context: int | None, rows: int, limits: d
     make_map = torch.ops.flashpte.tile_map
 
     def new_map():
-        return make_map(mask, rows, length, 16, tuning.SPLIT_K_MAP_BLOCK_N, group)
+        return make_map(mask, rows, length, 16, tuning.SPLIT_K_MAP_BLOCK_N, group, 1)
 
     tiles, counts = new_map()
     candidates: dict[str, Callable] = {

@@ -130,11 +130,11 @@ def test_tile_map_on_gpu_equals_its_reference():
     for mask in MASKS:
         if mask in ("none", "is_causal"):
             continue
-        for block_m, block_n, group in ((16, 64, 2), (128, 128, 1), (64, 64, 1)):
+        for options in ((16, 64, 2), (16, 64, 2, 1), (16, 64, 2, 15), (128, 128, 1), (64, 64, 1)):
             case = Case(200, 1500, batch=2, mask=mask)
             p = build(case)
-            expected = torch.ops.flashpte.tile_map(p.mask, 200, 1500, block_m, block_n, group)
-            tiles, counts = torch.ops.flashpte.tile_map(p.mask.cuda(), 200, 1500, block_m, block_n, group)
+            expected = torch.ops.flashpte.tile_map(p.mask, 200, 1500, *options)
+            tiles, counts = torch.ops.flashpte.tile_map(p.mask.cuda(), 200, 1500, *options)
             assert torch.equal(counts.cpu(), expected[1])
             listed = torch.arange(tiles.shape[-1]) < expected[1].sum(-1, keepdim=True)
             assert torch.equal(tiles.cpu()[listed], expected[0][listed])

@@ -9,8 +9,9 @@ import torch
 from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, with_intervals
 from mutants import mutant
 
-from flashpte.kernels import split_k, tiled, tuning
+from flashpte.kernels import split_k, tile_map, tiled, tuning
 from flashpte.kernels.intervals import launch_interval_map
+from flashpte.kernels.launch import attention_shape
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -89,6 +90,31 @@ def test_tiled_with_intervals(kind):
     check(*run_intervals(tiled.launch_tiled, Case(150, 200, batch=2, head_dim=16), kind))
     config = tuning.TiledConfig(32, 32, 4, 2, 16, 1)
     check(*run_intervals(tiled.launch_tiled, Case(37, 150, batch=2, head_dim=16), kind, config))
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 16])
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context", "bool_head", "float_min_rows"])
+def test_split_k_with_the_tiles_of_a_dynamic_length(q_len, mask):
+    case = Case(q_len, 130, batch=2, heads_q=6, heads_kv=2, head_dim=16, mask=mask)
+    p = build(case)
+    shape = dataclasses.replace(attention_shape(p.query, p.key, p.value, p.mask), q_len=None)
+    check(*run(split_k.launch_split_k, case, tuning.choose_split_k(shape, tuning.limits("sm_90"))))
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("row_tiles", [None, 1, 4])
+@pytest.mark.parametrize("mask", ["bool_context", "bool_head", "bool_padding", "float_min_rows"])
+def test_tile_map_is_its_reference(q_len, row_tiles, mask):
+    p = build(Case(q_len, 300, batch=2, mask=mask))
+    # Nothing but NaN or True around it: a read out of bounds makes a tile partial.
+    filler = True if p.mask.dtype == torch.bool else float("nan")
+    around = torch.full([size + 2 for size in p.mask.shape], filler, dtype=p.mask.dtype)
+    inside = around[tuple(slice(1, size + 1) for size in p.mask.shape)].copy_(p.mask)
+    expected = tile_map.tile_map_reference(p.mask, q_len, 300, 16, 64, 2, row_tiles)
+    tiles, counts = tile_map.launch_tile_map(inside, q_len, 300, 16, 64, 2, row_tiles)
+    assert torch.equal(counts, expected[1])
+    listed = torch.arange(tiles.shape[-1]) < counts.sum(-1, keepdim=True)
+    assert torch.equal(tiles[listed], expected[0][listed])
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])

@@ -54,11 +54,28 @@ def test_opcheck_with_intervals(kind):
     )
 
 
-def test_opcheck_of_tile_map():
+@pytest.mark.parametrize("row_tiles", [None, 1, 5])
+def test_opcheck_of_tile_map(row_tiles):
     p = build(Case(40, 300, mask="float_min_context"))
     torch.library.opcheck(
-        torch.ops.flashpte.tile_map.default, (p.mask, 40, 300, 16, 64, 1), test_utils=("test_schema", "test_faketensor")
+        torch.ops.flashpte.tile_map.default,
+        (p.mask, 40, 300, 16, 64, 1, row_tiles),
+        test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("mask", ["bool_context", "bool_head", "bool_single", "bool_padding", "float_min_context"])
+def test_a_tile_map_of_some_rows_is_the_top_of_the_whole(mask):
+    p = build(Case(40, 300, heads_q=4, batch=2, mask=mask))
+    tiles, counts = torch.ops.flashpte.tile_map(p.mask, 40, 300, 16, 64, 2)
+    assert tiles.shape[2] == 3
+    for row_tiles in (1, 2):
+        top_tiles, top_counts = torch.ops.flashpte.tile_map(p.mask, 40, 300, 16, 64, 2, row_tiles)
+        assert torch.equal(top_tiles, tiles[:, :, :row_tiles])
+        assert torch.equal(top_counts, counts[:, :, :row_tiles])
+    more_tiles, more_counts = torch.ops.flashpte.tile_map(p.mask, 40, 300, 16, 64, 2, 5)
+    assert torch.equal(more_tiles[:, :, :3], tiles)
+    assert (more_counts[:, :, 3:] == 0).all()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])

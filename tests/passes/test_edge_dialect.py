@@ -10,7 +10,7 @@ from flashpte.passes import ReplaceSdpaPass
 
 
 def test_edge_programs_are_rewritten_and_stay_valid():
-    for q_len, dynamic in ((1, None), (5, None), (8, (2, 60))):
+    for q_len, dynamic in ((1, None), (5, None), (8, (2, 16)), (20, (1, 60)), (20, (17, 60))):
         program, args = cached_program(q_len, dynamic)
         expected = program.module()(*args)
         keep = [torch.ops.aten.scaled_dot_product_attention.default]
@@ -24,8 +24,10 @@ def test_edge_programs_are_rewritten_and_stay_valid():
         assert sum("flashpte.interval_map" in n for n in names) == 1
         assert not any("scaled_dot_product_attention" in n for n in names)
         assert len(rewrite.report.replaced) == 3
+        # ExecuTorch's own lowering, which runs this pass, does not lay out a branch's inputs as the branch reads them.
+        assert all("it was not asked for" in n.reason for n in rewrite.report.nodes) == (dynamic == (1, 60))
         out = edge.exported_program().module()(*args)
-        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_attention_that_is_the_output():

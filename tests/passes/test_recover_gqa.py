@@ -98,7 +98,7 @@ def test_a_repetition_that_is_also_the_copy_that_fits():
     torch.__version__ < "2.13", reason="torch 2.11 refuses to export it: it adds a guard on the length, then rejects it"
 )
 def test_dynamic_lengths():
-    rows, keys = Dim("rows", min=2, max=99), Dim("keys", min=2, max=500)
+    rows, keys = Dim("rows", min=17, max=99), Dim("keys", min=2, max=500)
     shapes = {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}, "mask": {2: rows, 3: keys}}
     args = (*qkv(30, 77, heads=6, heads_kv=2), torch.rand(1, 1, 30, 77) < 0.5)
     for decompose in (False, True):

@@ -103,14 +103,22 @@ class _MapChecker(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         name = str(target)
+        if target is torch.ops.higher_order.cond:
+            # Both branches: each one's map must be right for rows that take the other.
+            _, *branches, operands = args
+            for branch in branches:
+                checker = _MapChecker(branch)
+                checker.run(*operands)
+                self.checked += checker.checked
         if "flashpte.sdpa_" in name and args[4] is not None:
             query, key, value, mask, tiles, counts = args[:6]
-            block = (16, 64) if "prefill" not in name else tiled_map_block(query.shape[3], value.shape[3])
-            group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
+            tile = (*tiled_map_block(query.shape[3], value.shape[3]), None) if "prefill" in name else (16, 64, 1)
             if mask is None:
-                expected = torch.ops.flashpte.interval_map(args[9], args[10], key.shape[2], *block)
+                expected = torch.ops.flashpte.interval_map(args[9], args[10], key.shape[2], *tile)
             else:
-                expected = torch.ops.flashpte.tile_map(mask, query.shape[2], key.shape[2], *block, group)
+                group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
+                sizes = (query.shape[2], key.shape[2], *tile[:2], group, tile[2])
+                expected = torch.ops.flashpte.tile_map(mask, *sizes)
             assert torch.equal(counts, expected[1])
             assert torch.equal(tiles, expected[0])
             self.checked += 1

@@ -1,0 +1,371 @@
+"""A dynamic L_q whose range spans kernels: the choice is made at run time."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import Attention, CachedLayers, cached_program, calls, check_maps, exported, qkv
+from torch.export import Dim
+from torch.fx import Graph, GraphModule
+
+from flashpte.passes import format_table, replace_sdpa, replace_sdpa_in_graph
+from flashpte.passes.mutation import written_between
+
+LENGTHS = (1, 5, 16, 17, 500)
+VERIFY, PREFILL = BOTH = ("flashpte::sdpa_verify", "flashpte::sdpa_prefill")
+cond = torch.ops.higher_order.cond
+
+
+class Chosen(torch.fx.Interpreter):
+    """Runs a program and notes which operator each choice takes."""
+
+    def __init__(self, program):
+        super().__init__(copy.deepcopy(program.module()))
+        self.ops = []
+
+    def call_function(self, target, args, kwargs):
+        if target is cond:
+            (node,) = (n for n in args[1 if args[0] else 2].graph.nodes if n.op == "call_function")
+            self.ops.append(node.target._schema.name)
+        return super().call_function(target, args, kwargs)
+
+
+def choices(program, args):
+    chosen = Chosen(program)
+    with torch.no_grad():
+        chosen.run(*args)
+    return chosen.ops
+
+
+def branches(program, node):
+    """The calls that a ``torch.cond`` node chooses between, and its operands by placeholder."""
+    modules = [program.graph_module.get_submodule(n.target) for n in node.args[1:3]]
+    made = []
+    for module in modules:
+        (call,) = (n for n in module.graph.nodes if n.op == "call_function")
+        given = dict(zip(module.graph.find_nodes(op="placeholder"), node.args[3], strict=True))
+        made.append((call, [given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in call.args]))
+    return made
+
+
+def rows(bounds, *names):
+    """Dynamic shapes that give dimension 2 of the named inputs of :class:`Attention` one size within ``bounds``."""
+    length = Dim("length", min=bounds[0], max=bounds[1])
+    return {name: {2: length} if name in ("q", *names) else None for name in ("q", "k", "v")}
+
+
+def rewrite(module, args, shapes, **options):
+    program = exported(module, args, shapes)
+    new, report = replace_sdpa(program, **options)
+    return program, new, report.nodes[0]
+
+
+def same_results(new, module, cases, tolerance=None):
+    for args in cases:
+        out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(module)(*args)
+        torch.testing.assert_close(out, expected, **(tolerance or dict(atol=2e-6, rtol=2e-5)))
+
+
+@pytest.mark.parametrize("bounds", [(1, 512), (2, 17), (16, 40), (1, None)])
+def test_ranges_that_span_kernels_choose_at_run_time(bounds):
+    module = Attention()
+    program, new, entry = rewrite(module, qkv(16), rows(bounds))
+    assert (entry.op, entry.branches) == (" | ".join(BOTH), BOTH)
+    assert entry.lq_range == bounds
+    span = f"{bounds[0]}..{bounds[1] or ''}"
+    assert entry.reason == f"L_q is {span}: at run time up to 16 rows take sdpa_verify, more sdpa_prefill"
+    assert entry.op in format_table({"forward": replace_sdpa(program)[1]})
+    lengths = [n for n in LENGTHS if bounds[0] <= n <= (bounds[1] or n)]
+    assert len(lengths) >= 2
+    for n in lengths:
+        assert choices(new, qkv(n)) == [VERIFY if n <= 16 else PREFILL]
+    same_results(new, module, [qkv(n) for n in lengths])
+
+
+@pytest.mark.parametrize(("bounds", "op"), [((1, 16), VERIFY), ((2, 9), VERIFY), ((17, 512), PREFILL)])
+def test_ranges_within_one_kernel_need_no_choice(bounds, op):
+    module = Attention()
+    _, new, entry = rewrite(module, qkv(bounds[1] - 1), rows(bounds))
+    assert (entry.op, entry.branches, entry.lq_range) == (op, (), bounds)
+    assert not calls(new, "cond")
+    assert len(list(new.graph_module.children())) == 0
+    same_results(new, module, [qkv(n) for n in bounds])
+
+
+def test_the_choice_is_one_comparison_and_two_calls_that_differ_in_the_operator_alone():
+    program, new, _ = rewrite(Attention(is_causal=True, scale=0.3), qkv(30, batch=2), rows((1, 512)))
+    (node,) = calls(new, "cond")
+    test = node.args[0]
+    assert (test.target.__name__, test.args[1]) == ("le", 16)
+    assert test.args[0].target is torch.ops.aten.sym_size.int
+    assert [n.name for n in node.args[3]] == ["q", "k", "v"]
+    (verify, few), (prefill, many) = branches(new, node)
+    assert [n.target for n in (verify, prefill)] == [
+        torch.ops.flashpte.sdpa_verify.default,
+        torch.ops.flashpte.sdpa_prefill.default,
+    ]
+    assert few == many
+    assert few[3:8] == [None, None, None, True, 0.3]
+    (replaced,) = calls(program, "scaled_dot_product_attention")
+    (result,) = node.users
+    assert result.name == replaced.name
+    for value in (verify.meta["val"], prefill.meta["val"], node.meta["val"][0], result.meta["val"]):
+        assert [str(s) for s in value.shape] == [str(s) for s in replaced.meta["val"].shape]
+        assert [str(s) for s in value.stride()] == [str(s) for s in replaced.meta["val"].stride()]
+        assert value.dtype == replaced.meta["val"].dtype
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float", "broadcast", "grouped"])
+@pytest.mark.parametrize("decompose", [False, True])
+def test_results_are_those_of_the_original(kind, decompose):
+    options = {"causal": dict(is_causal=True), "grouped": dict(enable_gqa=True)}.get(kind, {})
+    module = Attention(**options)
+    masks = {
+        "bool": lambda n: torch.rand(1, 1, n, 600) < 0.5,
+        "float": lambda n: torch.randn(1, 4, n, 600),
+        "broadcast": lambda n: torch.arange(600)[None, None, None] < 77,
+    }
+
+    def args(n):
+        tensors = qkv(n, 600, heads_kv=2 if kind == "grouped" else 4, seed=n)
+        return (*tensors, masks[kind](n)) if kind in masks else tensors
+
+    shapes = rows((1, 512))
+    if kind in masks:
+        shapes["mask"] = None if kind == "broadcast" else {2: shapes["q"][2]}
+    program = exported(module, args(30), shapes)
+    if decompose:
+        program = program.run_decompositions({})
+    new, report = replace_sdpa(program)
+    assert report.nodes[0].branches == BOTH
+    # What lowering does first: functionalise, which refuses operands or results that share memory.
+    again = new.run_decompositions({})
+    for n in LENGTHS:
+        same_results(new, module, [args(n)])
+        # Tracing again adds a guard on the number of a map's tiles (PyTorch looks whether the map is contiguous), which
+        # a CPU checks: the example and 500 rows have different numbers.
+        if n <= 128 or kind not in masks:
+            same_results(again, module, [args(n)])
+        assert check_maps(new, args(n)) == (2 if kind in masks else 0)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_layers_that_share_a_mask_share_one_map_for_each_kernel(decompose):
+    program, _ = cached_program(20, (1, 512), length=640)
+    if decompose:
+        program = program.run_decompositions({})
+    new, report = replace_sdpa(program)
+    assert [n.branches for n in report.nodes] == [BOTH] * 3
+    few, many = sorted(calls(new, "tile_map"), key=lambda n: n.args[3])
+    # The first row of tiles holds all the rows that verify can have.
+    assert few.args[3:] == (16, 64, 1, 1)
+    assert few.meta["val"][0].shape == (1, 1, 1, 10)
+    assert many.args[3:] == (128, 128, 1, None)
+    conds = calls(new, "cond")
+    for node in conds:
+        made = branches(new, node)
+        assert [args[4].args[0] for _, args in made] == [few, many]
+        assert made[0][1][3] is made[1][1][3]
+    assert len({node.args[3][3] for node in conds}) == 1
+    for n in LENGTHS:
+        args = (torch.randn(1, n, 64), torch.arange(n) + 100)
+        assert check_maps(new, args) == 6
+        same_results(new, program.module(), [args], dict(atol=1e-4, rtol=1e-4))
+
+
+def test_each_choice_has_branches_of_its_own_with_names_that_do_not_change():
+    program, _ = cached_program(20, (1, 60))
+    module = program.graph_module
+    module.flashpte_prefill_1 = torch.nn.Module()
+    replace_sdpa_in_graph(module)
+    names = [[n.target for n in node.args[1:3]] for node in calls(program, "cond")]
+    assert names == [[f"flashpte_verify_{i}", f"flashpte_prefill_{i}"] for i in (0, 2, 3)]
+
+
+class MaskWritten(torch.nn.Module):
+    """The mask changes between the two calls: two masks, each with a map for each kernel."""
+
+    maps = 4
+
+    def forward(self, q, k, v):
+        mask = torch.arange(640).lt(9).expand(q.shape[2], 640).clone()
+        first = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        mask[..., 300:] = True
+        return first + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class CacheWritten(torch.nn.Module):
+    """The cache changes, and a choice at run time lies in between: the maps are still those of the mask."""
+
+    maps = 2
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.randn(1, 4, 640, 16, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, q, k, v):
+        mask = torch.arange(640).lt(77).expand(q.shape[2], 640)
+        first = F.scaled_dot_product_attention(q, self.cache, v, attn_mask=mask)
+        self.cache[:, :, 5:9] = k[:, :, :4]
+        return first + F.scaled_dot_product_attention(q, self.cache, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("module", [MaskWritten, CacheWritten])
+@pytest.mark.parametrize("decompose", [False, True])
+def test_what_is_written_between_two_choices(module, decompose):
+    program = exported(module(), qkv(30, 640), rows((1, 512)))
+    if decompose:
+        program = program.run_decompositions({})
+    new, _ = replace_sdpa(program)
+    assert len(calls(new, "tile_map")) == module.maps
+    for n in LENGTHS:
+        assert check_maps(new, qkv(n, 640)) == 4
+        same_results(new, program.module(), [qkv(n, 640)])
+
+
+@pytest.mark.parametrize("written", [None, "mask", "other"])
+@pytest.mark.parametrize("through_a_view", [False, True])
+def test_only_what_a_branch_writes_to_counts_as_written(written, through_a_view):
+    def branch(name):
+        graph = Graph()
+        inputs = {n: graph.placeholder(n) for n in ("mask", "other")}
+        if name:
+            target = inputs[name]
+            if through_a_view:
+                target = graph.call_function(torch.ops.aten.select.int, (target, 0, 0))
+            graph.call_function(torch.ops.aten.fill_.Scalar, (target, 1))
+        graph.output((graph.call_function(torch.ops.aten.clone.default, (inputs["other"],)),))
+        return GraphModule({}, graph)
+
+    root, graph = torch.nn.Module(), Graph()
+    root.reads, root.writes = branch(None), branch(written)
+    mask, other, flag = (graph.placeholder(n) for n in ("mask", "other", "flag"))
+    seen = graph.call_function(torch.ops.aten.select.int, (mask, 0, 0))
+    start = graph.call_function(torch.ops.aten.clone.default, (mask,))
+    graph.call_function(cond, (flag, graph.get_attr("reads"), graph.get_attr("writes"), (mask, other)))
+    end = graph.call_function(torch.ops.aten.clone.default, (mask,))
+    graph.output((end,))
+    module = GraphModule(root, graph)
+    start, end, seen, other = ({n.name: n for n in module.graph.nodes}[n.name] for n in (start, end, seen, other))
+    assert written_between(start, end, [seen]) == (written == "mask")
+    assert written_between(start, end, [other]) == (written == "other")
+
+
+def test_grouped_heads_are_recovered_in_front_of_the_choice():
+    class Repeated(torch.nn.Module):
+        def forward(self, q, k, v):
+            k, v = (t[:, :, None].expand(-1, -1, 3, -1, -1).reshape(1, 6, 64, 16) for t in (k, v))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    module = Repeated()
+    _, new, entry = rewrite(module, qkv(30, heads=6, heads_kv=2), rows((1, 512)))
+    (node,) = calls(new, "cond")
+    assert [n.name for n in node.args[3]] == ["q", "k", "v"]
+    assert entry.key == (1, 2, 64, 16)
+    assert not calls(new, "expand")
+    same_results(new, module, [qkv(n, heads=6, heads_kv=2) for n in LENGTHS])
+
+
+class Fused(torch.nn.Module):
+    def forward(self, x):
+        q, k, v = x.view(1, -1, 3, 4, 16).unbind(2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+class OneCache(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.randn(2, 1, 4, 64, 16))
+
+    def forward(self, x):
+        q = x.view(1, -1, 4, 48)[..., :16].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, self.cache[0], self.cache[1])
+
+
+@pytest.mark.parametrize(("module", "which"), [(Fused, "query and key"), (OneCache, "key and value")])
+@pytest.mark.parametrize("decompose", [False, True])
+def test_views_of_one_tensor_get_prefill(module, which, decompose):
+    module = module().eval()
+    program = exported(module, (torch.randn(1, 30, 192),), ({1: Dim("length", min=1, max=512)},))
+    if decompose:
+        program = program.run_decompositions({})
+    new, report = replace_sdpa(program)
+    (entry,) = report.nodes
+    assert (entry.op, entry.branches) == (PREFILL, ())
+    assert entry.reason.endswith(f"no choice at run time, because {which} are views of one tensor")
+    new.run_decompositions({})
+    same_results(new, module, [(torch.randn(1, n, 192),) for n in LENGTHS])
+
+
+def test_keys_that_are_the_values_do_not_stop_a_choice():
+    class Tied(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, k)
+
+    _, new, entry = rewrite(Tied(), qkv(30), rows((1, 512)))
+    assert entry.branches == BOTH
+    new.run_decompositions({})
+    same_results(new, Tied(), [qkv(n) for n in LENGTHS])
+
+
+def test_no_choice_where_none_is_wanted():
+    _, new, entry = rewrite(Attention(), qkv(30), rows((1, 512)), dispatch=False)
+    assert (entry.op, entry.branches, entry.lq_range) == (PREFILL, (), (1, 512))
+    assert entry.reason == (
+        "L_q is 1..512: tiled, right for every L_q; no choice at run time, because it was not asked for"
+    )
+    assert len(calls(new, "sdpa_prefill")) == 1
+    same_results(new, Attention(), [qkv(n) for n in LENGTHS])
+
+
+def test_attention_in_a_branch_of_the_models_own():
+    class Branches(torch.nn.Module):
+        def forward(self, q, k, v):
+            attend = F.scaled_dot_product_attention
+            return torch.cond(q.sum() > 0, lambda q, k, v: attend(q, k, v), lambda q, k, v: q + 0, (q, k, v))
+
+    _, new, entry = rewrite(Branches(), qkv(30), rows((1, 512)))
+    assert entry.branches == BOTH
+    again = new.run_decompositions({})
+    for n in LENGTHS:
+        for sign in (1, -1):
+            q, k, v = qkv(n)
+            same_results(new, Branches(), [(q.abs() * sign, k, v)])
+            same_results(again, Branches(), [(q.abs() * sign, k, v)])
+
+
+def test_a_rewritten_program_can_be_rewritten_copied_saved_and_unflattened():
+    class Projected(CachedLayers):
+        """With weights that want a gradient, as loaded modules have."""
+
+        def __init__(self):
+            super().__init__(layers=2, length=640)
+            self.project = torch.nn.Linear(64, 64)
+
+        def forward(self, x, pos):
+            return super().forward(self.project(x), pos)
+
+    length = Dim("length", min=1, max=512)
+    example = (torch.randn(1, 20, 64), torch.arange(20))
+    program = torch.export.export(Projected().eval(), example, dynamic_shapes=({1: length}, {0: length}))
+    new, _ = replace_sdpa(program)
+    new.validate()
+    again, report = replace_sdpa(new)
+    assert not report.nodes
+    assert str(again.graph) == str(new.graph)
+    file = io.BytesIO()
+    torch.export.save(new, file)
+    file.seek(0)
+    loaded = torch.export.load(file)
+    copied = copy.deepcopy(new.graph_module)
+    assert [n.name for n in copied.graph.nodes] == [n.name for n in new.graph.nodes]
+    for n in LENGTHS:
+        args = (torch.randn(1, n, 64), torch.arange(n) + 50)
+        expected = copy.deepcopy(program.module())(*args)
+        for module in (new.module(), again.module(), loaded.module()):
+            torch.testing.assert_close(copy.deepcopy(module)(*args), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.export.unflatten(new)(*args), expected, atol=1e-4, rtol=1e-4)
