@@ -120,10 +120,9 @@ class Operand:
     def through(cls, node: Node, path: tuple[Node, ...]) -> Operand | None:
         """``node`` seen through the view nodes ``path``, innermost first; ``None`` if a view can't be moved."""
         operand: Operand | None = cls(node, (), val(node))
-        rank = val(node).dim()
         for view in path:
-            operand = operand._through(view, rank) if operand is not None else None
-            rank = val(view).dim()
+            # What is viewed is what the operand was broadcast to, which may have more dimensions.
+            operand = operand._through(view, val(view.args[0]).dim()) if operand is not None else None
         return operand
 
     def varies_in(self, axis: int) -> bool:

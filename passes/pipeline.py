@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.dispatch import Call, cond_before
 from flashpte.passes.insert import call_before
+from flashpte.passes.mask_structure import Structure
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import Route, route
+from flashpte.passes.savings import mask_bytes, repeated_bytes
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
 
@@ -80,6 +84,7 @@ def replace_sdpa_in_graph(
         dispatch: as for :func:`replace_sdpa`.
     """
     routes: list[NodeRoute] = []
+    users: list[Node | None] = []
     maps: dict[GraphModule, TileMaps] = {}
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
@@ -88,17 +93,31 @@ def replace_sdpa_in_graph(
         if not decision.ops and call is not written:
             # The repetition may be what made a layout fit: it is a copy.
             call, decision = written, route(written, ranges, dispatch)
-        routes.append(_entry(call, decision, ranges))
+        entry = _entry(call, decision, ranges)
+        tiles = None
         if decision.ops:
-            _replace(call, decision, maps.setdefault(module, TileMaps()))
+            tile_maps = maps.setdefault(module, TileMaps())
+            structure = tile_maps.structure_of(call)
+            tiles = _replace(call, decision, tile_maps)
+            saved = repeated_bytes(written, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
+            entry = dataclasses.replace(entry, bytes_saved=saved, **_mask_entry(call, structure))
+        routes.append(entry)
+        users.append(tiles)
     for module in maps:
         module.graph.eliminate_dead_code()
         module.graph.lint()
         module.recompile()
-    return RoutingReport(tuple(routes))
+    counts = collections.Counter(tiles for tiles in users if tiles is not None)
+    return RoutingReport(
+        tuple(
+            entry if tiles is None else dataclasses.replace(entry, map_users=counts[tiles])
+            for entry, tiles in zip(routes, users, strict=True)
+        )
+    )
 
 
-def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> None:
+def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | None:
+    """Rewrites one call; returns the node of its tile map, if it has one."""
     calls = [_call_of(call, op, decision, tile_maps) for op in decision.ops]
     if len(calls) == 1:
         new = call_before(call.node, calls[0].op, *calls[0].args)
@@ -108,6 +127,24 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> None:
     call.node.graph.erase_node(call.node)
     # Signatures of a program and of its modules refer to outputs by name.
     new.name = call.node.name
+    return calls[0].args[4]
+
+
+def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, str]:
+    """The report's words on how a replaced call's mask is passed on."""
+    if isinstance(structure, Structure):
+        note = "the mask is computed from positions where it is needed, its tensor is gone"
+        return {"mask": structure.kind, "mask_form": "positions", "mask_note": note}
+    if structure is not None:
+        return {"mask_form": "tensor", "mask_note": f"the mask is read through a tile map: {structure}"}
+    return {"mask_form": "is_causal"} if call.is_causal else {}
+
+
+def _mask_savings(call: SdpaCall, structure: Structure | str | None, first: bool, ranges: Ranges | None) -> int:
+    """Bytes of mask that a call no longer moves; ``first``: no call before it has the same map."""
+    if isinstance(structure, Structure):
+        return mask_bytes(call, ranges) * (2 if first else 1)
+    return 0 if first else mask_bytes(call, ranges)
 
 
 def _call_of(call: SdpaCall, op: str, decision: Route, tile_maps: TileMaps) -> Call:

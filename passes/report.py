@@ -20,8 +20,16 @@ class NodeRoute:
         query, key, value: shapes as written in the graph; a dynamic size is a string such as ``"s3"``.
         lq_range: smallest and largest L_q the program admits (``None`` for no upper bound).
         dtype: dtype of query.
-        mask: ``"none"``, ``"causal"``, ``"bool"`` or ``"float"``.
+        mask: what the mask is: ``"none"``, ``"causal"``, a proven structure such as ``"window"`` or
+            ``"causal+padding"``, or ``"bool"`` or ``"float"`` for one that is only known as a tensor.
         branches: the operators that L_q decides between at run time; empty where there is no choice.
+        mask_form: what the operator is given: ``"none"``, ``"is_causal"``, ``"positions"`` (the mask's tensor is gone)
+            or ``"tensor"``.
+        mask_note: one plain sentence on why the mask has that form; empty without a mask.
+        map_users: how many attention nodes use this node's tile map, this one included; 0 where there is none.
+        bytes_saved: estimate of the bytes that one run of this node no longer reads and writes: its read of the mask
+            (of a mapped one, if another node's read made the map), the mask's making (of a proven one, counted once),
+            keys and values repeated per query head. At the largest sizes the program admits.
     """
 
     node: str
@@ -35,6 +43,10 @@ class NodeRoute:
     dtype: str
     mask: str
     branches: tuple[str, ...] = ()
+    mask_form: str = "none"
+    mask_note: str = ""
+    map_users: int = 0
+    bytes_saved: int = 0
 
     @property
     def replaced(self) -> bool:
@@ -73,18 +85,33 @@ def _shape(sizes: tuple[int | str, ...]) -> str:
     return "x".join(str(s) for s in sizes)
 
 
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B" if count else "-"
+
+
+def _mask(route: NodeRoute) -> str:
+    return {"positions": f"{route.mask}, by positions", "tensor": f"{route.mask}, mapped"}.get(
+        route.mask_form, route.mask
+    )
+
+
 def format_table(reports: Mapping[str, RoutingReport]) -> str:
     """Renders reports (one per method) as a plain text table, one row per attention node."""
-    header = ("method", "attention", "query", "key", "mask", "kernel", "why")
+    header = ("method", "attention", "query", "key", "mask", "map for", "saves", "kernel", "why")
     rows = [
         (
             method,
             route.module_path or route.node,
             _shape(route.query),
             _shape(route.key),
-            route.mask,
+            _mask(route),
+            str(route.map_users or "-"),
+            _bytes(route.bytes_saved),
             route.op or "(left as it was)",
-            route.reason,
+            "; ".join(part for part in (route.reason, route.mask_note) if part),
         )
         for method, report in reports.items()
         for route in report.nodes

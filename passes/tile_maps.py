@@ -55,6 +55,8 @@ class TileMaps:
         self._maps: dict[tuple, tuple[Node, Node]] = {}
         self._structures: dict[Node, Structure | str] = {}
         self._intervals: dict[Node, tuple[Node, Node | None]] = {}
+        # Up to where nothing has been written to what a mask is computed from.
+        self._unwritten: dict[Node, Node] = {}
 
     def arguments_for(self, call: SdpaCall, op: str) -> MaskArguments:
         """What ``op`` is told about the mask of ``call``; inserts what has to be computed before the call."""
@@ -72,20 +74,19 @@ class TileMaps:
         source = mask_source(call.mask)
         if source not in self._structures:
             structure = prove(source, val(call.key).shape[2])
-            if isinstance(structure, Structure) and self._written_before(structure.visited, call.node):
-                structure = "what it is computed from is written to before attention reads it"
             self._structures[source] = structure
+            if isinstance(structure, Structure):
+                self._unwritten[source] = next(n for n in call.node.graph.nodes if n in structure.visited)
         structure = self._structures[source]
-        if isinstance(structure, Structure) and source in self._intervals:
-            made = [node for node in self._intervals[source] if node is not None]
-            if any(written_between(node, call.node, [node]) for node in made):
-                return "what it is computed from is written to between two attentions"
+        if isinstance(structure, Structure):
+            # Until the intervals are made, what they are computed from must stay as it was; then they and the mask.
+            made = [n for n in self._intervals.get(source, ()) if n is not None]
+            read = [source, *made] if made else structure.visited
+            if written_between(self._unwritten[source], call.node, read):
+                structure = self._structures[source] = "it may be written to after it was computed"
+            else:
+                self._unwritten[source] = call.node.prev
         return structure
-
-    @staticmethod
-    def _written_before(visited: frozenset[Node], call: Node) -> bool:
-        first = next(node for node in call.graph.nodes if node in visited)
-        return written_between(first, call, visited)
 
     def _intervals_for(self, call: SdpaCall) -> tuple[Node, Node | None]:
         assert call.mask is not None
@@ -103,7 +104,7 @@ class TileMaps:
         if identity not in self._maps:
             kv_len = size_argument(call.node, call.key, 2)
             both = call_before(call.node, torch.ops.flashpte.interval_map.default, bounds, values, kv_len, *tile)
-            self._maps[identity] = self._item(call.node, both, 0), self._item(call.node, both, 1)
+            self._maps[identity] = _both_items(call.node, both)
         return self._maps[identity]
 
     @staticmethod
@@ -139,8 +140,10 @@ class TileMaps:
             both = call_before(
                 call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group, row_tiles
             )
-            tiles, counts = (
-                insert_before(call.node, operator.getitem, (both, i), both.meta["val"][i]) for i in range(2)
-            )
-            self._maps[identity] = tiles, counts
+            self._maps[identity] = _both_items(call.node, both)
         return self._maps[identity]
+
+
+def _both_items(anchor: Node, pair: Node) -> tuple[Node, Node]:
+    first, second = (insert_before(anchor, operator.getitem, (pair, i), pair.meta["val"][i]) for i in range(2))
+    return first, second

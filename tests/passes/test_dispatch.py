@@ -160,16 +160,16 @@ def test_layers_that_share_a_mask_share_one_map_for_each_kernel(decompose):
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
     assert [n.branches for n in report.nodes] == [BOTH] * 3
-    few, many = sorted(calls(new, "tile_map"), key=lambda n: n.args[3])
+    few, many = sorted(calls(new, "interval_map"), key=lambda n: n.args[3])
     # The first row of tiles holds all the rows that verify can have.
-    assert few.args[3:] == (16, 64, 1, 1)
+    assert few.args[3:] == (16, 64, 1)
     assert few.meta["val"][0].shape == (1, 1, 1, 10)
-    assert many.args[3:] == (128, 128, 1, None)
+    assert many.args[3:] == (128, 128, None)
     conds = calls(new, "cond")
     for node in conds:
         made = branches(new, node)
         assert [args[4].args[0] for _, args in made] == [few, many]
-        assert made[0][1][3] is made[1][1][3]
+        assert made[0][1][9] is made[1][1][9]
     assert len({node.args[3][3] for node in conds}) == 1
     for n in LENGTHS:
         args = (torch.randn(1, n, 64), torch.arange(n) + 100)
@@ -221,7 +221,7 @@ def test_what_is_written_between_two_choices(module, decompose):
     if decompose:
         program = program.run_decompositions({})
     new, _ = replace_sdpa(program)
-    assert len(calls(new, "tile_map")) == module.maps
+    assert len(calls(new, "_map.")) == module.maps
     for n in LENGTHS:
         assert check_maps(new, qkv(n, 640)) == 4
         same_results(new, program.module(), [qkv(n, 640)])

@@ -237,6 +237,10 @@ def test_report_names_the_module_and_is_json_ready():
         "dtype",
         "mask",
         "branches",
+        "mask_form",
+        "mask_note",
+        "map_users",
+        "bytes_saved",
     }
     table = format_table({"forward": report})
     assert "flashpte::sdpa_decode" in table
