@@ -161,7 +161,7 @@ def attend_tile(
         rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``; ``q`` is read
             unless ``EXACT``, then ``q_rows`` are.
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
-        mask: for a dense mask ``([R] pointers to its rows, stride_mn)``, for intervals what
+        mask: for a dense mask ``([R] pointers to its rows, stride_mn, any, any)``, for intervals what
             :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
     """
     acc, row_max, row_sum = state
@@ -188,7 +188,7 @@ def attend_tile(
     if MASK == 3:
         scores = tl.where(visible_in_intervals(mask, start_n, n, in_range, TERMS, INDEX_TERM), scores, float("-inf"))
     elif MASK != 0:
-        mask_rows, stride_mn = mask
+        mask_rows, stride_mn, _, _ = mask
         mask_ptrs = mask_rows[:, None] + (tile_start * stride_mn + n * stride_mn)[None, :]
         if MASK == 1:
             visible = tl.load(mask_ptrs, mask=in_range, other=0)

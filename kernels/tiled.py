@@ -118,12 +118,13 @@ def _tiled_kernel(
 
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_m = tl.minimum(m, q_len - 1)
-    mask = (q_rows, 0)
+    mask = (q_rows, 0, interval_values_ptr, 0)
     if MASK == 3:
         interval_values_ptr += b * stride_ib
         mask = (mask_ptr + b * stride_mb + safe_m, stride_bs, interval_values_ptr, stride_it)
     elif MASK != 0:
-        mask = (mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm, stride_mn)
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm
+        mask = (mask_rows, stride_mn, interval_values_ptr, 0)
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0

@@ -27,6 +27,7 @@ from flashpte.passes.operands import (
     ROW_AXIS,
     KeyIndex,
     Operand,
+    arguments,
     is_cast,
     view_source,
 )
@@ -221,7 +222,7 @@ class _Proof:
     def of_float(self, node: Node, path: tuple[Node, ...]) -> list[Between | Flag]:
         """Constraints under which a float mask is 0; elsewhere it must be -inf."""
         self._visited.add(node)
-        target, args = aten_target(node), node.args
+        target, args = aten_target(node), arguments(node)
         constant = constant_of(node)
         if constant == 0:
             return []
@@ -270,7 +271,7 @@ class _Proof:
             return [flag]
 
     def _of_bool_operator(self, node: Node, path: tuple[Node, ...], negated: bool) -> list[Between | Flag]:
-        target, args = aten_target(node), node.args
+        target, args = aten_target(node), arguments(node)
         if target in _NOT:
             return self.of_bool(args[0], path, not negated)
         if target in _AND or target in _OR:
@@ -349,7 +350,7 @@ class _Proof:
             return Sum(((operand, 1),))
 
     def _sum_of_operator(self, node: Node, path: tuple[Node, ...]) -> Sum:
-        target, args = aten_target(node), node.args
+        target, args = aten_target(node), arguments(node)
         arithmetic = not node.kwargs and val(node).dtype == torch.int64
         if target in _ADD and arithmetic and len(args) == 2:
             return self._sum(args[0], path) + self._sum(args[1], path)
@@ -373,7 +374,7 @@ class _Proof:
 
     def _first_index(self, node: Node, path: tuple[Node, ...]) -> int | None:
         """``s`` if the node, seen through ``path``, is ``s, s + 1, ...`` over all keys."""
-        target, args = aten_target(node), node.args
+        target, args = aten_target(node), arguments(node)
         operand = Operand.through(node, path)
         if target not in _ARANGES or operand is None or operand.value.dim() != 1:
             return None
@@ -389,8 +390,9 @@ class _Proof:
 
     def _triangle(self, node: Node, path: tuple[Node, ...], negated: bool) -> Between:
         """Where ``tril`` or ``triu`` keeps entries (drops them, if ``negated``)."""
-        diagonal = node.args[1] if len(node.args) > 1 else 0
-        numbers = [call_before(node, aten.arange.default, size_argument(node, node.args[0], dim)) for dim in (-2, -1)]
+        args = arguments(node)
+        diagonal = args[1] if len(args) > 1 else 0
+        numbers = [call_before(node, aten.arange.default, size_argument(node, args[0], dim)) for dim in (-2, -1)]
         rows = call_before(node, aten.unsqueeze.default, numbers[0], 1)
         offset = call_before(node, aten.add.Tensor, rows, diagonal)
         comparison = "le" if aten_target(node) in _TRIL else "ge"

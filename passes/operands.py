@@ -55,6 +55,11 @@ _INDEX = {aten.index.Tensor}
 _INDEX_SELECT = {aten.index_select.default}
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """The node's positional arguments, without fx's type for whatever they may be."""
+    return node.args
+
+
 def is_cast(node: Node) -> bool:
     """Whether the node changes at most dtype, layout or device."""
     target = aten_target(node)
@@ -63,16 +68,16 @@ def is_cast(node: Node) -> bool:
 
 def view_source(node: Node) -> Node | None:
     """The node that ``node`` is a view of which can be moved to the operands below it, or ``None``."""
-    target = aten_target(node)
+    target, args = aten_target(node), arguments(node)
     known = _SAME_VALUE | _UNSQUEEZE | _PERMUTE | _TRANSPOSE | _T | _SLICE | _SELECT | _INDEX_SELECT
     if target in known:
-        return node.args[0]
+        return args[0]
     if target in _VIEW:
-        source = node.args[0]
+        source = args[0]
         return source if _same_but_for_ones(val(source).shape, val(node).shape) else None
     if target in _INDEX:
-        given = [i for i in node.args[1] if i is not None]
-        return node.args[0] if len(given) == 1 and val(given[0]).dim() == 1 else None
+        given = [i for i in args[1] if i is not None]
+        return args[0] if len(given) == 1 and val(given[0]).dim() == 1 else None
     return None
 
 
@@ -122,7 +127,7 @@ class Operand:
         operand: Operand | None = cls(node, (), val(node))
         for view in path:
             # What is viewed is what the operand was broadcast to, which may have more dimensions.
-            operand = operand._through(view, val(view.args[0]).dim()) if operand is not None else None
+            operand = operand._through(view, val(arguments(view)[0]).dim()) if operand is not None else None
         return operand
 
     def varies_in(self, axis: int) -> bool:
@@ -148,7 +153,7 @@ class Operand:
 
     def _through(self, view: Node, rank: int) -> Operand | None:
         """One view of a tensor of ``rank`` dimensions that this operand, of no more, broadcasts to."""
-        target, args = aten_target(view), view.args
+        target, args = aten_target(view), arguments(view)
         own = self.value.dim()
 
         def own_dim(dim: int) -> int:
@@ -191,7 +196,7 @@ class Operand:
             operand = self._padded(rank)
             return operand.then(aten.permute.default, order)
         if target in _VIEW:
-            return self._through_view(val(view.args[0]).shape, val(view).shape)
+            return self._through_view(val(arguments(view)[0]).shape, val(view).shape)
         return None
 
     def _padded(self, rank: int) -> Operand:

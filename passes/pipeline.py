@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -130,7 +131,7 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
     return calls[0].args[4]
 
 
-def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, str]:
+def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, Any]:
     """The report's words on how a replaced call's mask is passed on."""
     if isinstance(structure, Structure):
         note = "the mask is computed from positions where it is needed, its tensor is gone"
