@@ -216,7 +216,10 @@ def print_table(title: str, rows: list[dict]) -> None:
     columns = ["case", *dict.fromkeys(key for row in rows for key in row if key != "case")]
     print(f"\n{title}\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        cells = [f"{c:.1f}" if isinstance(c := row.get(key, "-"), float) else str(c) for key in columns]
+        cells = [
+            (f"{c:.2f}" if c < 10 else f"{c:.1f}") if isinstance(c := row.get(key, "-"), float) else str(c)
+            for key in columns
+        ]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

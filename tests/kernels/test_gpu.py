@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
-from attention_cases import LAYOUTS, MASKS, Case, build, check
+from attention_cases import INTERVAL_MASKS, LAYOUTS, MASKS, Case, build, check, with_intervals
 
 from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify, split_k, tiled, tuning
 
@@ -158,21 +159,97 @@ def test_results_do_not_depend_on_the_tiles():
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
 
 
-def test_cuda_graph_replay_follows_the_mask():
-    """The map is recomputed on the device at every replay."""
-    p = build(Case(1, 2000, dtype=torch.bfloat16, mask="bool_context"), "cuda")
-    keys, position = torch.arange(2000, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+def steps_in_a_graph(op, rows: int, buffer: int, form: str):
+    """Captures one attention whose mask follows ``position``; returns what a replay needs."""
+    p = build(Case(rows, buffer, heads_q=8, heads_kv=2, dtype=torch.bfloat16), "cuda")
+    keys, position = torch.arange(buffer, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    offsets, least = torch.arange(rows, device="cuda"), torch.full((rows,), torch.iinfo(torch.int64).min, device="cuda")
 
     def step():
-        mask = (keys[None] <= position[:, None])[None, None]
-        return sdpa_decode(p.query, p.key, p.value, mask, None, None, False, p.scale, [0, 2, 1, 3])
+        positions = position + offsets
+        if form == "tensor":
+            mask = (keys[None] <= positions[:, None])[None, None]
+            out = op(p.query, p.key, p.value, mask, None, None, False, p.scale, [0, 2, 1, 3])
+        else:
+            bounds = torch.stack([least, positions])[:, None]
+            out = op(p.query, p.key, p.value, None, None, None, False, p.scale, [0, 2, 1, 3], bounds)
+        # The position advances inside the graph, as a captured decode loop does it.
+        position.add_(rows)
+        return out
 
     step()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    for pos in (0, 1, 63, 64, 700, 1999):
-        position.fill_(pos)
+    return p, keys, offsets, position, graph, out
+
+
+@pytest.mark.parametrize(("op", "rows"), [(sdpa_decode, 1), (sdpa_verify, 5), (sdpa_verify, 16)])
+@pytest.mark.parametrize("form", ["tensor", "positions"])
+@pytest.mark.parametrize("start", [0, 17000])
+def test_a_captured_graph_advances_for_100_steps(op, rows, form, start):
+    """The map is recomputed on the device at every replay, the host knows of no position."""
+    p, keys, offsets, position, graph, out = steps_in_a_graph(op, rows, 20000, form)
+    position.fill_(start)
+    for step in range(100):
         graph.replay()
-        mask = (keys[None] <= pos)[None, None]
+        positions = start + step * rows + offsets
+        mask = (keys[None] <= positions[:, None])[None, None]
         check(type(p)(p.query, p.key, p.value, mask, False, p.scale), out)
+    assert position.item() == start + 100 * rows
+
+
+def interval_cases(count: int) -> list[tuple[Case, str]]:
+    rng = random.Random(7)
+    cases = random_cases(count, (1, 1, 4, 8, 16, 63, 300), 8)
+    return [(dataclasses.replace(case, mask="none"), rng.choice(INTERVAL_MASKS)) for case in cases]
+
+
+@pytest.mark.parametrize(("case", "kind"), interval_cases(120), ids=str)
+def test_intervals(case, kind):
+    p, intervals = with_intervals(case, kind, "cuda")
+    op = sdpa_decode if case.q_len == 1 else sdpa_verify if case.q_len <= 16 else sdpa_prefill
+    args = (p.query, p.key, p.value, None, None, None, False, p.scale, list(case.dim_order))
+    check(p, op(*args, intervals.bounds, intervals.values))
+
+
+@pytest.mark.parametrize("shape", REAL_SHAPES)
+@pytest.mark.parametrize("q_len", [1, 8, 512])
+@pytest.mark.parametrize("kind", ["causal", "window", "ring", "documents"])
+def test_intervals_in_shapes_of_real_models(shape, q_len, kind):
+    p, intervals = with_intervals(Case(q_len, 4100, dtype=torch.bfloat16, **REAL_SHAPES[shape]), kind, "cuda")
+    op = sdpa_decode if q_len == 1 else sdpa_verify if q_len <= 16 else sdpa_prefill
+    args = (p.query, p.key, p.value, None, None, None, False, p.scale, [0, 2, 1, 3])
+    check(p, op(*args, intervals.bounds, intervals.values))
+
+
+def test_prefill_does_not_depend_on_the_form_of_its_mask():
+    """Bit for bit: the same tiles are visited in the same order, by map or by positions."""
+    for kind in ("causal", "window"):
+        p, intervals = with_intervals(Case(700, 1500, head_dim=128, dtype=torch.bfloat16), kind, "cuda")
+        args = (p.query, p.key, p.value)
+        by_tensor = sdpa_prefill(*args, p.mask, None, None, False, p.scale, [0, 2, 1, 3])
+        by_positions = sdpa_prefill(
+            *args, None, None, None, False, p.scale, [0, 2, 1, 3], intervals.bounds, intervals.values
+        )
+        assert torch.equal(by_tensor, by_positions)
+        # A map that calls every tile partial is no map at all: everything is visited, under the mask.
+        block_m, block_n = tuning.tiled_map_block(128, 128)
+        rows, keys = -(-700 // block_m), -(-1500 // block_n)
+        everything = torch.arange(keys, device="cuda", dtype=torch.int32).expand(1, 1, rows, keys).contiguous()
+        counts = torch.tensor([0, keys], device="cuda", dtype=torch.int32).expand(1, 1, rows, 2).contiguous()
+        unmapped = sdpa_prefill(*args, p.mask, everything, counts, False, p.scale, [0, 2, 1, 3])
+        torch.testing.assert_close(by_tensor, unmapped, atol=2e-2, rtol=0)
+
+
+def test_interval_map_on_gpu_equals_its_reference():
+    for kind in INTERVAL_MASKS:
+        for tile in ((16, 64, 1), (128, 128, None), (64, 64, None)):
+            _, intervals = with_intervals(Case(200, 1500, batch=2), kind)
+            expected = torch.ops.flashpte.interval_map(intervals.bounds, intervals.values, 1500, *tile)
+            values = None if intervals.values is None else intervals.values.cuda()
+            tiles, counts = torch.ops.flashpte.interval_map(intervals.bounds.cuda(), values, 1500, *tile)
+            assert torch.equal(counts.cpu(), expected[1])
+            listed = torch.arange(tiles.shape[-1]) < expected[1].sum(-1, keepdim=True)
+            assert torch.equal(tiles.cpu()[listed], expected[0][listed])

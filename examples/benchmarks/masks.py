@@ -1,0 +1,153 @@
+"""What a mask costs on one GPU: buffers longer than the context, dense masks against ``is_causal``, making the map.
+
+    python examples/benchmarks/masks.py [--suite context prefill map] [--json FILE]
+
+Times are microseconds per call, as in ``attention.py``; the inputs that a call reads rotate through more memory than
+L2. "tensor" is a dense bool mask with its tile map, "positions" a mask that the pass proved and that the kernel
+computes from positions. Results of the two forms are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+
+import torch
+from attention import DIM_ORDER, L2_BYTES, SHAPES, checked, print_table, random, time_us
+
+import flashpte.kernels as kernels
+from flashpte.kernels import tuning
+
+LEAST = torch.iinfo(torch.int64).min
+CONTEXT, BUFFER = 4096, 131072
+
+
+def forms(positions: torch.Tensor, keys: int, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A causal (windowed) mask as a dense tensor ``[1, 1, L_q, L_kv]`` and as bounds ``[2, 1, L_q]``."""
+    index = torch.arange(keys, device="cuda")
+    lower = torch.full_like(positions, LEAST) if window is None else positions - window + 1
+    dense = (index <= positions[:, None]) & (index >= lower[:, None])
+    return dense[None, None], torch.stack([lower, positions])[:, None]
+
+
+def context_case(name: str, rows: int) -> dict:
+    """The same context in a buffer of its own length and in a long one; only the context is ever read."""
+    shape = SHAPES[name]
+    op = kernels.sdpa_decode if rows == 1 else kernels.sdpa_verify
+    group = shape.heads_q // shape.heads_kv
+    count = max(2, int(L2_BYTES / (2 * shape.heads_kv * CONTEXT * shape.head_dim * 2)))
+    q = random(1, shape.heads_q, rows, shape.head_dim)
+    positions = torch.arange(rows, device="cuda") + CONTEXT - rows
+    block_n = tuning.SPLIT_K_MAP_BLOCK_N
+    row: dict = {"case": f"{name} context={CONTEXT} M={rows}"}
+    for length in (CONTEXT, BUFFER):
+        caches = []
+        for _ in range(count):
+            pair = [torch.zeros(1, shape.heads_kv, length, shape.head_dim, device="cuda", dtype=q.dtype) for _ in "kv"]
+            for cache in pair:
+                cache[:, :, :CONTEXT].normal_()
+            caches.append(pair)
+        mask, bounds = forms(positions, length)
+        dense_map = torch.ops.flashpte.tile_map(mask, rows, length, 16, block_n, group, 1)
+        position_map = torch.ops.flashpte.interval_map(bounds, None, length, 16, block_n, 1)
+        options = (False, shape.scale, DIM_ORDER)
+        calls = {
+            "tensor": lambda k, v, mask=mask, m=dense_map: op(q, k, v, mask, *m, *options),
+            "positions": lambda k, v, bounds=bounds, m=position_map: op(q, k, v, None, *m, *options, bounds),
+        }
+        expected = kernels.attention_reference(
+            q.float(), *(c[:, :, :CONTEXT] for c in caches[0]), mask[..., :CONTEXT], False, shape.scale
+        )
+        for form, call in calls.items():
+            right = checked(lambda call=call, pair=caches[0]: call(*pair), expected)
+            row[f"{form} {length}"] = (
+                time_us([lambda k=k, v=v, call=call: call(k, v) for k, v in caches]) if right else float("nan")
+            )
+        del caches
+    for form in ("tensor", "positions"):
+        row[f"{form} ratio"] = row[f"{form} {BUFFER}"] / row[f"{form} {CONTEXT}"]
+    return row | {"target": "<= 1.15", "met": max(row["tensor ratio"], row["positions ratio"]) <= 1.15}
+
+
+def prefill_case(name: str, length: int, window: int | None) -> dict:
+    """A dense mask against the same kernel with ``is_causal``, or with the window in positions."""
+    shape = SHAPES[name]
+    q = random(1, shape.heads_q, length, shape.head_dim)
+    k, v = (random(1, shape.heads_kv, length, shape.head_dim) for _ in range(2))
+    mask, bounds = forms(torch.arange(length, device="cuda"), length, window)
+    tile = tuning.tiled_map_block(shape.head_dim, shape.head_dim)
+    dense_map = torch.ops.flashpte.tile_map(mask, length, length, *tile, 1)
+    position_map = torch.ops.flashpte.interval_map(bounds, None, length, *tile)
+    options = (False, shape.scale, DIM_ORDER)
+    calls = {
+        "tensor": lambda: kernels.sdpa_prefill(q, k, v, mask, *dense_map, *options),
+        "positions": lambda: kernels.sdpa_prefill(q, k, v, None, *position_map, *options, bounds),
+    }
+    if window is None:
+        calls["is_causal"] = lambda: kernels.sdpa_prefill(q, k, v, None, None, None, True, *options[1:])
+    expected = calls["tensor"]().float()
+    row: dict = {"case": f"{name} L={length}" + (f" window={window}" if window else " causal")}
+    # In turns: a GPU that warms up would favour whoever comes first.
+    times: dict[str, list[float]] = {form: [] for form in calls}
+    for _ in range(3):
+        for form, call in calls.items():
+            times[form].append(time_us([call] * 3) if checked(call, expected) else float("nan"))
+    row |= {form: sorted(t)[1] for form, t in times.items()}
+    base, most = ("positions", 1.10) if window else ("is_causal", 1.08)
+    row["ratio"] = row["tensor"] / row[base]
+    return row | {"target": f"<= {most}", "met": row["ratio"] <= most}
+
+
+def map_case(name: str, rows: int, context: int) -> dict:
+    """Making the map of ``rows`` x the whole buffer, once for all layers, against one layer's attention."""
+    shape = SHAPES[name]
+    q = random(1, shape.heads_q, rows, shape.head_dim)
+    k, v = (random(1, shape.heads_kv, BUFFER, shape.head_dim) for _ in range(2))
+    mask, bounds = forms(torch.arange(rows, device="cuda") + context - rows, BUFFER)
+    tile = tuning.tiled_map_block(shape.head_dim, shape.head_dim)
+    makers = {
+        "tensor": lambda: torch.ops.flashpte.tile_map(mask, rows, BUFFER, *tile, 1),
+        "positions": lambda: torch.ops.flashpte.interval_map(bounds, None, BUFFER, *tile),
+    }
+    options = (False, shape.scale, DIM_ORDER)
+    layer = lambda: kernels.sdpa_prefill(q, k, v, None, *makers["positions"](), *options, bounds)  # noqa: E731
+    row: dict = {"case": f"{name} {rows} rows, context={context} of {BUFFER}"}
+    for form, make in makers.items():
+        row[f"map by {form}"] = time_us([make] * 4)
+    row["one layer"] = time_us([layer])
+    row["share"] = row["map by tensor"] / row["one layer"]
+    full = context == BUFFER
+    return row | {"target": "<= 0.05" if full else "-", "met": row["share"] <= 0.05 if full else "-"}
+
+
+CASES = {
+    "context": (context_case, [(n, m) for n in ("gemma-full", "qwen3.5", "llama-8b") for m in (1, 4, 8, 16)]),
+    "prefill": (
+        prefill_case,
+        [(n, length, None) for n in ("gemma-full", "qwen3.5", "llama-8b") for length in (2048, 8192)]
+        + [("gemma-sliding", length, 1024) for length in (2048, 8192)],
+    ),
+    "map": (map_case, [(n, 2048, c) for n in ("gemma-full", "llama-8b") for c in (2048, BUFFER)]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--json", help="also write raw numbers to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    gpu = torch.cuda.get_device_name()
+    results: dict = {"date": datetime.date.today().isoformat(), "gpu": gpu, "torch": torch.__version__}
+    for suite in arguments.suite:
+        run, cases = CASES[suite]
+        results[suite] = [run(*case) for case in cases]
+        print_table(suite, results[suite])
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
