@@ -23,6 +23,9 @@ from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_in
 from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
 from flashpte.kernels.tile_map import EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
 
+# Tiles of keys that one program classifies.
+_KEY_TILES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Intervals:
@@ -148,44 +151,47 @@ def _classify_intervals_kernel(
     values_stride,
     q_len,
     kv_len,
+    n_key_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    KEY_TILES: tl.constexpr,
     TERMS: tl.constexpr,
     INDEX_TERM: tl.constexpr,
 ):
-    key_tile = tl.program_id(0)
+    """Classifies ``KEY_TILES`` tiles of keys for one tile of rows."""
+    key_tile = tl.program_id(0) * KEY_TILES + tl.arange(0, KEY_TILES)
     row_tile = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = m < q_len
-    # Per row: whether the tile may hold a visible key, and whether all of its keys are visible.
-    live = row_ok
-    open_ = row_ok
+    # Per row and tile: whether it may hold a visible key, and whether all of its keys are visible.
+    live = row_ok[:, None] & (key_tile < n_key_tiles)[None, :]
+    open_ = live
     for term in tl.static_range(TERMS):
         row = bounds_ptr + b * stride_bb + 2 * term * side_stride + m
-        lower = tl.load(row, mask=row_ok, other=0)
-        upper = tl.load(row + side_stride, mask=row_ok, other=0)
+        lower = tl.load(row, mask=row_ok, other=0)[:, None]
+        upper = tl.load(row + side_stride, mask=row_ok, other=0)[:, None]
         if INDEX_TERM and term == 0:
             smallest = (key_tile * BLOCK_N).to(tl.int64)
             largest = tl.minimum(smallest + BLOCK_N, kv_len) - 1
         else:
-            ptrs = values_ptr + b * stride_vb + (term - INDEX_TERM) * values_stride + n
-            # Keys past the end repeat the tile's first one.
-            first = tl.load(values_ptr + b * stride_vb + (term - INDEX_TERM) * values_stride + key_tile * BLOCK_N)
-            value = tl.load(ptrs, mask=n < kv_len, other=0)
-            value = tl.where(n < kv_len, value, first)
-            smallest = tl.min(value, 0)
-            largest = tl.max(value, 0)
+            n = key_tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            # Keys past the end repeat the last one.
+            row_of_values = values_ptr + b * stride_vb + (term - INDEX_TERM) * values_stride
+            value = tl.load(row_of_values + tl.minimum(n, kv_len - 1))
+            smallest = tl.min(value, 1)
+            largest = tl.max(value, 1)
+        smallest = smallest[None, :]
+        largest = largest[None, :]
         live = live & (lower <= upper) & (lower <= largest) & (upper >= smallest)
         open_ = open_ & (lower <= smallest) & (upper >= largest)
     any_live = tl.max(live.to(tl.int32), 0)
     # Rows past the end do not stop a tile from being full; keys past the end do.
-    all_open = tl.min((open_ | (row_ok == 0)).to(tl.int32), 0)
+    all_open = tl.min((open_ | (row_ok == 0)[:, None]).to(tl.int32), 0)
     all_open = tl.where((key_tile + 1) * BLOCK_N <= kv_len, all_open, 0)
     state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
-    tile = (b * tl.num_programs(1) + row_tile) * tl.num_programs(0) + key_tile
-    tl.store(states_ptr + tile, state.to(tl.int8))
+    tile = (b * tl.num_programs(1) + row_tile) * n_key_tiles + key_tile
+    tl.store(states_ptr + tile, state.to(tl.int8), mask=key_tile < n_key_tiles)
 
 
 def launch_interval_map(
@@ -200,18 +206,20 @@ def launch_interval_map(
     key_tiles = cdiv(kv_len, block_n)
     states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
     classify = _classify_intervals_kernel if INTERPRETED else wrap_triton(_classify_intervals_kernel)
-    classify[(key_tiles, row_tiles, batch)](
+    classify[(cdiv(key_tiles, _KEY_TILES), row_tiles, batch)](
         bounds,
         values,
         states,
         *strides,
         q_len,
         kv_len,
+        key_tiles,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        KEY_TILES=_KEY_TILES,
         TERMS=intervals.terms,
         INDEX_TERM=int(intervals.index_term),
-        num_warps=4 if block_m * block_n > 1024 else 1,
+        num_warps=4,
     )
     return launch_compact(states, states, q_len, 1, block_m, True)
 

@@ -268,22 +268,29 @@ def _combine_kernel(
     b = (bh // heads_kv).to(tl.int64)
     m = (row // GROUP).to(tl.int64)
     head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
-    s = tl.arange(0, BLOCK_S)
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     tile_row = b * stride_tb + (bh % heads_kv) * stride_th
     steps, _ = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    s_ok = s < _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-    partial = (bh.to(tl.int64) * num_splits + s) * (q_len * GROUP) + row
-    split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
-    split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
-    row_max = tl.max(split_max, 0)
-    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
-    weight = tl.exp2((split_max - row_max) * EXP2_SCALE)
-    total = tl.sum(split_sum * weight, 0)
-    # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
-    acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
-    acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
-    out = tl.sum(acc * weight[:, None], 0)
+    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    row_max = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    out = tl.zeros([BLOCK_DV], tl.float32)
+    for first in range(0, active, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S)
+        s_ok = s < active
+        partial = (bh.to(tl.int64) * num_splits + s) * (q_len * GROUP) + row
+        split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
+        split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(split_max, 0))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weight = tl.exp2((split_max - base) * EXP2_SCALE)
+        rescale = tl.exp2((row_max - base) * EXP2_SCALE)
+        # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
+        acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
+        acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
+        out = out * rescale + tl.sum(acc * weight[:, None], 0)
+        total = total * rescale + tl.sum(split_sum * weight, 0)
+        row_max = new_max
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
@@ -397,7 +404,7 @@ def launch_split_k(
         num_stages=config.num_stages,
     )
     if not single:
-        block_s = triton.next_power_of_2(config.num_splits)
+        block_s = tuning.combine_splits(config)
         block_dv = tuning.combine_block(block_s, v_head_dim)
         combine = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
         combine[(n_rows, batch * heads_kv, cdiv(v_head_dim, block_dv))](

@@ -31,6 +31,14 @@ def forms(positions: torch.Tensor, keys: int, window: int | None = None) -> tupl
     return dense[None, None], torch.stack([lower, positions])[:, None]
 
 
+def filled_cache(shape, length: int) -> list[torch.Tensor]:
+    """Keys and values ``[1, H_kv, length, D]``, random up to the context, zero beyond."""
+    pair = [torch.zeros(1, shape.heads_kv, length, shape.head_dim, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
+    for cache in pair:
+        cache[:, :, :CONTEXT].normal_()
+    return pair
+
+
 def context_case(name: str, rows: int) -> dict:
     """The same context in a buffer of its own length and in a long one; only the context is ever read."""
     shape = SHAPES[name]
@@ -40,31 +48,20 @@ def context_case(name: str, rows: int) -> dict:
     q = random(1, shape.heads_q, rows, shape.head_dim)
     positions = torch.arange(rows, device="cuda") + CONTEXT - rows
     block_n = tuning.SPLIT_K_MAP_BLOCK_N
+    options = (False, shape.scale, DIM_ORDER)
     row: dict = {"case": f"{name} context={CONTEXT} M={rows}"}
     for length in (CONTEXT, BUFFER):
-        caches = []
-        for _ in range(count):
-            pair = [torch.zeros(1, shape.heads_kv, length, shape.head_dim, device="cuda", dtype=q.dtype) for _ in "kv"]
-            for cache in pair:
-                cache[:, :, :CONTEXT].normal_()
-            caches.append(pair)
+        caches = [filled_cache(shape, length) for _ in range(count)]
         mask, bounds = forms(positions, length)
-        dense_map = torch.ops.flashpte.tile_map(mask, rows, length, 16, block_n, group, 1)
-        position_map = torch.ops.flashpte.interval_map(bounds, None, length, 16, block_n, 1)
-        options = (False, shape.scale, DIM_ORDER)
-        calls = {
-            "tensor": lambda k, v, mask=mask, m=dense_map: op(q, k, v, mask, *m, *options),
-            "positions": lambda k, v, bounds=bounds, m=position_map: op(q, k, v, None, *m, *options, bounds),
-        }
+        dense = (mask, *torch.ops.flashpte.tile_map(mask, rows, length, 16, block_n, group, 1), *options)
+        computed = (None, *torch.ops.flashpte.interval_map(bounds, None, length, 16, block_n, 1), *options, bounds)
         expected = kernels.attention_reference(
             q.float(), *(c[:, :, :CONTEXT] for c in caches[0]), mask[..., :CONTEXT], False, shape.scale
         )
-        for form, call in calls.items():
-            right = checked(lambda call=call, pair=caches[0]: call(*pair), expected)
-            row[f"{form} {length}"] = (
-                time_us([lambda k=k, v=v, call=call: call(k, v) for k, v in caches]) if right else float("nan")
-            )
-        del caches
+        for form, given in {"tensor": dense, "positions": computed}.items():
+            calls = [lambda pair=pair, given=given: op(q, *pair, *given) for pair in caches]
+            row[f"{form} {length}"] = time_us(calls) if checked(calls[0], expected) else float("nan")
+        del caches, calls
     for form in ("tensor", "positions"):
         row[f"{form} ratio"] = row[f"{form} {BUFFER}"] / row[f"{form} {CONTEXT}"]
     return row | {"target": "<= 1.15", "met": max(row["tensor ratio"], row["positions ratio"]) <= 1.15}

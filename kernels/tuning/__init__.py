@@ -13,6 +13,7 @@ from flashpte.kernels.tuning.choose import (
     choose_split_k,
     choose_tiled,
     combine_block,
+    combine_splits,
     padded_head_dim,
     tiled_map_block,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "choose_split_k",
     "choose_tiled",
     "combine_block",
+    "combine_splits",
     "current_arch",
     "limits",
     "padded_head_dim",

@@ -86,6 +86,11 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, _next_power_of_2(head_dim))
 
 
+def combine_splits(config: SplitKConfig) -> int:
+    """How many splits one step of the combine kernel takes: those of a short context, at most 128."""
+    return min(128, _next_power_of_2(min(config.short_splits, config.num_splits)))
+
+
 def combine_block(block_s: int, v_head_dim: int) -> int:
     """Columns of D_v that one program of the combine kernel takes, so that its tile stays within 8,192 elements."""
     return min(padded_head_dim(v_head_dim), max(16, 8192 // block_s))
@@ -156,7 +161,9 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     short_splits = max(1, arch.sm_count // parallel)
     splits = short_splits
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
-        splits = max(1, 2 * arch.sm_count // parallel)
+        # A second program per multiprocessor helps where two fit beside each other.
+        needed = stages * block_n * 2 * width * shape.dtype.itemsize
+        splits = max(1, (2 if 2 * needed <= arch.shared_memory_per_block else 1) * arch.sm_count // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
     warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4

@@ -182,7 +182,8 @@ def steps_in_a_graph(op, rows: int, buffer: int, form: str):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    return p, keys, offsets, position, graph, out
+    # What the graph reads has to outlive this function.
+    return p, keys, (offsets, least), position, graph, out
 
 
 @pytest.mark.parametrize(("op", "rows"), [(sdpa_decode, 1), (sdpa_verify, 5), (sdpa_verify, 16)])
@@ -190,7 +191,7 @@ def steps_in_a_graph(op, rows: int, buffer: int, form: str):
 @pytest.mark.parametrize("start", [0, 17000])
 def test_a_captured_graph_advances_for_100_steps(op, rows, form, start):
     """The map is recomputed on the device at every replay, the host knows of no position."""
-    p, keys, offsets, position, graph, out = steps_in_a_graph(op, rows, 20000, form)
+    p, keys, (offsets, _least), position, graph, out = steps_in_a_graph(op, rows, 20000, form)
     position.fill_(start)
     for step in range(100):
         graph.replay()
@@ -224,23 +225,35 @@ def test_intervals_in_shapes_of_real_models(shape, q_len, kind):
     check(p, op(*args, intervals.bounds, intervals.values))
 
 
-def test_prefill_does_not_depend_on_the_form_of_its_mask():
-    """Bit for bit: the same tiles are visited in the same order, by map or by positions."""
-    for kind in ("causal", "window"):
-        p, intervals = with_intervals(Case(700, 1500, head_dim=128, dtype=torch.bfloat16), kind, "cuda")
-        args = (p.query, p.key, p.value)
-        by_tensor = sdpa_prefill(*args, p.mask, None, None, False, p.scale, [0, 2, 1, 3])
-        by_positions = sdpa_prefill(
-            *args, None, None, None, False, p.scale, [0, 2, 1, 3], intervals.bounds, intervals.values
-        )
-        assert torch.equal(by_tensor, by_positions)
-        # A map that calls every tile partial is no map at all: everything is visited, under the mask.
-        block_m, block_n = tuning.tiled_map_block(128, 128)
-        rows, keys = -(-700 // block_m), -(-1500 // block_n)
-        everything = torch.arange(keys, device="cuda", dtype=torch.int32).expand(1, 1, rows, keys).contiguous()
-        counts = torch.tensor([0, keys], device="cuda", dtype=torch.int32).expand(1, 1, rows, 2).contiguous()
-        unmapped = sdpa_prefill(*args, p.mask, everything, counts, False, p.scale, [0, 2, 1, 3])
-        torch.testing.assert_close(by_tensor, unmapped, atol=2e-2, rtol=0)
+@pytest.mark.parametrize("kind", ["causal", "window"])
+def test_prefill_with_a_map_made_before_is_bit_identical(kind):
+    p, intervals = with_intervals(Case(700, 1500, head_dim=128, dtype=torch.bfloat16), kind, "cuda")
+    tile = tuning.tiled_map_block(128, 128)
+    maps = {
+        "tensor": torch.ops.flashpte.tile_map(p.mask, 700, 1500, *tile, 1),
+        "positions": torch.ops.flashpte.interval_map(intervals.bounds, intervals.values, 1500, *tile),
+    }
+    for form, made in maps.items():
+        mask = p.mask if form == "tensor" else None
+        bounds = () if form == "tensor" else (intervals.bounds, intervals.values)
+        options = (False, p.scale, [0, 2, 1, 3], *bounds)
+        with_map = sdpa_prefill(p.query, p.key, p.value, mask, *made, *options)
+        assert torch.equal(with_map, sdpa_prefill(p.query, p.key, p.value, mask, None, None, *options))
+    assert torch.equal(maps["tensor"][1], maps["positions"][1])
+
+
+def test_prefill_skipping_empty_tiles_is_bit_identical():
+    """Against a map in which nothing is empty or full: every tile is visited, under the mask."""
+    p = build(Case(700, 1500, head_dim=128, dtype=torch.bfloat16, mask="bool_dense"), "cuda")
+    mask = p.mask.clone()
+    mask[..., 512:1024] = False
+    block_m, block_n = tuning.tiled_map_block(128, 128)
+    rows, keys = -(-700 // block_m), -(-1500 // block_n)
+    everything = torch.arange(keys, device="cuda", dtype=torch.int32).expand(1, 1, rows, keys).contiguous()
+    counts = torch.tensor([0, keys], device="cuda", dtype=torch.int32).expand(1, 1, rows, 2).contiguous()
+    options = (False, p.scale, [0, 2, 1, 3])
+    unmapped = sdpa_prefill(p.query, p.key, p.value, mask, everything, counts, *options)
+    assert torch.equal(sdpa_prefill(p.query, p.key, p.value, mask, None, None, *options), unmapped)
 
 
 def test_interval_map_on_gpu_equals_its_reference():
