@@ -94,7 +94,7 @@ def _keeps(user: Node, node: Node) -> bool:
         return True  # output, or a call whose body is not visible
     schema = _schema(user.target)
     if schema is None:
-        return False  # a Python operator on sizes
+        return False  # a Python operator on sizes, or control flow, which only reads once a program is functional
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             passed = user.args[index] if index < len(user.args) else user.kwargs.get(argument.name)

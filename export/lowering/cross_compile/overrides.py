@@ -126,6 +126,27 @@ def _pick_launcher(launchers: Sequence[Any]) -> Any:
     return min(launchers, key=lambda launcher: launcher.n_spills or 0)
 
 
+def _pin_cond_operands(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Has the operands of a ``torch.cond`` laid out in memory as they were when its branches were traced."""
+
+    def call_function(graph: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        if fn is torch.ops.higher_order.cond:
+            from torch._inductor.ir import ExternKernel
+
+            *front, operands = args
+            traced = [n.meta["val"] if isinstance(n, torch.fx.Node) else n for n in graph.current_node.args[-1]]
+            pinned = [
+                ExternKernel.require_exact_strides(ExternKernel.realize_input(operand), value.stride())
+                if isinstance(value, torch.Tensor)
+                else operand
+                for operand, value in zip(operands, traced, strict=True)
+            ]
+            args = (*front, pinned)
+        return original(graph, fn, args, kwargs)
+
+    return call_function
+
+
 def _compile_command(target: Target, original: Callable[[str, str], None]) -> Callable[[str, str], None]:
     return lambda cmd_line, cwd: original(target.flags.rewrite(cmd_line), cwd)
 
@@ -250,6 +271,13 @@ TABLE: tuple[Override, ...] = (
         "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block",
         "launches every kernel to compile and time it",
         _compile_kernels,
+    ),
+    # Branches.
+    Override(
+        "torch._inductor.graph:GraphLowering.call_function",
+        "a Triton kernel in a branch of torch.cond is given the strides its arguments had when the branch was traced, "
+        "and Inductor is free to lay them out in another way: the kernel would read other elements",
+        _pin_cond_operands,
     ),
     # Host code.
     Override(

@@ -1,47 +1,12 @@
 """Views in front of a Triton operator reach it as strides: no buffer of the size of what they show is allocated."""
 
-import math
-import re
-
 import pytest
 import torch
+from wrappers import allocated, wrapper_source
 
-from flashpte.export.lowering.cross_compile import cross_compile, find_arch
-from flashpte.export.lowering.executorch import write_pte
 from flashpte.passes import replace_sdpa
 
 HEADS, KEYS, HEAD_DIM = 3, 512, 64
-
-
-class HaveSource(Exception):
-    """Stops a lowering once its wrapper was generated, before minutes of C++."""
-
-
-def wrapper_source(program, tmp_path, restore_views=True):
-    sources = []
-
-    def keep(source):
-        sources.append(source)
-        raise HaveSource
-
-    arch = find_arch("sm_90")
-    with pytest.raises(Exception) as stopped, cross_compile(arch, tmp_path, "pte", restore_views, keep):
-        write_pte({"forward": program}, tmp_path, "flashpte", {})
-    if not sources:
-        raise stopped.value
-    return sources[0]
-
-
-def allocated(source):
-    """Number of elements and dtype of each buffer that the wrapper allocates."""
-    arrays = {
-        name: [int(number.strip().rstrip("L")) for number in numbers.split(",")]
-        for name, numbers in re.findall(r"int64_t (int_array_\d+)\[\] = \{([^}]+)\}", source)
-    }
-    pattern = r"aoti_torch_empty_strided\(\d+, (int_array_\d+), int_array_\d+, cached_torch_dtype_(\w+),"
-    calls = re.findall(pattern, source)
-    assert calls, "no allocation was recognised"
-    return [(math.prod(arrays[name]), dtype) for name, dtype in calls]
 
 
 def row_sums(x, mask):

@@ -1,0 +1,116 @@
+"""A choice at run time, lowered: a host ``if`` between two kernels that read the caches where they are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from dynamic_attention import HEAD_DIM, HEADS, HEADS_KV, KEYS, LONGEST, dynamic_program
+from wrappers import allocated, wrapper_source
+
+from flashpte.export.lowering import inspect_pte, lower
+from flashpte.export.lowering.cross_compile import overrides
+from flashpte.passes import replace_sdpa
+
+pytestmark = pytest.mark.lowering
+cond = torch.ops.higher_order.cond
+LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def program():
+    program, report = replace_sdpa(dynamic_program(layers=LAYERS))
+    assert [len(n.branches) for n in report.nodes] == [2] * LAYERS
+    assert {n.lq_range for n in report.nodes} == {(1, LONGEST)}
+    return program
+
+
+@pytest.fixture(scope="module")
+def source(program, tmp_path_factory):
+    return wrapper_source(program, tmp_path_factory.mktemp("wrapper"))
+
+
+def test_one_method_holds_both_kernels_once(program, tmp_path):
+    lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")  # with its self check
+    (method,) = inspect_pte(tmp_path / "out" / "model.pte").methods.values()
+    kernels = [kernel for cubin in method.library.cubins for kernel in cubin.kernels]
+    for name in ("_split_k_kernel", "_combine_kernel", "_tiled_kernel"):
+        assert sum(name in kernel for kernel in kernels) == 1
+    # A map for each kernel, however many layers.
+    assert sum("_classify_kernel" in kernel for kernel in kernels) == 2
+
+
+def test_the_host_decides_by_a_size(source):
+    assert len(re.findall(r"\bs\d+ <= 16L", source)) == LAYERS
+    assert "aoti_torch_item" not in source
+    calls = re.findall(r"^ *call_(_\w+_kernel)_\d+\(", source, re.MULTILINE)
+    assert [calls.count(f"_{name}_kernel") for name in ("classify", "split_k", "tiled")] == [2, LAYERS, LAYERS]
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, LONGEST])
+def test_neither_caches_nor_masks_are_copied(source, length):
+    buffers = allocated(source, length)
+    assert (KEYS * HEADS_KV * HEAD_DIM, "bfloat16") not in buffers
+    assert (KEYS * HEADS * HEAD_DIM, "bfloat16") not in buffers
+    assert (length * KEYS * HEADS, "bool") not in buffers
+    # What must exist: the mask, not expanded, and the map of its first rows.
+    assert (length * KEYS, "bool") in buffers
+    assert (KEYS // 64, "int32") in buffers
+
+
+def operand_strides(program, folder, monkeypatch):
+    """For each operand of each choice: the strides Inductor gave it, and those its branches were compiled for."""
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    given, expected, original = [], [], lowerings[cond]
+
+    def lowering(pred, true_fn, false_fn, operands):
+        expected.extend(node.meta["val"] for node in V.graph.current_node.args[-1])
+        result = original(pred, true_fn, false_fn, operands)
+        given.extend(result[0].data.data.inputs[0].operands)
+        return result
+
+    monkeypatch.setitem(lowerings, cond, lowering)
+    wrapper_source(program, folder)
+
+    def significant(sizes, strides):
+        return [str(stride) for size, stride in zip(sizes, strides, strict=True) if str(size) != "1"]
+
+    return [
+        (significant(value.shape, operand.get_layout().stride), significant(value.shape, value.stride()))
+        for operand, value in zip(given, expected, strict=True)
+    ]
+
+
+def test_branches_read_their_operands_as_they_lie_in_memory(program, tmp_path, monkeypatch):
+    strides = operand_strides(program, tmp_path, monkeypatch)
+    assert len(strides) == 8 * LAYERS
+    for given, expected in strides:
+        assert given == expected
+
+
+def test_inductor_by_itself_lays_them_out_in_another_way(program, tmp_path, monkeypatch):
+    pinning = [o for o in overrides.TABLE if o.name.endswith("GraphLowering.call_function")]
+    assert len(pinning) == 1
+    monkeypatch.setattr(overrides, "TABLE", tuple(o for o in overrides.TABLE if o not in pinning))
+    assert any(given != expected for given, expected in operand_strides(program, tmp_path, monkeypatch))
+
+
+class InABranch(torch.nn.Module):
+    """Attention in a branch of the model's own."""
+
+    def forward(self, q, k, v, flag):
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return torch.cond(flag, lambda q, k, v: attend(q, k, v), lambda q, k, v: q.clone(), (q, k, v))
+
+
+def test_a_choice_in_a_branch(tmp_path):
+    length = torch.export.Dim("length", min=1, max=LONGEST)
+    tensors = [torch.randn(1, 4, n, 64, dtype=torch.bfloat16) for n in (8, 100, 100)]
+    shapes = ({2: length}, None, None, None)
+    program = torch.export.export(InABranch(), (*tensors, torch.tensor(True)), dynamic_shapes=shapes)
+    program, report = replace_sdpa(program)
+    assert len(report.nodes[0].branches) == 2
+    assert len(re.findall(r"\bs\d+ <= 16L", wrapper_source(program, tmp_path))) == 1

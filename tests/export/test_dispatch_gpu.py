@@ -1,0 +1,71 @@
+"""One method of dynamic length on a GPU: few rows take the split-K kernel, more the tiled one, over the same caches.
+
+In float32, so that the comparison with the eager model is a close one.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from dynamic_attention import KEYS, LONGEST, WIDTH, DynamicAttention, dynamic_program
+from pte_on_gpu import PteOnGpu
+
+from flashpte.export.lowering import lower
+from flashpte.passes import replace_sdpa
+
+pytestmark = pytest.mark.gpu
+
+# Rows of the calls that follow each other, from the start of the cache; 741 of its 768 positions.
+CALLS = (5, 17, 1, 16, 500, 1, 17, 1, 16, 5, 1, 160, 1)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    program, report = replace_sdpa(dynamic_program(dtype=torch.float32))
+    assert all(len(n.branches) == 2 for n in report.nodes)
+    folder = tmp_path_factory.mktemp("dispatch")
+    lower({"forward": program}, output_dir=folder / "out", arch=None)
+    (folder / "scratch").mkdir()
+    return PteOnGpu(folder / "out", folder / "scratch")
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return DynamicAttention(dtype=torch.float32).eval()
+
+
+def call(runner, model, rows, start, seed):
+    """The rows' results from the library, and those of eager PyTorch on the CPU."""
+    x = torch.randn(1, rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+    position = torch.arange(start, start + rows)
+    (out,) = runner.run("forward", x.cuda(), position.cuda())
+    with torch.no_grad():
+        return out.cpu(), model(x, position)
+
+
+def check(out, expected):
+    assert out.shape == expected.shape
+    assert not out.isnan().any()
+    # Matrix multiplies of a build for ExecuTorch may round to TF32: 10 bits.
+    torch.testing.assert_close(out, expected, atol=5e-3 * expected.abs().max().item(), rtol=0)
+
+
+def test_calls_that_follow_each_other(runner, eager):
+    assert sum(CALLS) <= KEYS
+    model, start = copy.deepcopy(eager), 0
+    for seed, rows in enumerate(CALLS):
+        check(*call(runner, model, rows, start, seed))
+        start += rows
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 500])
+@pytest.mark.parametrize("start", [0, 63, 200])
+def test_each_length_at_each_position(runner, eager, rows, start):
+    """After a prefill of what comes before; rows left in the cache by other calls lie behind the mask."""
+    assert rows <= LONGEST
+    model = copy.deepcopy(eager)
+    if start:
+        check(*call(runner, model, start, 0, 7))
+    check(*call(runner, model, rows, start, 8))
