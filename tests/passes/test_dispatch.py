@@ -18,6 +18,14 @@ from flashpte.passes.mutation import written_between
 LENGTHS = (1, 5, 16, 17, 500)
 VERIFY, PREFILL = BOTH = ("flashpte::sdpa_verify", "flashpte::sdpa_prefill")
 cond = torch.ops.higher_order.cond
+# Rounding grows from layer to layer, each of which doubles its values.
+CACHED = dict(atol=1e-3, rtol=1e-3)
+
+
+def hidden(length, start):
+    """Inputs of :class:`CachedLayers`."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(1, length, 64, generator=generator), torch.arange(length) + start
 
 
 class Chosen(torch.fx.Interpreter):
@@ -172,9 +180,9 @@ def test_layers_that_share_a_mask_share_one_map_for_each_kernel(decompose):
         assert made[0][1][9] is made[1][1][9]
     assert len({node.args[3][3] for node in conds}) == 1
     for n in LENGTHS:
-        args = (torch.randn(1, n, 64), torch.arange(n) + 100)
+        args = hidden(n, 100)
         assert check_maps(new, args) == 6
-        same_results(new, program.module(), [args], dict(atol=1e-4, rtol=1e-4))
+        same_results(new, program.module(), [args], CACHED)
 
 
 def test_each_choice_has_branches_of_its_own_with_names_that_do_not_change():
@@ -364,8 +372,8 @@ def test_a_rewritten_program_can_be_rewritten_copied_saved_and_unflattened():
     copied = copy.deepcopy(new.graph_module)
     assert [n.name for n in copied.graph.nodes] == [n.name for n in new.graph.nodes]
     for n in LENGTHS:
-        args = (torch.randn(1, n, 64), torch.arange(n) + 50)
+        args = hidden(n, 50)
         expected = copy.deepcopy(program.module())(*args)
         for module in (new.module(), again.module(), loaded.module()):
-            torch.testing.assert_close(copy.deepcopy(module)(*args), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.export.unflatten(new)(*args), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(copy.deepcopy(module)(*args), expected, **CACHED)
+    torch.testing.assert_close(torch.export.unflatten(new)(*args), expected, **CACHED)
