@@ -12,9 +12,9 @@ LONGEST = 512
 
 
 class DynamicAttention(torch.nn.Module):
-    """``forward(x [1, T, WIDTH], input_pos [T])``: layers over caches ``[1, KEYS, H_kv, D]`` with one mask.
+    """``forward(x [1, T, WIDTH], input_pos [T])``: layers over caches ``[1, KEYS, H_kv, D]`` with two masks.
 
-    The rotation of the queries makes a tensor that eager PyTorch and Inductor lay out in different ways.
+    Even layers are causal, which is proven; the mask of odd layers has holes and stays a tensor. The rotation of the queries makes a tensor that eager PyTorch and Inductor lay out in different ways.
     """
 
     def __init__(self, layers: int = 2, dtype: torch.dtype = torch.bfloat16):
@@ -29,7 +29,9 @@ class DynamicAttention(torch.nn.Module):
 
     def forward(self, x, input_pos):
         length = x.shape[1]
-        mask = (torch.arange(KEYS)[None] <= input_pos[:, None])[None, None]
+        causal = (torch.arange(KEYS)[None] <= input_pos[:, None])[None, None]
+        holes = (torch.arange(KEYS)[None] + input_pos[:, None]) % 61 == 5
+        masks = (causal, causal & ~holes)
         angle = (input_pos.float() / KEYS)[None, None, :, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for i in range(self.layers):
@@ -41,7 +43,7 @@ class DynamicAttention(torch.nn.Module):
             q = q.transpose(1, 2)
             q = torch.cat([-q[..., HEAD_DIM // 2 :], q[..., : HEAD_DIM // 2]], -1) * sin + q * cos
             keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-            expanded = mask.expand(1, HEADS, -1, -1)
+            expanded = masks[i % 2].expand(1, HEADS, -1, -1)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=expanded, enable_gqa=True)
             x = out.transpose(1, 2).reshape(1, length, WIDTH)
         return x
