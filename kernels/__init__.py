@@ -6,11 +6,13 @@ operator                     L_q                  kernel
 ``flashpte::sdpa_decode``    1                    split-K (:mod:`flashpte.kernels.split_k`)
 ``flashpte::sdpa_verify``    2 to 16              split-K (:mod:`flashpte.kernels.split_k`)
 ``flashpte::sdpa_prefill``   any                  tiled (:mod:`flashpte.kernels.tiled`)
+``flashpte::sdpa_dispatch``  any                  split-K up to 16 rows, else tiled, by the L_q of the call
 ``flashpte::tile_map``       (of a mask)          :mod:`flashpte.kernels.tile_map`
+``flashpte::interval_map``   (of intervals)       :mod:`flashpte.kernels.intervals`
 ============================ ==================== ==========================================
 """
 
-from flashpte.kernels.ops import sdpa_decode, sdpa_prefill, sdpa_verify
+from flashpte.kernels.ops import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
 from flashpte.kernels.reference import attention_reference
 
-__all__ = ["attention_reference", "sdpa_decode", "sdpa_prefill", "sdpa_verify"]
+__all__ = ["attention_reference", "sdpa_decode", "sdpa_dispatch", "sdpa_prefill", "sdpa_verify"]

@@ -1,4 +1,4 @@
-"""The three attention operators: registration, fake and CPU implementations.
+"""The attention operators: registration, fake and CPU implementations.
 
 An operator's CUDA implementation is its launcher (which AOTInductor traces into), its CPU implementation is the
 reference, and its fake gives shape, dtype and memory layout. All three agree on the layout, because models view the
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.library import triton_op
 
+from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import as_intervals
 from flashpte.kernels.launch import check_attention, empty_output
 from flashpte.kernels.reference import attention_reference
@@ -100,15 +101,66 @@ def sdpa_prefill(
     )
 
 
+@triton_op("flashpte::sdpa_dispatch", mutates_args=())
+def sdpa_dispatch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    tile_counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+    key_bounds: torch.Tensor | None = None,
+    key_values: torch.Tensor | None = None,
+    few_tiles: torch.Tensor | None = None,
+    few_tile_counts: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a dynamic number of query rows: as :func:`sdpa_verify` up to 16, as :func:`sdpa_prefill` beyond.
+
+    Args: as for :func:`sdpa_decode`, with ``tiles`` and ``tile_counts`` as prefill walks them, and
+
+        few_tiles, few_tile_counts: the map that verify walks, or ``None`` to make it in here.
+    """
+    maps = (tiles, tile_counts, few_tiles, few_tile_counts)
+    intervals = as_intervals(key_bounds, key_values)
+    return launch_dispatch(query, key, value, attn_mask, *maps, is_causal, scale, dim_order, intervals)
+
+
 def _fake(
-    query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, key_bounds=None, key_values=None
+    query,
+    key,
+    value,
+    attn_mask,
+    tiles,
+    tile_counts,
+    is_causal,
+    scale,
+    dim_order,
+    key_bounds=None,
+    key_values=None,
+    few_tiles=None,
+    few_tile_counts=None,
 ):
     check_attention(query, key, value, attn_mask, is_causal, dim_order, as_intervals(key_bounds, key_values))
     return empty_output(query, value.shape[3], dim_order)
 
 
 def _cpu(
-    query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, key_bounds=None, key_values=None
+    query,
+    key,
+    value,
+    attn_mask,
+    tiles,
+    tile_counts,
+    is_causal,
+    scale,
+    dim_order,
+    key_bounds=None,
+    key_values=None,
+    few_tiles=None,
+    few_tile_counts=None,
 ):
     intervals = as_intervals(key_bounds, key_values)
     check_attention(query, key, value, attn_mask, is_causal, dim_order, intervals)
@@ -117,6 +169,6 @@ def _cpu(
     return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
 
 
-for _op in (sdpa_decode, sdpa_verify, sdpa_prefill):
+for _op in (sdpa_decode, sdpa_verify, sdpa_prefill, sdpa_dispatch):
     _op.register_fake(_fake)
     _op.register_kernel("cpu")(_cpu)

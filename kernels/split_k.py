@@ -308,6 +308,8 @@ def launch_split_k(
     dim_order: Sequence[int],
     config: tuning.SplitKConfig | None = None,
     intervals: Intervals | None = None,
+    out: torch.Tensor | None = None,
+    enabled: int | torch.SymInt = 1,
 ) -> torch.Tensor:
     """Launches the split-K kernels.
 
@@ -324,6 +326,8 @@ def launch_split_k(
         dim_order: memory order of the result's dimensions, outermost first.
         config: tile choice; by default :func:`tuning.choose_split_k`'s for the current arch.
         intervals: a mask in another form, instead of ``mask``.
+        out: where to write the result; allocated here when ``None``.
+        enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernels is launched.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -338,7 +342,8 @@ def launch_split_k(
     if config is None:
         config = tuning.choose_split_k(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
-    out = empty_output(query, v_head_dim, dim_order)
+    if out is None:
+        out = empty_output(query, v_head_dim, dim_order)
     if tiles is None and intervals is not None:
         tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, 1)
     elif tiles is None and mask is not None:
@@ -351,12 +356,14 @@ def launch_split_k(
     if single:
         acc = stats = out
     else:
-        partial_shape = (batch * heads_kv, config.num_splits, n_rows)
+        # Of a dynamic L_q as many rows as there can be here, not as many as the program admits.
+        stored_rows = (MAX_ROWS if static_rows is None else static_rows) * group
+        partial_shape = (batch * heads_kv, config.num_splits, stored_rows)
         acc = query.new_empty((*partial_shape, v_head_dim), dtype=torch.float32)
         stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
     exp2_scale = exponent_scale(query.dtype, mask)
     split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
-    split_k[(config.num_splits, cdiv(n_rows, config.block_rows), batch * heads_kv)](
+    split_k[(config.num_splits * enabled, cdiv(n_rows, config.block_rows), batch * heads_kv)](
         query,
         key,
         value,
@@ -407,7 +414,7 @@ def launch_split_k(
         block_s = tuning.combine_splits(config)
         block_dv = tuning.combine_block(block_s, v_head_dim)
         combine = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
-        combine[(n_rows, batch * heads_kv, cdiv(v_head_dim, block_dv))](
+        combine[(n_rows * enabled, batch * heads_kv, cdiv(v_head_dim, block_dv))](
             acc,
             stats,
             counts_or_any,

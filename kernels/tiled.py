@@ -222,6 +222,8 @@ def launch_tiled(
     dim_order: Sequence[int],
     config: tuning.TiledConfig | None = None,
     intervals: Intervals | None = None,
+    out: torch.Tensor | None = None,
+    enabled: int | torch.SymInt = 1,
 ) -> torch.Tensor:
     """Launches the tiled kernel.
 
@@ -237,6 +239,8 @@ def launch_tiled(
         dim_order: memory order of the result's dimensions, outermost first.
         config: tile choice; by default :func:`tuning.choose_tiled`'s for the current arch.
         intervals: a mask in another form, instead of ``mask``.
+        out: where to write the result; allocated here when ``None``.
+        enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernel is launched.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -247,7 +251,8 @@ def launch_tiled(
     if config is None:
         config = tuning.choose_tiled(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
-    out = empty_output(query, v_head_dim, dim_order)
+    if out is None:
+        out = empty_output(query, v_head_dim, dim_order)
     map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
     if tiles is None and intervals is not None:
         tiles, counts = launch_interval_map(intervals, kv_len, map_m, map_n)
@@ -255,7 +260,7 @@ def launch_tiled(
         tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(cdiv(q_len, config.block_m), heads_q, batch)](
+    kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
         query,
         key,
         value,

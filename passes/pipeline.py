@@ -13,27 +13,22 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
-from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.dispatch import Call, cond_before
 from flashpte.passes.insert import call_before
 from flashpte.passes.mask_structure import Structure
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
-from flashpte.passes.route import Route, route
+from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
 
 
-def replace_sdpa(exported_program: ExportedProgram, *, dispatch: bool = True) -> tuple[ExportedProgram, RoutingReport]:
+def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
     """Swaps every attention call of a program for the kernel that fits its shape.
 
     Args:
         exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
             ``to_edge``. It is left untouched; weights are shared with the result, not copied.
-        dispatch: where the range of a dynamic L_q spans kernels, choose between them at run time, with ``torch.cond``.
-            Give ``False`` for a program that something other than :func:`flashpte.export.lowering.lower` will compile:
-            PyTorch's Inductor by itself may lay out a branch's inputs in another way than the branch reads them.
 
     Returns:
         The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
@@ -50,7 +45,7 @@ def replace_sdpa(exported_program: ExportedProgram, *, dispatch: bool = True) ->
             "call torch.export.export(model, example_inputs) first"
         )
     program = _copy(exported_program)
-    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, dispatch)
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints)
     program.validate()
     return program, report
 
@@ -60,8 +55,7 @@ class ReplaceSdpaPass(PassBase):
 
     Give it to ``to_edge_transform_and_lower(..., transform_passes=[ReplaceSdpaPass()])``; the partitioner must keep
     ``scaled_dot_product_attention`` whole, as ExecuTorch's ``CudaPartitioner`` does. After a run, :attr:`report` holds
-    what happened to each node. There is no choice at run time: a dynamic L_q whose range spans kernels gets prefill
-    (see ``dispatch`` of :func:`replace_sdpa`).
+    what happened to each node.
     """
 
     def __init__(self) -> None:
@@ -70,19 +64,16 @@ class ReplaceSdpaPass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Rewrites ``graph_module`` in place."""
-        self.report = replace_sdpa_in_graph(graph_module, dispatch=False)
+        self.report = replace_sdpa_in_graph(graph_module)
         return PassResult(graph_module, bool(self.report.replaced))
 
 
-def replace_sdpa_in_graph(
-    graph_module: GraphModule, ranges: Ranges | None = None, dispatch: bool = True
-) -> RoutingReport:
+def replace_sdpa_in_graph(graph_module: GraphModule, ranges: Ranges | None = None) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 
     Args:
         graph_module: a graph whose nodes carry fake tensors.
         ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
-        dispatch: as for :func:`replace_sdpa`.
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
@@ -90,13 +81,13 @@ def replace_sdpa_in_graph(
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
         call = recover_gqa(written)
-        decision = route(call, ranges, dispatch)
-        if not decision.ops and call is not written:
+        decision = route(call, ranges)
+        if decision.op is None and call is not written:
             # The repetition may be what made a layout fit: it is a copy.
-            call, decision = written, route(written, ranges, dispatch)
+            call, decision = written, route(written, ranges)
         entry = _entry(call, decision, ranges)
         tiles = None
-        if decision.ops:
+        if decision.op is not None:
             tile_maps = maps.setdefault(module, TileMaps())
             structure = tile_maps.structure_of(call)
             tiles = _replace(call, decision, tile_maps)
@@ -119,16 +110,20 @@ def replace_sdpa_in_graph(
 
 def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | None:
     """Rewrites one call; returns the node of its tile map, if it has one."""
-    calls = [_call_of(call, op, decision, tile_maps) for op in decision.ops]
-    if len(calls) == 1:
-        new = call_before(call.node, calls[0].op, *calls[0].args)
-    else:
-        new = cond_before(call.node, call.query, MAX_ROWS, *calls)
+    assert decision.op is not None
+    namespace, name = decision.op.split("::")
+    mask = tile_maps.arguments_for(call, PREFILL if decision.op == DISPATCH else decision.op)
+    arguments: list[Any] = [call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
+    arguments += [bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values]
+    if decision.op == DISPATCH:
+        few = tile_maps.arguments_for(call, VERIFY)
+        arguments += [few.tiles, few.tile_counts]
+    new = call_before(call.node, getattr(getattr(torch.ops, namespace), name).default, *arguments)
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
     # Signatures of a program and of its modules refer to outputs by name.
     new.name = call.node.name
-    return calls[0].args[4]
+    return mask.tiles
 
 
 def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, Any]:
@@ -148,15 +143,6 @@ def _mask_savings(call: SdpaCall, structure: Structure | str | None, first: bool
     return 0 if first else mask_bytes(call, ranges)
 
 
-def _call_of(call: SdpaCall, op: str, decision: Route, tile_maps: TileMaps) -> Call:
-    """The call of ``op`` that does what ``call`` does; inserts what it needs of the mask."""
-    namespace, name = op.split("::")
-    mask = tile_maps.arguments_for(call, op)
-    tensors = (call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts)
-    options = (bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values)
-    return Call(getattr(getattr(torch.ops, namespace), name).default, (*tensors, *options))
-
-
 def _entry(call: SdpaCall, decision: Route, ranges: Ranges | None) -> NodeRoute:
     query = val(call.query)
     return NodeRoute(
@@ -170,7 +156,7 @@ def _entry(call: SdpaCall, decision: Route, ranges: Ranges | None) -> NodeRoute:
         lq_range=size_range(query.shape[-2], ranges),
         dtype=str(query.dtype).removeprefix("torch."),
         mask=call.mask_kind,
-        branches=decision.ops if len(decision.ops) > 1 else (),
+        branches=decision.branches,
     )
 
 

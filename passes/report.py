@@ -14,15 +14,14 @@ class NodeRoute:
     Attributes:
         node: name of the original node in the graph.
         module_path: dotted path of the module that called it (empty when the graph does not say).
-        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), two with a bar between them where
-            L_q decides at run time, or ``None`` when it was declined.
+        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), or ``None`` when it was declined.
         reason: one plain sentence: why this operator, or why the node was left alone.
         query, key, value: shapes as written in the graph; a dynamic size is a string such as ``"s3"``.
         lq_range: smallest and largest L_q the program admits (``None`` for no upper bound).
         dtype: dtype of query.
         mask: what the mask is: ``"none"``, ``"causal"``, a proven structure such as ``"window"`` or
             ``"causal+padding"``, or ``"bool"`` or ``"float"`` for one that is only known as a tensor.
-        branches: the operators that L_q decides between at run time; empty where there is no choice.
+        branches: what the operator chooses between at run time, by L_q; empty where there is no choice.
         mask_form: what the operator is given: ``"none"``, ``"is_causal"``, ``"positions"`` (the mask's tensor is gone)
             or ``"tensor"``.
         mask_note: one plain sentence on why the mask has that form; empty without a mask.

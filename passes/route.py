@@ -9,12 +9,12 @@ import torch
 
 from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
 from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.dispatch import obstacle
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, printable, same_size, size_range, val
 
 DECODE = "flashpte::sdpa_decode"
 VERIFY = "flashpte::sdpa_verify"
 PREFILL = "flashpte::sdpa_prefill"
+DISPATCH = "flashpte::sdpa_dispatch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,22 +22,18 @@ class Route:
     """A decision.
 
     Attributes:
-        ops: the operator, or the two that a run-time choice is between: for at most :data:`MAX_ROWS` rows, and for
-            more. Empty when the call is declined.
+        op: the operator, ``None`` when the call is declined.
         reason: one plain sentence, whatever the decision.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions.
+        branches: what ``op`` chooses between at run time: for at most :data:`MAX_ROWS` rows, and for more.
     """
 
-    ops: tuple[str, ...]
+    op: str | None
     reason: str
     scale: float = 1.0
     dim_order: tuple[int, ...] = (0, 1, 2, 3)
-
-    @property
-    def op(self) -> str | None:
-        """The operator, or both with a bar between them, or ``None``."""
-        return " | ".join(self.ops) or None
+    branches: tuple[str, ...] = ()
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -106,35 +102,32 @@ def _decline_mask(call: SdpaCall, mask: torch.Tensor) -> str | None:
     return None
 
 
-def route(call: SdpaCall, ranges: Ranges | None = None, dispatch: bool = True) -> Route:
+def route(call: SdpaCall, ranges: Ranges | None = None) -> Route:
     """Decides about one attention call.
 
     L_q decides the kernel: 1 decode, 2 to 16 verify, more prefill; a dynamic L_q by its range. Where the range spans
-    regimes, L_q chooses between verify (which is right for 1 row, too) and prefill at run time; where that cannot be,
-    it is prefill, which is right for every L_q.
+    regimes, L_q chooses between verify (which is right for 1 row, too) and prefill at run time.
 
     Args:
         call: the call.
         ranges: the program's range constraints, where they are known.
-        dispatch: whether a choice at run time is wanted.
     """
     declined = _decline_reason(call)
     if declined is not None:
-        return Route((), declined)
+        return Route(None, declined)
     query = val(call.query)
     scale = float(call.scale) if call.scale is not None else query.shape[3] ** -0.5
     lower, upper = size_range(query.shape[2], ranges)
     span = str(lower) if lower == upper else f"{lower}..{'' if upper is None else upper}"
-    ops: tuple[str, ...] = (PREFILL,)
+    op = PREFILL
+    branches: tuple[str, ...] = ()
     if upper == 1:
-        ops, reason = (DECODE,), "L_q is 1: split the keys over the GPU, combine by log-sum-exp"
+        op, reason = DECODE, "L_q is 1: split the keys over the GPU, combine by log-sum-exp"
     elif upper is not None and upper <= MAX_ROWS:
-        ops, reason = (VERIFY,), f"L_q is {span}: the rows of a head group share each key tile, keys are split"
+        op, reason = VERIFY, f"L_q is {span}: the rows of a head group share each key tile, keys are split"
     elif lower > MAX_ROWS:
         reason = f"L_q is {span}: tiled, skipping masked key tiles"
-    elif against := obstacle(call) if dispatch else "it was not asked for":
-        reason = f"L_q is {span}: tiled, right for every L_q; no choice at run time, because {against}"
     else:
-        ops = (VERIFY, PREFILL)
+        op, branches = DISPATCH, (VERIFY, PREFILL)
         reason = f"L_q is {span}: at run time up to {MAX_ROWS} rows take sdpa_verify, more sdpa_prefill"
-    return Route(ops, reason, scale, memory_order(val(call.node)))
+    return Route(op, reason, scale, memory_order(val(call.node)), branches)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import INTERVAL_MASKS, LAYOUTS, MASKS, Case, build, check, with_intervals
 
-from flashpte.kernels import sdpa_decode, sdpa_prefill, sdpa_verify, split_k, tiled, tuning
+from flashpte.kernels import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify, split_k, tiled, tuning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -119,10 +119,19 @@ def test_masked_values_are_never_read():
         check(p, op(p.query, p.key, value, p.mask, None, None, False, p.scale, [0, 2, 1, 3]))
 
 
-@pytest.mark.parametrize("op", [sdpa_decode, sdpa_verify, sdpa_prefill])
+@pytest.mark.parametrize("q_len", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context", "float_min_rows"])
+def test_dispatch(q_len, mask):
+    p = build(Case(q_len, 1000, batch=2, dtype=torch.bfloat16, mask=mask), "cuda")
+    check(p, sdpa_dispatch(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, [0, 2, 1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("op", "q_len"), [(sdpa_decode, 1), (sdpa_verify, 5), (sdpa_prefill, 40), (sdpa_dispatch, 5), (sdpa_dispatch, 40)]
+)
 @pytest.mark.parametrize("mask", ["none", "bool_context", "float_min_context"])
-def test_opcheck(op, mask):
-    p = build(Case({sdpa_decode: 1, sdpa_verify: 5, sdpa_prefill: 40}[op], 100, mask=mask), "cuda")
+def test_opcheck(op, q_len, mask):
+    p = build(Case(q_len, 100, mask=mask), "cuda")
     args = (p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, [0, 2, 1, 3])
     torch.library.opcheck(op, args)
 

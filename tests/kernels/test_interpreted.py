@@ -10,6 +10,7 @@ from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, 
 from mutants import mutant
 
 from flashpte.kernels import split_k, tile_map, tiled, tuning
+from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import launch_interval_map
 from flashpte.kernels.launch import attention_shape
 
@@ -138,6 +139,18 @@ def test_strides_in_memory_order():
             problem, out = run(launcher, Case(3, 50, batch=2, dim_order=order))
             check(problem, out)
             assert sorted(range(4), key=lambda d: -out.stride(d)) == list(order)
+
+
+@pytest.mark.parametrize("q_len", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context"])
+def test_dispatch_takes_one_kernel(monkeypatch, q_len, mask):
+    case = Case(q_len, 90, head_dim=16, mask=mask)
+    counted = {module: CountedTiles(monkeypatch, module) for module in (split_k, tiled)}
+    p = build(case)
+    maps = (None,) * 4
+    check(p, launch_dispatch(p.query, p.key, p.value, p.mask, *maps, p.is_causal, p.scale, case.dim_order))
+    used = [module for module, tiles in counted.items() if tiles.visited]
+    assert used == [split_k if q_len <= 16 else tiled]
 
 
 class CountedTiles:

@@ -12,12 +12,12 @@ from programs import Attention, CachedLayers, cached_program, calls, check_maps,
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
 
-from flashpte.passes import format_table, replace_sdpa, replace_sdpa_in_graph
+from flashpte.passes import format_table, replace_sdpa
 from flashpte.passes.mutation import written_between
 
 LENGTHS = (1, 5, 16, 17, 500)
 VERIFY, PREFILL = BOTH = ("flashpte::sdpa_verify", "flashpte::sdpa_prefill")
-cond = torch.ops.higher_order.cond
+DISPATCH = "flashpte::sdpa_dispatch"
 # Rounding grows from layer to layer, each of which doubles its values.
 CACHED = dict(atol=1e-3, rtol=1e-3)
 
@@ -28,47 +28,15 @@ def hidden(length, start):
     return torch.randn(1, length, 64, generator=generator), torch.arange(length) + start
 
 
-class Chosen(torch.fx.Interpreter):
-    """Runs a program and notes which operator each choice takes."""
-
-    def __init__(self, program):
-        super().__init__(copy.deepcopy(program.module()))
-        self.ops = []
-
-    def call_function(self, target, args, kwargs):
-        if target is cond:
-            (node,) = (n for n in args[1 if args[0] else 2].graph.nodes if n.op == "call_function")
-            self.ops.append(node.target._schema.name)
-        return super().call_function(target, args, kwargs)
-
-
-def choices(program, args):
-    chosen = Chosen(program)
-    with torch.no_grad():
-        chosen.run(*args)
-    return chosen.ops
-
-
-def branches(program, node):
-    """The calls that a ``torch.cond`` node chooses between, and its operands by placeholder."""
-    modules = [program.graph_module.get_submodule(n.target) for n in node.args[1:3]]
-    made = []
-    for module in modules:
-        (call,) = (n for n in module.graph.nodes if n.op == "call_function")
-        given = dict(zip(module.graph.find_nodes(op="placeholder"), node.args[3], strict=True))
-        made.append((call, [given.get(a, a) if isinstance(a, torch.fx.Node) else a for a in call.args]))
-    return made
-
-
 def rows(bounds, *names):
     """Dynamic shapes that give dimension 2 of the named inputs of :class:`Attention` one size within ``bounds``."""
     length = Dim("length", min=bounds[0], max=bounds[1])
     return {name: {2: length} if name in ("q", *names) else None for name in ("q", "k", "v")}
 
 
-def rewrite(module, args, shapes, **options):
+def rewrite(module, args, shapes):
     program = exported(module, args, shapes)
-    new, report = replace_sdpa(program, **options)
+    new, report = replace_sdpa(program)
     return program, new, report.nodes[0]
 
 
@@ -82,15 +50,14 @@ def same_results(new, module, cases, tolerance=None):
 def test_ranges_that_span_kernels_choose_at_run_time(bounds):
     module = Attention()
     program, new, entry = rewrite(module, qkv(16), rows(bounds))
-    assert (entry.op, entry.branches) == (" | ".join(BOTH), BOTH)
+    assert (entry.op, entry.branches) == (DISPATCH, BOTH)
     assert entry.lq_range == bounds
     span = f"{bounds[0]}..{bounds[1] or ''}"
     assert entry.reason == f"L_q is {span}: at run time up to 16 rows take sdpa_verify, more sdpa_prefill"
     assert entry.op in format_table({"forward": replace_sdpa(program)[1]})
     lengths = [n for n in LENGTHS if bounds[0] <= n <= (bounds[1] or n)]
     assert len(lengths) >= 2
-    for n in lengths:
-        assert choices(new, qkv(n)) == [VERIFY if n <= 16 else PREFILL]
+    assert len(calls(new, "sdpa_dispatch")) == 1
     same_results(new, module, [qkv(n) for n in lengths])
 
 
@@ -99,32 +66,19 @@ def test_ranges_within_one_kernel_need_no_choice(bounds, op):
     module = Attention()
     _, new, entry = rewrite(module, qkv(bounds[1] - 1), rows(bounds))
     assert (entry.op, entry.branches, entry.lq_range) == (op, (), bounds)
-    assert not calls(new, "cond")
-    assert len(list(new.graph_module.children())) == 0
+    assert not calls(new, "sdpa_dispatch")
     same_results(new, module, [qkv(n) for n in bounds])
 
 
-def test_the_choice_is_one_comparison_and_two_calls_that_differ_in_the_operator_alone():
+def test_the_operator_stands_where_the_attention_stood():
     program, new, _ = rewrite(Attention(is_causal=True, scale=0.3), qkv(30, batch=2), rows((1, 512)))
-    (node,) = calls(new, "cond")
-    test = node.args[0]
-    assert (test.target.__name__, test.args[1]) == ("le", 16)
-    assert test.args[0].target is torch.ops.aten.sym_size.int
-    assert [n.name for n in node.args[3]] == ["q", "k", "v"]
-    (verify, few), (prefill, many) = branches(new, node)
-    assert [n.target for n in (verify, prefill)] == [
-        torch.ops.flashpte.sdpa_verify.default,
-        torch.ops.flashpte.sdpa_prefill.default,
-    ]
-    assert few == many
-    assert few[3:8] == [None, None, None, True, 0.3]
+    (node,) = calls(new, "flashpte")
+    assert [n.name for n in node.args[:3]] == ["q", "k", "v"]
+    assert node.args[3:8] == (None, None, None, True, 0.3)
     (replaced,) = calls(program, "scaled_dot_product_attention")
-    (result,) = node.users
-    assert result.name == replaced.name
-    for value in (verify.meta["val"], prefill.meta["val"], node.meta["val"][0], result.meta["val"]):
-        assert [str(s) for s in value.shape] == [str(s) for s in replaced.meta["val"].shape]
-        assert [str(s) for s in value.stride()] == [str(s) for s in replaced.meta["val"].stride()]
-        assert value.dtype == replaced.meta["val"].dtype
+    assert node.name == replaced.name
+    assert [str(s) for s in node.meta["val"].shape] == [str(s) for s in replaced.meta["val"].shape]
+    assert [str(s) for s in node.meta["val"].stride()] == [str(s) for s in replaced.meta["val"].stride()]
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "bool", "float", "broadcast", "grouped"])
@@ -167,31 +121,20 @@ def test_layers_that_share_a_mask_share_one_map_for_each_kernel(decompose):
     if decompose:
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
-    assert [n.branches for n in report.nodes] == [BOTH] * 3
+    assert [(n.branches, n.map_users) for n in report.nodes] == [(BOTH, 3)] * 3
     few, many = sorted(calls(new, "interval_map"), key=lambda n: n.args[3])
     # The first row of tiles holds all the rows that verify can have.
     assert few.args[3:] == (16, 64, 1)
     assert few.meta["val"][0].shape == (1, 1, 1, 10)
     assert many.args[3:] == (128, 128, None)
-    conds = calls(new, "cond")
-    for node in conds:
-        made = branches(new, node)
-        assert [args[4].args[0] for _, args in made] == [few, many]
-        assert made[0][1][9] is made[1][1][9]
-    assert len({node.args[3][3] for node in conds}) == 1
+    for node in calls(new, "sdpa_dispatch"):
+        assert [n.args[0] for n in node.args[4:6]] == [many] * 2
+        assert [n.args[0] for n in node.args[11:13]] == [few] * 2
+        assert node.args[9] is few.args[0] is many.args[0]
     for n in LENGTHS:
         args = hidden(n, 100)
         assert check_maps(new, args) == 6
         same_results(new, program.module(), [args], CACHED)
-
-
-def test_each_choice_has_branches_of_its_own_with_names_that_do_not_change():
-    program, _ = cached_program(20, (1, 60))
-    module = program.graph_module
-    module.flashpte_prefill_1 = torch.nn.Module()
-    replace_sdpa_in_graph(module)
-    names = [[n.target for n in node.args[1:3]] for node in calls(program, "cond")]
-    assert names == [[f"flashpte_verify_{i}", f"flashpte_prefill_{i}"] for i in (0, 2, 3)]
 
 
 class MaskWritten(torch.nn.Module):
@@ -254,7 +197,9 @@ def test_only_what_a_branch_writes_to_counts_as_written(written, through_a_view)
     mask, other, flag = (graph.placeholder(n) for n in ("mask", "other", "flag"))
     seen = graph.call_function(torch.ops.aten.select.int, (mask, 0, 0))
     start = graph.call_function(torch.ops.aten.clone.default, (mask,))
-    graph.call_function(cond, (flag, graph.get_attr("reads"), graph.get_attr("writes"), (mask, other)))
+    graph.call_function(
+        torch.ops.higher_order.cond, (flag, graph.get_attr("reads"), graph.get_attr("writes"), (mask, other))
+    )
     end = graph.call_function(torch.ops.aten.clone.default, (mask,))
     graph.output((end,))
     module = GraphModule(root, graph)
@@ -271,8 +216,8 @@ def test_grouped_heads_are_recovered_in_front_of_the_choice():
 
     module = Repeated()
     _, new, entry = rewrite(module, qkv(30, heads=6, heads_kv=2), rows((1, 512)))
-    (node,) = calls(new, "cond")
-    assert [n.name for n in node.args[3]] == ["q", "k", "v"]
+    (node,) = calls(new, "sdpa_dispatch")
+    assert [n.name for n in node.args[:3]] == ["q", "k", "v"]
     assert entry.key == (1, 2, 64, 16)
     assert not calls(new, "expand")
     same_results(new, module, [qkv(n, heads=6, heads_kv=2) for n in LENGTHS])
@@ -294,40 +239,18 @@ class OneCache(torch.nn.Module):
         return F.scaled_dot_product_attention(q, self.cache[0], self.cache[1])
 
 
-@pytest.mark.parametrize(("module", "which"), [(Fused, "query and key"), (OneCache, "key and value")])
+@pytest.mark.parametrize("module", [Fused, OneCache])
 @pytest.mark.parametrize("decompose", [False, True])
-def test_views_of_one_tensor_get_prefill(module, which, decompose):
+def test_views_of_one_tensor(module, decompose):
     module = module().eval()
     program = exported(module, (torch.randn(1, 30, 192),), ({1: Dim("length", min=1, max=512)},))
     if decompose:
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
     (entry,) = report.nodes
-    assert (entry.op, entry.branches) == (PREFILL, ())
-    assert entry.reason.endswith(f"no choice at run time, because {which} are views of one tensor")
+    assert entry.op == DISPATCH
     new.run_decompositions({})
     same_results(new, module, [(torch.randn(1, n, 192),) for n in LENGTHS])
-
-
-def test_keys_that_are_the_values_do_not_stop_a_choice():
-    class Tied(torch.nn.Module):
-        def forward(self, q, k, v):
-            return F.scaled_dot_product_attention(q, k, k)
-
-    _, new, entry = rewrite(Tied(), qkv(30), rows((1, 512)))
-    assert entry.branches == BOTH
-    new.run_decompositions({})
-    same_results(new, Tied(), [qkv(n) for n in LENGTHS])
-
-
-def test_no_choice_where_none_is_wanted():
-    _, new, entry = rewrite(Attention(), qkv(30), rows((1, 512)), dispatch=False)
-    assert (entry.op, entry.branches, entry.lq_range) == (PREFILL, (), (1, 512))
-    assert entry.reason == (
-        "L_q is 1..512: tiled, right for every L_q; no choice at run time, because it was not asked for"
-    )
-    assert len(calls(new, "sdpa_prefill")) == 1
-    same_results(new, Attention(), [qkv(n) for n in LENGTHS])
 
 
 def test_attention_in_a_branch_of_the_models_own():

@@ -103,26 +103,26 @@ class _MapChecker(torch.fx.Interpreter):
 
     def call_function(self, target, args, kwargs):
         name = str(target)
-        if target is torch.ops.higher_order.cond:
-            # Both branches: each one's map must be right for rows that take the other.
-            _, *branches, operands = args
-            for branch in branches:
-                checker = _MapChecker(branch)
-                checker.run(*operands)
-                self.checked += checker.checked
         if "flashpte.sdpa_" in name and args[4] is not None:
-            query, key, value, mask, tiles, counts = args[:6]
-            tile = (*tiled_map_block(query.shape[3], value.shape[3]), None) if "prefill" in name else (16, 64, 1)
-            if mask is None:
-                expected = torch.ops.flashpte.interval_map(args[9], args[10], key.shape[2], *tile)
-            else:
-                group = 1 if "prefill" in name else query.shape[1] // key.shape[1]
-                sizes = (query.shape[2], key.shape[2], *tile[:2], group, tile[2])
-                expected = torch.ops.flashpte.tile_map(mask, *sizes)
-            assert torch.equal(counts, expected[1])
-            assert torch.equal(tiles, expected[0])
-            self.checked += 1
+            query, _, value = args[:3]
+            tiled = (*tiled_map_block(query.shape[3], value.shape[3]), None)
+            split = (16, 64, 1)
+            self._check_map(args, args[4:6], split if "decode" in name or "verify" in name else tiled)
+            if "dispatch" in name:
+                self._check_map(args, args[11:13], split)
         return super().call_function(target, args, kwargs)
+
+    def _check_map(self, args, made, tile):
+        query, key, _, mask = args[:4]
+        if mask is None:
+            expected = torch.ops.flashpte.interval_map(args[9], args[10], key.shape[2], *tile)
+        else:
+            group = query.shape[1] // key.shape[1] if tile[2] == 1 else 1
+            sizes = (query.shape[2], key.shape[2], *tile[:2], group, tile[2])
+            expected = torch.ops.flashpte.tile_map(mask, *sizes)
+        for tensor, wanted in zip(made, expected, strict=True):
+            assert torch.equal(tensor, wanted)
+        self.checked += 1
 
 
 def check_maps(program: ExportedProgram, args: tuple) -> int:

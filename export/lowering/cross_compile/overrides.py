@@ -21,6 +21,7 @@ import torch
 
 from flashpte.export.lowering.cross_compile import host_weights
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
+from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags, embed_cubin
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels.tuning import GpuArch
@@ -124,27 +125,6 @@ def _compile_kernels(target: Target, original: Any) -> Callable[..., None]:
 def _pick_launcher(launchers: Sequence[Any]) -> Any:
     """The first configuration, in its author's order, that spills no registers; else the one that spills least."""
     return min(launchers, key=lambda launcher: launcher.n_spills or 0)
-
-
-def _pin_cond_operands(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Has the operands of a ``torch.cond`` laid out in memory as they were when its branches were traced."""
-
-    def call_function(graph: Any, fn: Any, args: Any, kwargs: Any) -> Any:
-        if fn is torch.ops.higher_order.cond:
-            from torch._inductor.ir import ExternKernel
-
-            *front, operands = args
-            traced = [n.meta["val"] if isinstance(n, torch.fx.Node) else n for n in graph.current_node.args[-1]]
-            pinned = [
-                ExternKernel.require_exact_strides(ExternKernel.realize_input(operand), value.stride())
-                if isinstance(value, torch.Tensor)
-                else operand
-                for operand, value in zip(operands, traced, strict=True)
-            ]
-            args = (*front, pinned)
-        return original(graph, fn, args, kwargs)
-
-    return call_function
 
 
 def _compile_command(target: Target, original: Callable[[str, str], None]) -> Callable[[str, str], None]:
@@ -272,12 +252,18 @@ TABLE: tuple[Override, ...] = (
         "launches every kernel to compile and time it",
         _compile_kernels,
     ),
-    # Branches.
+    # Layouts.
+    Override(
+        "torch._inductor.lowering:constrain_to_fake_tensor",
+        "an argument of a Triton kernel that is not in memory yet is written there anew for every kernel that reads "
+        "it: a mask once for each layer",
+        lambda target, original: realise_once(original),
+    ),
     Override(
         "torch._inductor.graph:GraphLowering.call_function",
         "a Triton kernel in a branch of torch.cond is given the strides its arguments had when the branch was traced, "
         "and Inductor is free to lay them out in another way: the kernel would read other elements",
-        _pin_cond_operands,
+        lambda target, original: pin_cond_operands(original),
     ),
     # Host code.
     Override(

@@ -1,0 +1,59 @@
+"""One operator for short and long calls: which kernel runs is decided at run time, by L_q.
+
+Both kernels are in a lowered program. The one that L_q is not for gets an empty grid, and the host leaves out a launch
+whose grid is empty: the choice costs a comparison of sizes, and no synchronisation with the device.
+
+Not ``torch.cond``: Inductor compiles a branch for the strides its inputs had when it was traced, but may lay those
+inputs out in another way, so that the branch's kernels would read the wrong elements wherever nothing prevents it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flashpte.kernels.intervals import Intervals
+from flashpte.kernels.launch import check_attention, empty_output, static_int
+from flashpte.kernels.split_k import MAX_ROWS, launch_split_k
+from flashpte.kernels.tiled import launch_tiled
+
+
+def launch_dispatch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    tiles: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    few_tiles: torch.Tensor | None,
+    few_counts: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dim_order: Sequence[int],
+    intervals: Intervals | None = None,
+) -> torch.Tensor:
+    """Launches the split-K kernels for at most :data:`MAX_ROWS` rows, else the tiled one.
+
+    Args: as for :func:`launch_tiled`, with the tiled kernel's map in ``tiles`` and ``counts`` and the split-K kernel's
+    in ``few_tiles`` and ``few_counts``.
+
+    Returns:
+        ``[B, H_q, L_q, D_v]`` in the query's dtype.
+    """
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
+    # 0 for few rows, 1 for many: of a symbolic L_q, an expression.
+    many = torch.sym_min(1, query.shape[2] // (MAX_ROWS + 1))
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "dim_order": dim_order,
+        "intervals": intervals,
+        "out": empty_output(query, value.shape[3], dim_order),
+    }
+    if static_int(many) != 1:
+        launch_split_k(query, key, value, mask, few_tiles, few_counts, enabled=1 - many, **options)
+    if static_int(many) != 0:
+        launch_tiled(query, key, value, mask, tiles, counts, enabled=many, **options)
+    return options["out"]
