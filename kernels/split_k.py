@@ -136,6 +136,11 @@ def _split_k_kernel(
     bh = tl.program_id(2)
     b = (bh // heads_kv).to(tl.int64)
     h = (bh % heads_kv).to(tl.int64)
+    tile_row = b * stride_tb + h * stride_th
+    steps, full_steps = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
+    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    if split >= active:
+        return
     n_rows = q_len * GROUP
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = row < n_rows
@@ -162,12 +167,9 @@ def _split_k_kernel(
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_R], tl.float32)
     state = (tl.zeros([BLOCK_R, BLOCK_DV], tl.float32), row_max, row_sum)
-    tile_row = b * stride_tb + h * stride_th
     tiles = tiles_ptr + tile_row * n_key_tiles
-    steps, full_steps = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-    first = tl.minimum(split.to(tl.int64) * steps // active, steps).to(tl.int32)
-    last = tl.minimum((split + 1).to(tl.int64) * steps // active, steps).to(tl.int32)
+    first = (split.to(tl.int64) * steps // active).to(tl.int32)
+    last = ((split + 1).to(tl.int64) * steps // active).to(tl.int32)
     edge = tl.minimum(tl.maximum(first, full_steps), last)
     first_key = first * BLOCK_N
     if not SEPARATE_FULL:
@@ -222,7 +224,6 @@ def _split_k_kernel(
 
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
-    row_ok = row_ok & (split < active)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
     if SINGLE_SPLIT:
         out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]

@@ -9,7 +9,7 @@ from attention_cases import INTERVAL_MASKS, MASKS, Case, build, check, with_inte
 
 from flashpte.kernels import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
 
-OPS = {1: sdpa_decode, 5: sdpa_verify, 40: sdpa_prefill, 41: sdpa_dispatch}
+OPS = {1: sdpa_decode, 5: sdpa_verify, 40: sdpa_prefill, 39: sdpa_dispatch}
 NOT_LAUNCHING = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
