@@ -14,10 +14,16 @@ from typing import Any
 
 import torch
 
+from flashpte.kernels import tuning
 from flashpte.kernels.intervals import Intervals
 from flashpte.kernels.launch import check_attention, empty_output, static_int
 from flashpte.kernels.split_k import MAX_ROWS, launch_split_k
 from flashpte.kernels.tiled import launch_tiled
+
+
+def shares_map(mask: torch.Tensor | None, group: int) -> bool:
+    """Whether both kernels walk one map: all query heads of a group have the same mask."""
+    return mask is None or static_int(mask.shape[1]) == 1 or group == 1
 
 
 def launch_dispatch(
@@ -36,8 +42,9 @@ def launch_dispatch(
 ) -> torch.Tensor:
     """Launches the split-K kernels for at most :data:`MAX_ROWS` rows, else the tiled one.
 
-    Args: as for :func:`launch_tiled`, with the tiled kernel's map in ``tiles`` and ``counts`` and the split-K kernel's
-    in ``few_tiles`` and ``few_counts``.
+    Args: as for :func:`launch_tiled`, with the tiled kernel's map in ``tiles`` and ``counts``. The split-K kernel walks
+    the same map, whose first row of tiles holds all its rows, unless the heads that it packs together have masks of
+    their own (:func:`shares_map`): then ``few_tiles`` and ``few_counts`` are its map.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -52,8 +59,13 @@ def launch_dispatch(
         "intervals": intervals,
         "out": empty_output(query, value.shape[3], dim_order),
     }
+    block_n = tuning.SPLIT_K_MAP_BLOCK_N
+    if tiles is not None and shares_map(mask, query.shape[1] // key.shape[1]):
+        few_tiles, few_counts = tiles, counts
+        block_n = tuning.tiled_map_block(query.shape[3], value.shape[3])[1]
     if static_int(many) != 1:
-        launch_split_k(query, key, value, mask, few_tiles, few_counts, enabled=1 - many, **options)
+        few_map = (few_tiles, few_counts)
+        launch_split_k(query, key, value, mask, *few_map, enabled=1 - many, map_block_n=block_n, **options)
     if static_int(many) != 0:
         launch_tiled(query, key, value, mask, tiles, counts, enabled=many, **options)
     return options["out"]

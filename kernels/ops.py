@@ -121,7 +121,8 @@ def sdpa_dispatch(
 
     Args: as for :func:`sdpa_decode`, with ``tiles`` and ``tile_counts`` as prefill walks them, and
 
-        few_tiles, few_tile_counts: the map that verify walks, or ``None`` to make it in here.
+        few_tiles, few_tile_counts: the map that verify walks, for a mask that differs between the query heads of a
+            group (else it walks prefill's); ``None`` to make it in here.
     """
     maps = (tiles, tile_counts, few_tiles, few_tile_counts)
     intervals = as_intervals(key_bounds, key_values)

@@ -311,6 +311,7 @@ def launch_split_k(
     intervals: Intervals | None = None,
     out: torch.Tensor | None = None,
     enabled: int | torch.SymInt = 1,
+    map_block_n: int = tuning.SPLIT_K_MAP_BLOCK_N,
 ) -> torch.Tensor:
     """Launches the split-K kernels.
 
@@ -328,6 +329,7 @@ def launch_split_k(
         config: tile choice; by default :func:`tuning.choose_split_k`'s for the current arch.
         intervals: a mask in another form, instead of ``mask``.
         out: where to write the result; allocated here when ``None``.
+        map_block_n: keys per tile of the map, where it is not :data:`tuning.SPLIT_K_MAP_BLOCK_N`.
         enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernels is launched.
 
     Returns:
@@ -346,9 +348,9 @@ def launch_split_k(
     if out is None:
         out = empty_output(query, v_head_dim, dim_order)
     if tiles is None and intervals is not None:
-        tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, 1)
+        tiles, counts = launch_interval_map(intervals, kv_len, MAX_ROWS, map_block_n, 1)
     elif tiles is None and mask is not None:
-        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, group, 1)
+        tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, map_block_n, group, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
     counts_or_any = query if counts is None else counts
     tile_strides = [0] * 3 if tiles is None else map_strides(tiles)
@@ -399,7 +401,7 @@ def launch_split_k(
         BLOCK_DV=tuning.padded_head_dim(v_head_dim),
         BLOCK_R=config.block_rows,
         BLOCK_N=config.block_n,
-        MAP_BLOCK_N=tuning.SPLIT_K_MAP_BLOCK_N,
+        MAP_BLOCK_N=map_block_n,
         CAUSAL=is_causal,
         **mask_flags,
         SINGLE_SPLIT=single,
@@ -430,7 +432,7 @@ def launch_split_k(
             GROUP=group,
             V_HEAD_DIM=v_head_dim,
             BLOCK_N=config.block_n,
-            MAP_BLOCK_N=tuning.SPLIT_K_MAP_BLOCK_N,
+            MAP_BLOCK_N=map_block_n,
             CAUSAL=is_causal,
             MASK=mask_flags["MASK"],
             LONG_KEYS=tuning.LONG_KEYS,

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
+from flashpte.kernels.dispatch import shares_map
 from flashpte.passes.insert import call_before
 from flashpte.passes.mask_structure import Structure
 from flashpte.passes.recover_gqa import recover_gqa
@@ -115,7 +116,8 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
     mask = tile_maps.arguments_for(call, PREFILL if decision.op == DISPATCH else decision.op)
     arguments: list[Any] = [call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
     arguments += [bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values]
-    if decision.op == DISPATCH:
+    group = val(call.query).shape[1] // val(call.key).shape[1]
+    if decision.op == DISPATCH and mask.attn_mask is not None and not shares_map(val(mask.attn_mask), group):
         few = tile_maps.arguments_for(call, VERIFY)
         arguments += [few.tiles, few.tile_counts]
     new = call_before(call.node, getattr(getattr(torch.ops, namespace), name).default, *arguments)

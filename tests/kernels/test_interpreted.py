@@ -142,12 +142,15 @@ def test_strides_in_memory_order():
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 16, 17, 40])
-@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context"])
-def test_dispatch_takes_one_kernel(monkeypatch, q_len, mask):
-    case = Case(q_len, 90, head_dim=16, mask=mask)
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context", "bool_head", "bool_batch", "float_min_rows"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_dispatch_takes_one_kernel(monkeypatch, q_len, mask, mapped):
+    case = Case(q_len, 190, batch=2, head_dim=16, mask=mask)
     counted = {module: CountedTiles(monkeypatch, module) for module in (split_k, tiled)}
     p = build(case)
     maps = (None,) * 4
+    if mapped and p.mask is not None:
+        maps = (*tile_map.launch_tile_map(p.mask, q_len, 190, *tuning.tiled_map_block(16, 16), 1), None, None)
     check(p, launch_dispatch(p.query, p.key, p.value, p.mask, *maps, p.is_causal, p.scale, case.dim_order))
     used = [module for module, tiles in counted.items() if tiles.visited]
     assert used == [split_k if q_len <= 16 else tiled]

@@ -108,7 +108,7 @@ class _MapChecker(torch.fx.Interpreter):
             tiled = (*tiled_map_block(query.shape[3], value.shape[3]), None)
             split = (16, 64, 1)
             self._check_map(args, args[4:6], split if "decode" in name or "verify" in name else tiled)
-            if "dispatch" in name:
+            if "dispatch" in name and len(args) > 11:
                 self._check_map(args, args[11:13], split)
         return super().call_function(target, args, kwargs)
 

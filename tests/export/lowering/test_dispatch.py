@@ -38,9 +38,8 @@ def test_one_method_holds_both_kernels_once(program, tmp_path):
     # Compiled once for each form of mask.
     for name in ("_split_k_kernel", "_combine_kernel", "_tiled_kernel"):
         assert sum(name in kernel for kernel in kernels) == 2
-    # Of each mask a map for each kernel.
     for name in ("_classify_kernel", "_classify_intervals_kernel"):
-        assert sum(name in kernel for kernel in kernels) == 2
+        assert sum(name in kernel for kernel in kernels) == 1
 
 
 def test_the_host_decides_by_a_size(source):
@@ -48,7 +47,7 @@ def test_the_host_decides_by_a_size(source):
     assert "aoti_torch_item" not in source
     calls = re.findall(r"^ *call_(_\w+_kernel)_\d+\(", source, re.MULTILINE)
     names = ("classify", "classify_intervals", "split_k", "combine", "tiled")
-    assert [calls.count(f"_{name}_kernel") for name in names] == [2, 2, LAYERS, LAYERS, LAYERS]
+    assert [calls.count(f"_{name}_kernel") for name in names] == [1, 1, LAYERS, LAYERS, LAYERS]
     for name in ("split_k", "combine", "tiled"):
         launches = re.findall(rf"^ *call__{name}_kernel_\d+\(.*\);", source, re.MULTILINE)
         assert len(launches) == LAYERS
@@ -66,9 +65,8 @@ def test_neither_caches_nor_masks_are_copied(source, length):
     assert (KEYS * HEADS_KV * HEAD_DIM, "bfloat16") not in buffers
     assert (KEYS * HEADS * HEAD_DIM, "bfloat16") not in buffers
     assert (length * KEYS * HEADS, "bool") not in buffers
-    # What must exist: the mask that is not proven, not expanded, and the map of its first rows.
+    # What must exist: the mask that is not proven, not expanded.
     assert buffers.count((length * KEYS, "bool")) == 1
-    assert (KEYS // 64, "int32") in buffers
 
 
 def test_inductor_by_itself_writes_a_mask_for_every_kernel_that_reads_it(program, tmp_path, monkeypatch):

@@ -1,0 +1,139 @@
+"""Models as their authors wrote them: Hugging Face's with stock attention, ExecuTorch's own Gemma 4."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from programs import calls, check_maps, exported
+from torch.export import Dim
+
+from flashpte.passes import replace_sdpa
+
+
+def executorch_gemma4(layers: int):
+    """ExecuTorch's ``examples.models.gemma4_31b`` before its CUDA source transformations, at small widths."""
+    from executorch.examples.models.gemma4_31b.model import Gemma4_31B, Gemma4_31BConfig
+
+    torch.manual_seed(0)
+    config = Gemma4_31BConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_global_key_value_heads=1,
+        global_head_dim=32,
+        sliding_window=8,
+        max_seq_len=64,
+    )
+    return Gemma4_31B(config).eval()
+
+
+@pytest.mark.parametrize("rows", [1, 5, None])
+def test_executorch_gemma4_has_two_masks_in_60_layers(rows):
+    """Both proven: one map for 50 sliding layers, one for 10 full ones, and no mask tensor."""
+    model, length = executorch_gemma4(60), rows or 6
+    shapes = None
+    if rows is None:
+        dim = Dim("rows", min=2, max=8)
+        shapes = ({1: dim}, {0: dim}, None)
+    example = (torch.zeros(1, length, dtype=torch.int64), torch.arange(length), torch.ones(1))
+    program = exported(model, example, shapes)
+    new, report = replace_sdpa(program)
+    assert len(report.replaced) == 60
+    assert len(calls(new, "interval_map")) == 2
+    assert not calls(new, "tile_map")
+    assert sorted({(n.mask, n.mask_form, n.map_users) for n in report.nodes}) == [
+        ("causal", "positions", 10),
+        ("window", "positions", 50),
+    ]
+    assert len({n.args[9] for n in calls(new, "sdpa_")}) == 2
+    for start in (0, 3, 30):
+        args = (torch.randint(64, (1, length)), torch.arange(length) + start, torch.full((1,), 1e-4))
+        results = []
+        for module in (program.module(), new.module()):
+            torch.manual_seed(1)  # the model samples
+            results.append(copy.deepcopy(module)(*args))
+        assert torch.equal(*results)
+    assert check_maps(new, args) == 60
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens, attention_mask=None):
+        return self.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
+
+
+def hugging_face(name: str, **fields):
+    """A small random model with stock ``sdpa`` attention."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **fields,
+    )
+    config._attn_implementation = "sdpa"
+    return Tokens(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
+
+
+def test_hugging_face_gemma4_has_two_masks_in_60_layers():
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=60, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=8,
+        attention_k_eq_v=True, hidden_size_per_layer_input=0, num_kv_shared_layers=0, vocab_size_per_layer_input=64,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    model = Tokens(Gemma4ForCausalLM(config)).eval()
+    tokens = torch.randint(64, (1, 30), generator=torch.Generator().manual_seed(0))
+    new, report = replace_sdpa(exported(model, (tokens,), ({1: Dim("rows", min=2, max=100)},)))
+    assert len(report.replaced) == 60
+    assert len(calls(new, "_map.")) == 2
+    assert sorted({(n.mask, n.mask_form, n.map_users, n.key[1]) for n in report.nodes}) == [
+        ("documents+causal", "positions", 10, 1),
+        ("documents+window", "positions", 50, 2),
+    ]
+    torch.testing.assert_close(new.module()(tokens), model(tokens), atol=1e-4, rtol=1e-3)
+
+
+WINDOWED = dict(sliding_window=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "masks"),
+    [("Llama", {}, 1), ("Mistral", WINDOWED, 1), ("Qwen3", dict(head_dim=16), 1)],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_hugging_face_models_as_they_are(name, fields, masks, padded):
+    model, rows = hugging_face(name, **fields), Dim("rows", min=2, max=100)
+    tokens = torch.randint(64, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :7] = 0
+    mask[1, 25:] = 0
+    args = (tokens, mask) if padded else (tokens,)
+    program = exported(model, args, ({1: rows},) * len(args))
+    new, report = replace_sdpa(program)
+    assert len(report.replaced) == 4
+    assert len(report.declined) == 0
+    maps = calls(new, "_map.")
+    assert len(maps) in (0, masks)
+    assert {n.mask_form for n in report.nodes} <= {"positions", "is_causal"}
+    # Keys and values stay grouped.
+    assert {n.key[1] for n in report.nodes} == {2}
+    torch.testing.assert_close(new.module()(*args), model(*args), atol=1e-5, rtol=1e-4)
+    assert check_maps(new, args) == (4 if maps else 0)
