@@ -131,9 +131,10 @@ def _split_k_kernel(
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    num_splits = tl.num_programs(0)
-    bh = tl.program_id(2)
+    # Splits are the outermost grid dimension: those that have nothing to do come last, and the others spread evenly.
+    split = tl.program_id(2)
+    num_splits = tl.num_programs(2)
+    bh = tl.program_id(1)
     b = (bh // heads_kv).to(tl.int64)
     h = (bh % heads_kv).to(tl.int64)
     tile_row = b * stride_tb + h * stride_th
@@ -142,7 +143,7 @@ def _split_k_kernel(
     if split >= active:
         return
     n_rows = q_len * GROUP
-    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = row < n_rows
     # Rows past the end repeat the last one, so that every pointer made from them is in range.
     safe_row = tl.minimum(row, n_rows - 1)
@@ -366,7 +367,7 @@ def launch_split_k(
         stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
     exp2_scale = exponent_scale(query.dtype, mask)
     split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
-    split_k[(config.num_splits * enabled, cdiv(n_rows, config.block_rows), batch * heads_kv)](
+    split_k[(cdiv(n_rows, config.block_rows), batch * heads_kv, config.num_splits * enabled)](
         query,
         key,
         value,

@@ -87,8 +87,9 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def combine_splits(config: SplitKConfig) -> int:
-    """How many splits one step of the combine kernel takes: those of a short context, at most 128."""
-    return min(128, _next_power_of_2(min(config.short_splits, config.num_splits)))
+    """How many splits one step of the combine kernel takes: all of few, else those of a short context, at most 128."""
+    few = config.num_splits if config.num_splits <= 64 else config.short_splits
+    return min(128, _next_power_of_2(few))
 
 
 def combine_block(block_s: int, v_head_dim: int) -> int:
@@ -161,8 +162,10 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     short_splits = max(1, arch.sm_count // parallel)
     splits = short_splits
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
-        # A second program per multiprocessor helps where two fit beside each other.
-        needed = stages * block_n * 2 * width * shape.dtype.itemsize
+        # A second program per multiprocessor helps where two fit beside each other. (Of the stages one is in registers,
+        # unless the matrix instructions of a warp group read it from shared memory.)
+        staged = stages if rows >= 64 else stages - 1
+        needed = (staged * block_n * 2 + rows) * width * shape.dtype.itemsize
         splits = max(1, (2 if 2 * needed <= arch.shared_memory_per_block else 1) * arch.sm_count // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
