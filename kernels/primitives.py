@@ -111,23 +111,35 @@ def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
+def index_bounds(bound_rows, side_stride):
+    """Bounds ``[R]`` of the first term, in 32 bits, which hold every index of a key: what they cut off changes nothing.
+
+    Loaded before the loop over tiles: in it, every tile would wait for them.
+    """
+    lower = tl.load(bound_rows)
+    upper = tl.load(bound_rows + side_stride)
+    lower = tl.minimum(tl.maximum(lower, -1), 2147483647).to(tl.int32)
+    upper = tl.minimum(tl.maximum(upper, -1), 2147483647).to(tl.int32)
+    return lower, upper
+
+
+@triton.jit
 def visible_in_intervals(intervals, start_n, n, in_range, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr):
     """Which of the keys ``start_n + n`` every row sees, ``[R, N]``: each term's value lies within the row's bounds.
 
-    ``intervals`` is ``(bound_rows [R] pointers, side_stride, values_ptr, values_stride)``; see
-    :mod:`flashpte.kernels.intervals`.
+    ``intervals`` is ``(bound_rows [R] pointers, side_stride, values_ptr, values_stride, lower [R], upper [R])``, the
+    last two what :func:`index_bounds` returns if ``INDEX_TERM``; see :mod:`flashpte.kernels.intervals`.
     """
-    bound_rows, side_stride, values_ptr, values_stride = intervals
+    bound_rows, side_stride, values_ptr, values_stride, index_lower, index_upper = intervals
     visible = in_range
     for term in tl.static_range(TERMS):
-        lower = tl.load(bound_rows + 2 * term * side_stride)
-        upper = tl.load(bound_rows + (2 * term + 1) * side_stride)
         if INDEX_TERM and term == 0:
-            # An index fits in 32 bits, so bounds that do not can be cut to those that do.
-            lower = tl.minimum(tl.maximum(lower, -1), 2147483647).to(tl.int32)
-            upper = tl.minimum(tl.maximum(upper, -1), 2147483647).to(tl.int32)
+            lower = index_lower
+            upper = index_upper
             value = (start_n + n)[None, :]
         else:
+            lower = tl.load(bound_rows + 2 * term * side_stride)
+            upper = tl.load(bound_rows + (2 * term + 1) * side_stride)
             row = values_ptr + (term - INDEX_TERM) * values_stride
             value = tl.load(row + start_n + n[None, :], mask=in_range, other=0)
         visible = visible & (value >= lower[:, None]) & (value <= upper[:, None])
@@ -161,7 +173,7 @@ def attend_tile(
         rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``; ``q`` is read
             unless ``EXACT``, then ``q_rows`` are.
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
-        mask: for a dense mask ``([R] pointers to its rows, stride_mn, any, any)``, for intervals what
+        mask: for a dense mask ``([R] pointers to its rows, stride_mn, ...)``, for intervals what
             :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
     """
     acc, row_max, row_sum = state
@@ -188,7 +200,7 @@ def attend_tile(
     if MASK == 3:
         scores = tl.where(visible_in_intervals(mask, start_n, n, in_range, TERMS, INDEX_TERM), scores, float("-inf"))
     elif MASK != 0:
-        mask_rows, stride_mn, _, _ = mask
+        mask_rows, stride_mn, _, _, _, _ = mask
         mask_ptrs = mask_rows[:, None] + (tile_start * stride_mn + n * stride_mn)[None, :]
         if MASK == 1:
             visible = tl.load(mask_ptrs, mask=in_range, other=0)

@@ -33,7 +33,15 @@ from flashpte.kernels.launch import (
     static_int,
     with_unit_stride,
 )
-from flashpte.kernels.primitives import INTERPRETED, attend_tile, consecutive_end, listed_key, normalise, score_scale
+from flashpte.kernels.primitives import (
+    INTERPRETED,
+    attend_tile,
+    consecutive_end,
+    index_bounds,
+    listed_key,
+    normalise,
+    score_scale,
+)
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
@@ -152,14 +160,15 @@ def _split_k_kernel(
     d = tl.arange(0, BLOCK_D)
     q_rows = q_ptr + b * stride_qb + head * stride_qh + m * stride_qm
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    mask = (q_rows, 0, interval_values_ptr, 0)
+    mask = (q_rows, 0, interval_values_ptr, 0, m, m)
     if MASK == 3:
         bound_rows = mask_ptr + b * stride_mb + m
         interval_values_ptr += b * stride_ib
-        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it)
+        lower, upper = index_bounds(bound_rows, stride_bs) if INDEX_TERM else (m, m)
+        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it, lower, upper)
     elif MASK != 0:
         mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
-        mask = (mask_rows, stride_mn, interval_values_ptr, 0)
+        mask = (mask_rows, stride_mn, interval_values_ptr, 0, m, m)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)

@@ -33,6 +33,7 @@ from flashpte.kernels.primitives import (
     INTERPRETED,
     attend_tile,
     consecutive_end,
+    index_bounds,
     listed_key,
     load_tile,
     normalise,
@@ -118,13 +119,15 @@ def _tiled_kernel(
 
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_m = tl.minimum(m, q_len - 1)
-    mask = (q_rows, 0, interval_values_ptr, 0)
+    mask = (q_rows, 0, interval_values_ptr, 0, m, m)
     if MASK == 3:
         interval_values_ptr += b * stride_ib
-        mask = (mask_ptr + b * stride_mb + safe_m, stride_bs, interval_values_ptr, stride_it)
+        bound_rows = mask_ptr + b * stride_mb + safe_m
+        lower, upper = index_bounds(bound_rows, stride_bs) if INDEX_TERM else (m, m)
+        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it, lower, upper)
     elif MASK != 0:
         mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm
-        mask = (mask_rows, stride_mn, interval_values_ptr, 0)
+        mask = (mask_rows, stride_mn, interval_values_ptr, 0, m, m)
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0
