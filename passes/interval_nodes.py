@@ -85,10 +85,17 @@ class IntervalNodes:
         for operand, coefficient in number.parts:
             part = self._index() if isinstance(operand, KeyIndex) else self._as_int64(self._vector(operand))
             if coefficient != 1:
-                part = self._call(aten.mul.Tensor, part, coefficient)
+                part = self._call(aten.mul.Tensor, part, self._constant(coefficient))
             total = part if total is None else self._call(aten.add.Tensor, total, part)
         assert total is not None
-        return self._call(aten.add.Tensor, total, number.constant) if number.constant else total
+        if not number.constant:
+            return total
+        # A bound that leaves 64 bits stays at their end: a position of the largest integer plus one is no small number.
+        if number.constant > 0:
+            total = self._call(aten.minimum.default, total, self._constant(_GREATEST - number.constant))
+        else:
+            total = self._call(aten.maximum.default, total, self._constant(_LEAST - number.constant))
+        return self._call(aten.add.Tensor, total, self._constant(number.constant))
 
     def _index(self) -> Node:
         length = size_argument(self._anchor, self._key, 2)

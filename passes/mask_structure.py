@@ -163,17 +163,29 @@ _CONSTANTS = {
 }
 
 
-def constant_of(value: Any) -> int | float | bool | None:
-    """The number that every entry of an argument has, if the graph says so."""
-    while isinstance(value, Node):
-        target = aten_target(value)
-        if target in _CONSTANTS:
-            value = _CONSTANTS[target](value)
-        elif view_source(value) is not None or is_cast(value):
-            value = value.args[0]
-        else:
+def constant_of(value: Any, looked_at: set[Node]) -> int | float | bool | None:
+    """The number that every entry of an argument has, if the graph says so; adds the nodes that say it."""
+    chain = []
+    while isinstance(value, Node) and aten_target(value) not in _CONSTANTS:
+        if view_source(value) is None and not is_cast(value):
             return None
-    return value if isinstance(value, (int, float, bool)) else None
+        chain.append(value)
+        value = value.args[0]
+    if not isinstance(value, Node):
+        return value if isinstance(value, (int, float, bool)) and not chain else None
+    number = _CONSTANTS[aten_target(value)](value)
+    if not isinstance(number, (int, float, bool)):
+        return None
+    chain.append(value)
+    looked_at.update(chain)
+    try:
+        # A dtype may change the number: 300 is 44 as uint8, and True as bool.
+        tensor = torch.full((), number, dtype=val(chain[-1]).dtype)
+    except RuntimeError:
+        return None
+    for node in reversed(chain):
+        tensor = tensor.to(val(node).dtype)
+    return tensor.item()
 
 
 def prove(mask: Node, kv_len: int | torch.SymInt) -> Structure | str:
@@ -192,12 +204,28 @@ def prove(mask: Node, kv_len: int | torch.SymInt) -> Structure | str:
         return proof.collect(constraints)
     except ProofFailed as failure:
         return str(failure)
+    except RecursionError:
+        return "it is computed in too many steps"
 
 
 class _Proof:
     def __init__(self, kv_len: int | torch.SymInt) -> None:
         self._kv_len = kv_len
         self._visited: set[Node] = set()
+        # Results by node and path: a graph may use one node many times.
+        self._sums: dict[tuple, Sum] = {}
+        self._bools: dict[tuple, list[Between | Flag]] = {}
+
+    def _constant(self, value: Any) -> int | float | bool | None:
+        return constant_of(value, self._visited)
+
+    def _seen_through(self, node: Node, path: tuple[Node, ...]) -> Operand | None:
+        """The operand, if it has a place in a mask; what its views read is looked at, too."""
+        operand = Operand.through(node, path)
+        if operand is None or operand.varies_in(HEAD_AXIS) or operand.value.dim() > BATCH_AXIS + 1:
+            return None
+        self._visited.update(operand.read_by_steps())
+        return operand
 
     def collect(self, constraints: list[Between | Flag]) -> Structure:
         """Merges constraints on the same number of the keys."""
@@ -223,18 +251,18 @@ class _Proof:
         """Constraints under which a float mask is 0; elsewhere it must be -inf."""
         self._visited.add(node)
         target, args = aten_target(node), arguments(node)
-        constant = constant_of(node)
+        constant = self._constant(node)
         if constant == 0:
             return []
         if target in _WHERE:
-            chosen, other = constant_of(args[1]), constant_of(args[2])
+            chosen, other = self._constant(args[1]), self._constant(args[2])
             if other == float("-inf"):
                 return self.of_bool(args[0], path, False) + self._addend(args[1], path)
             if chosen == float("-inf"):
                 return self.of_bool(args[0], path, True) + self._addend(args[2], path)
-        if target in _FILL and constant_of(args[2]) == float("-inf"):
+        if target in _FILL and self._constant(args[2]) == float("-inf"):
             return self._addend(args[0], path) + self.of_bool(args[1], path, True)
-        if target in _TRIL | _TRIU and constant_of(args[0]) == float("-inf"):
+        if target in _TRIL | _TRIU and self._constant(args[0]) == float("-inf"):
             return [self._triangle(node, path, True)]
         if target in _ADD and len(args) == 2 and not node.kwargs:
             return self._addend(args[0], path) + self._addend(args[1], path)
@@ -246,7 +274,7 @@ class _Proof:
         raise ProofFailed(f"its part {node.name} is neither 0 nor -inf by comparisons")
 
     def _addend(self, value: Any, path: tuple[Node, ...]) -> list[Between | Flag]:
-        if constant_of(value) == 0:
+        if self._constant(value) == 0:
             return []
         if isinstance(value, Node) and val(value).dtype.is_floating_point:
             return self.of_float(value, path)
@@ -254,11 +282,17 @@ class _Proof:
 
     def of_bool(self, node: Any, path: tuple[Node, ...], negated: bool) -> list[Between | Flag]:
         """Constraints under which a bool node is true (false, if ``negated``)."""
-        constant = constant_of(node)
+        constant = self._constant(node)
         if constant is not None and bool(constant) != negated:
             return []
         if not isinstance(node, Node) or val(node).dtype != torch.bool:
             raise ProofFailed(f"{node} is no bool tensor")
+        key = (node, path, negated)
+        if key not in self._bools:
+            self._bools[key] = list(dict.fromkeys(self._of_bool_node(node, path, negated)))
+        return self._bools[key]
+
+    def _of_bool_node(self, node: Node, path: tuple[Node, ...], negated: bool) -> list[Between | Flag]:
         self._visited.add(node)
         flag = self._flag(node, path, negated)
         if flag is not None and not flag.of_keys:
@@ -281,13 +315,13 @@ class _Proof:
         if target in _COMPARISONS:
             return [self._comparison(_COMPARISONS[target], args[0], args[1], path, negated)]
         if target in _TRIL | _TRIU:
-            if constant_of(args[0]) == 1:
+            if self._constant(args[0]) == 1:
                 return [self._triangle(node, path, negated)]
             if not negated:
                 return [*self.of_bool(args[0], path, False), self._triangle(node, path, False)]
-        if target in _WHERE and not negated and constant_of(args[2]) == 0:
+        if target in _WHERE and not negated and self._constant(args[2]) == 0:
             return self.of_bool(args[0], path, False) + self.of_bool(args[1], path, False)
-        if target in _FILL and not negated and constant_of(args[2]) == 0:
+        if target in _FILL and not negated and self._constant(args[2]) == 0:
             return self.of_bool(args[0], path, False) + self.of_bool(args[1], path, True)
         source = view_source(node)
         if source is not None:
@@ -297,8 +331,8 @@ class _Proof:
         raise ProofFailed(f"its part {node.name} is not computed from comparisons of positions")
 
     def _flag(self, node: Node, path: tuple[Node, ...], negated: bool) -> Flag | None:
-        operand = Operand.through(node, path)
-        if operand is None or operand.varies_in(HEAD_AXIS) or operand.value.dim() > BATCH_AXIS + 1:
+        operand = self._seen_through(node, path)
+        if operand is None:
             return None
         of_keys = operand.varies_in(KEY_AXIS)
         return None if of_keys and operand.varies_in(ROW_AXIS) else Flag(operand, negated, of_keys)
@@ -306,6 +340,8 @@ class _Proof:
     def _comparison(self, name: str, a: Any, b: Any, path: tuple[Node, ...], negated: bool) -> Between:
         if name in ("ge", "gt"):
             a, b, name = b, a, {"ge": "le", "gt": "lt"}[name]
+        if not _compared_exactly(a, b):
+            raise ProofFailed("it compares integers of different types")
         difference = self._sum(a, path) + self._sum(b, path).times(-1)
         if negated:
             if name == "eq":
@@ -314,6 +350,8 @@ class _Proof:
             difference, name = difference.times(-1), {"le": "lt", "lt": "le"}[name]
         if name == "lt":
             difference = difference.plus(1)
+        if any(abs(n) >= 2**62 for n in (difference.constant, *(c for _, c in difference.parts))):
+            raise ProofFailed("it compares with numbers that 64 bits hardly hold")
         number = Sum(tuple((o, c) for o, c in difference.parts if o.varies_in(KEY_AXIS)))
         rest = Sum(tuple((o, c) for o, c in difference.parts if not o.varies_in(KEY_AXIS)), difference.constant)
         if not number.parts:
@@ -328,17 +366,23 @@ class _Proof:
 
     def _sum(self, value: Any, path: tuple[Node, ...]) -> Sum:
         """An integer argument of a comparison as a sum of operands."""
-        constant = constant_of(value)
-        if isinstance(constant, int):
-            return Sum((), int(constant))
+        if isinstance(value, int):
+            return Sum((), int(value))
         if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
             raise ProofFailed(f"it compares with {value}")
         if val(value).dtype not in _INTEGERS:
             raise ProofFailed(f"it compares {val(value).dtype}")
+        constant = self._constant(value)
+        if constant is not None:
+            return Sum((), int(constant))
+        key = (value, path)
+        if key not in self._sums:
+            self._sums[key] = self._sum_of_node(value, path)
+        return self._sums[key]
+
+    def _sum_of_node(self, value: Node, path: tuple[Node, ...]) -> Sum:
         self._visited.add(value)
-        operand = Operand.through(value, path)
-        if operand is None or operand.varies_in(HEAD_AXIS) or operand.value.dim() > BATCH_AXIS + 1:
-            operand = None
+        operand = self._seen_through(value, path)
         # What belongs to rows is taken as it is; keys are followed down, so that equal numbers are found equal.
         if operand is not None and not operand.varies_in(KEY_AXIS):
             return Sum(((operand, 1),))
@@ -360,7 +404,7 @@ class _Proof:
             return self._sum(args[1], path) + self._sum(args[0], path).times(-1)
         if target is aten.neg.default and arithmetic:
             return self._sum(args[0], path).times(-1)
-        if target in _MUL and arithmetic and isinstance(factor := constant_of(args[1]), int):
+        if target in _MUL and arithmetic and isinstance(factor := self._constant(args[1]), int):
             return self._sum(args[0], path).times(factor)
         source = view_source(node)
         if source is not None:
@@ -376,6 +420,9 @@ class _Proof:
         """``s`` if the node, seen through ``path``, is ``s, s + 1, ...`` over all keys."""
         target, args = aten_target(node), arguments(node)
         operand = Operand.through(node, path)
+        # A narrower arange may wrap.
+        if val(node).dtype not in (torch.int64, torch.int32):
+            return None
         if target not in _ARANGES or operand is None or operand.value.dim() != 1:
             return None
         start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
@@ -392,11 +439,28 @@ class _Proof:
         """Where ``tril`` or ``triu`` keeps entries (drops them, if ``negated``)."""
         args = arguments(node)
         diagonal = args[1] if len(args) > 1 else 0
-        numbers = [call_before(node, aten.arange.default, size_argument(node, args[0], dim)) for dim in (-2, -1)]
+        options = {"device": val(node).device, "pin_memory": False}
+        sizes = [size_argument(node, args[0], dim) for dim in (-2, -1)]
+        numbers = [call_before(node, aten.arange.start_step, 0, size, 1, **options) for size in sizes]
         rows = call_before(node, aten.unsqueeze.default, numbers[0], 1)
         offset = call_before(node, aten.add.Tensor, rows, diagonal)
         comparison = "le" if aten_target(node) in _TRIL else "ge"
         return self._comparison(comparison, numbers[1], offset, path, negated)
+
+
+def _compared_exactly(a: Any, b: Any) -> bool:
+    """Whether a comparison's common dtype holds every value of both sides."""
+    values = [val(v) if isinstance(v, Node) and isinstance(v.meta.get("val"), torch.Tensor) else v for v in (a, b)]
+    if any(isinstance(v, Node) for v in values):
+        return False
+    common = torch.result_type(*values)
+    if common == torch.int64 or common not in _INTEGERS:
+        return True  # what is no integer is rejected where it is read
+    limits = torch.iinfo(common)
+    return all(
+        value.dtype == common if isinstance(value, torch.Tensor) else limits.min <= value <= limits.max
+        for value in values
+    )
 
 
 def _part_order(part: tuple[Operand | KeyIndex, int]) -> tuple[str, int]:

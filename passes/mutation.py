@@ -60,7 +60,9 @@ def _aliased_argument(node: Node) -> Node | None:
         return None
     returned = {name for result in schema.returns if result.alias_info for name in result.alias_info.before_set}
     for argument, value in _given(node, schema):
-        if argument.alias_info and argument.alias_info.before_set & returned and isinstance(value, Node):
+        alias = argument.alias_info
+        # An operator that returns a list of views (split, unbind) says so at the argument: "Tensor(a -> *)".
+        if alias and (alias.before_set & returned or "*" in alias.after_set) and isinstance(value, Node):
             return value
     return None
 

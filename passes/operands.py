@@ -134,6 +134,10 @@ class Operand:
         """Whether the operand has more than one entry (or may have) along an axis counted from the right."""
         return axis < self.value.dim() and not same_size(self.value.shape[-1 - axis], 1)
 
+    def read_by_steps(self) -> list[Node]:
+        """Nodes that the steps read besides the operand: indices, sizes."""
+        return [leaf for step in self.steps for leaf in pytree.tree_leaves(step.args) if isinstance(leaf, Node)]
+
     def materialise(self, anchor: Node) -> Node:
         """Inserts the steps before ``anchor``; returns the operand's node."""
         node = self.node

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -46,7 +47,10 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             "call torch.export.export(model, example_inputs) first"
         )
     program = _copy(exported_program)
-    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints)
+    # What a preserved module's signature names has to exist.
+    signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
+    kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept)
     program.validate()
     return program, report
 
@@ -69,12 +73,15 @@ class ReplaceSdpaPass(PassBase):
         return PassResult(graph_module, bool(self.report.replaced))
 
 
-def replace_sdpa_in_graph(graph_module: GraphModule, ranges: Ranges | None = None) -> RoutingReport:
+def replace_sdpa_in_graph(
+    graph_module: GraphModule, ranges: Ranges | None = None, kept: Collection[str] = ()
+) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 
     Args:
         graph_module: a graph whose nodes carry fake tensors.
         ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
+        kept: names of nodes that stay even if nothing uses them any more.
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
@@ -97,7 +104,7 @@ def replace_sdpa_in_graph(graph_module: GraphModule, ranges: Ranges | None = Non
         routes.append(entry)
         users.append(tiles)
     for module in maps:
-        module.graph.eliminate_dead_code()
+        module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.name in kept)
         module.graph.lint()
         module.recompile()
     counts = collections.Counter(tiles for tiles in users if tiles is not None)
@@ -131,7 +138,7 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
 def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, Any]:
     """The report's words on how a replaced call's mask is passed on."""
     if isinstance(structure, Structure):
-        note = "the mask is computed from positions where it is needed, its tensor is gone"
+        note = "the mask is computed from positions where it is needed, attention reads no tensor of it"
         return {"mask": structure.kind, "mask_form": "positions", "mask_note": note}
     if structure is not None:
         return {"mask_form": "tensor", "mask_note": f"the mask is read through a tile map: {structure}"}

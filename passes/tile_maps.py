@@ -53,10 +53,10 @@ class TileMaps:
     def __init__(self) -> None:
         self._masks: dict[Node, Node] = {}
         self._maps: dict[tuple, tuple[Node, Node]] = {}
-        self._structures: dict[Node, Structure | str] = {}
-        self._intervals: dict[Node, tuple[Node, Node | None]] = {}
+        self._structures: dict[tuple, Structure | str] = {}
+        self._intervals: dict[tuple, tuple[Node, Node | None]] = {}
         # Up to where nothing has been written to what a mask is computed from.
-        self._unwritten: dict[Node, Node] = {}
+        self._unwritten: dict[tuple, Node] = {}
 
     def arguments_for(self, call: SdpaCall, op: str) -> MaskArguments:
         """What ``op`` is told about the mask of ``call``; inserts what has to be computed before the call."""
@@ -71,31 +71,37 @@ class TileMaps:
         """The proven structure of the call's mask, or why it has none; ``None`` without a mask."""
         if call.mask is None:
             return None
-        source = mask_source(call.mask)
-        if source not in self._structures:
+        source, use = mask_source(call.mask), self._use(call)
+        if use not in self._structures:
             structure = prove(source, val(call.key).shape[2])
-            self._structures[source] = structure
+            self._structures[use] = structure
             if isinstance(structure, Structure):
-                self._unwritten[source] = next(n for n in call.node.graph.nodes if n in structure.visited)
-        structure = self._structures[source]
+                self._unwritten[use] = next(n for n in call.node.graph.nodes if n in structure.visited)
+        structure = self._structures[use]
         if isinstance(structure, Structure):
             # Until the intervals are made, what they are computed from must stay as it was; then they and the mask.
-            made = [n for n in self._intervals.get(source, ()) if n is not None]
+            made = [n for n in self._intervals.get(use, ()) if n is not None]
             read = [source, *made] if made else structure.visited
-            if written_between(self._unwritten[source], call.node, read):
-                structure = self._structures[source] = "it may be written to after it was computed"
+            if written_between(self._unwritten[use], call.node, read):
+                structure = self._structures[use] = "it may be written to after it was computed"
             else:
-                self._unwritten[source] = call.node.prev
+                self._unwritten[use] = call.node.prev
         return structure
 
-    def _intervals_for(self, call: SdpaCall) -> tuple[Node, Node | None]:
+    @staticmethod
+    def _use(call: SdpaCall) -> tuple:
+        """A mask and the lengths it is used for: one that is broadcast over rows may serve several."""
         assert call.mask is not None
-        source = mask_source(call.mask)
-        if source not in self._intervals:
-            structure = self._structures[source]
+        lengths = (val(call.query).shape[2], val(call.key).shape[2])
+        return mask_source(call.mask), *(printable(length) for length in lengths)
+
+    def _intervals_for(self, call: SdpaCall) -> tuple[Node, Node | None]:
+        use = self._use(call)
+        if use not in self._intervals:
+            structure = self._structures[use]
             assert isinstance(structure, Structure)
-            self._intervals[source] = IntervalNodes(call).insert(structure)
-        return self._intervals[source]
+            self._intervals[use] = IntervalNodes(call).insert(structure)
+        return self._intervals[use]
 
     def _interval_map_for(self, call: SdpaCall, op: str, bounds: Node, values: Node | None) -> tuple[Node, Node]:
         key = val(call.key)
