@@ -23,6 +23,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.combine import _combine_kernel, active_splits, key_steps
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
@@ -45,39 +46,6 @@ from flashpte.kernels.primitives import (
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 MAX_ROWS = 16
-
-
-@triton.jit
-def _key_steps(
-    counts_ptr,
-    tile_row,
-    q_len,
-    kv_len,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """How many tiles of ``BLOCK_N`` keys have to be visited: all, and of those the full ones, which come first."""
-    if MASK != 0:
-        full_steps = tl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
-        steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
-    else:
-        # Causal is aligned to the top left: no row sees a key beyond the last row.
-        steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
-        full_steps = 0 if CAUSAL else kv_len // BLOCK_N
-    return steps, full_steps
-
-
-@triton.jit
-def _active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_KEYS: tl.constexpr):
-    """Into how many of ``num_splits`` the visited keys are cut.
-
-    A buffer is cut for its length, which the context may be far from: with few keys to visit, partial results would
-    cost more bytes than keys do.
-    """
-    active = tl.where(steps * BLOCK_N >= LONG_KEYS, num_splits, tl.minimum(short_splits, num_splits))
-    return tl.maximum(tl.minimum(active, steps), 1)
 
 
 @triton.jit
@@ -146,8 +114,8 @@ def _split_k_kernel(
     b = (bh // heads_kv).to(tl.int64)
     h = (bh % heads_kv).to(tl.int64)
     tile_row = b * stride_tb + h * stride_th
-    steps, full_steps = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    steps, full_steps = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
+    active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
     if split >= active:
         return
     n_rows = q_len * GROUP
@@ -244,67 +212,6 @@ def _split_k_kernel(
         tl.store(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=store_ok)
         tl.store(stats_ptr + partial * 2, row_max, mask=row_ok)
         tl.store(stats_ptr + partial * 2 + 1, row_sum, mask=row_ok)
-
-
-@triton.jit
-def _combine_kernel(
-    acc_ptr,
-    stats_ptr,
-    counts_ptr,
-    out_ptr,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,
-    stride_th,
-    heads_kv,
-    q_len,
-    kv_len,
-    num_splits,
-    short_splits,
-    GROUP: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    LONG_KEYS: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-):
-    row = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = (bh // heads_kv).to(tl.int64)
-    m = (row // GROUP).to(tl.int64)
-    head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
-    dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    tile_row = b * stride_tb + (bh % heads_kv) * stride_th
-    steps, _ = _key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    active = _active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-    row_max = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    out = tl.zeros([BLOCK_DV], tl.float32)
-    for first in range(0, active, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        s_ok = s < active
-        partial = (bh.to(tl.int64) * num_splits + s) * (q_len * GROUP) + row
-        split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
-        split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
-        new_max = tl.maximum(row_max, tl.max(split_max, 0))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight = tl.exp2((split_max - base) * EXP2_SCALE)
-        rescale = tl.exp2((row_max - base) * EXP2_SCALE)
-        # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
-        acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
-        acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
-        out = out * rescale + tl.sum(acc * weight[:, None], 0)
-        total = total * rescale + tl.sum(split_sum * weight, 0)
-        row_max = new_max
-    out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
-    out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
 
 
 def launch_split_k(

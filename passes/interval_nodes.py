@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.mask_structure import Bound, Extreme, Flag, Structure, Sum
+from flashpte.passes.mask_terms import Bound, Extreme, Flag, Structure, Sum
 from flashpte.passes.operands import KeyIndex, Operand
 from flashpte.passes.sdpa_node import SdpaCall, same_size, val
 

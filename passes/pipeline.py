@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
 from flashpte.passes.insert import call_before
-from flashpte.passes.mask_structure import Structure
+from flashpte.passes.mask_terms import Structure
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route

@@ -21,7 +21,8 @@ from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.insert import call_before, insert_before, size_argument
 from flashpte.passes.interval_nodes import IntervalNodes
-from flashpte.passes.mask_structure import Structure, prove
+from flashpte.passes.mask_structure import prove
+from flashpte.passes.mask_terms import Structure
 from flashpte.passes.mutation import written_between
 from flashpte.passes.route import PREFILL
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
