@@ -57,7 +57,7 @@ def test_dry_run_prints_the_table_and_writes_nothing(export_model, tmp_path):
     assert result.code == 0
     rows = [line.split()[:2] for line in result.out.splitlines()[2:]]
     assert rows == [[m, "model.model.layers.0.self_attn"] for m in ("prefill", "decode", "target_verify")]
-    for kernel in ("flashpte::sdpa_prefill", "flashpte::sdpa_decode", "flashpte::sdpa_verify"):
+    for kernel in ("flashpte::sdpa_dispatch", "flashpte::sdpa_decode", "flashpte::sdpa_verify"):
         assert kernel in result.out
     assert not list(tmp_path.iterdir())
 
