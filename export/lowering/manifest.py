@@ -38,8 +38,11 @@ def versions() -> dict[str, str]:
 def describe_method(program: ExportedProgram) -> dict[str, Any]:
     """A method's inputs and outputs, in calling order, with dtypes and shapes.
 
-    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound.
+    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound, and equal
+    expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer.
     """
+    mutable = mutated_buffers([program])
+    values = {**program.constants, **program.state_dict}
     by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
     inputs = [
         _describe_value(spec.arg, by_name, program)
@@ -54,7 +57,12 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
     return {
         "inputs": inputs,
         "outputs": outputs,
-        "mutable_buffers": list(mutated_buffers([program])),
+        "mutable_buffers": list(mutable),
+        "buffers": {
+            fqn: {"dtype": _dtype_name(values[fqn].dtype), "shape": list(values[fqn].shape)}
+            for fqn in mutable
+            if isinstance(values.get(fqn), torch.Tensor)
+        },
     }
 
 
@@ -65,11 +73,17 @@ def _describe_value(argument: Any, by_name: Mapping[str, Any], program: Exported
     value = by_name.get(name)
     if not isinstance(value, torch.Tensor):
         return {"name": name, "type": type(value).__name__}
-    return {
+    described = {
         "name": name,
-        "dtype": str(value.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(value.dtype),
         "shape": [_describe_size(size, program) for size in value.shape],
     }
+    dynamic = {str(axis): str(size) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+    return {**described, "dynamic": dynamic} if dynamic else described
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | list[int | None]:
