@@ -84,9 +84,19 @@ def open_folder(
     Raises:
         ProgramError: there is no manifest, it is not one of ours, or a file is missing, truncated or another one.
     """
+    folder = read_folder(path, unverified=unverified)
+    return folder if unverified else verify_files(folder, progress)
+
+
+def read_folder(path: Path | str, *, unverified: bool = False) -> ModelFolder:
+    """The quick part of :func:`open_folder`: the manifest, and which files are there (with ``unverified``, of any size).
+
+    Raises:
+        ProgramError: see :func:`open_folder`.
+    """
     folder = Path(path)
     manifest = _read_manifest(folder)
-    known = ModelFolder(folder, manifest, {}, verified=not unverified)
+    known = ModelFolder(folder, manifest, {}, verified=False)
     try:
         signatures = {name: read_signature(name, method) for name, method in manifest["methods"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -98,12 +108,20 @@ def open_folder(
         _check_present(folder, name)
         if not unverified:
             _check_size(folder, name, entry)
-    if not unverified:
-        for name, entry in files.items():
-            if progress is not None:
-                progress(f"verifying {name}")
-            _check_hash(folder, name, entry)
     return dataclasses.replace(known, signatures=signatures)
+
+
+def verify_files(folder: ModelFolder, progress: Callable[[str], None] | None = None) -> ModelFolder:
+    """The slow part of :func:`open_folder`: reads every file and compares its hash.
+
+    Raises:
+        ProgramError: a file is not the one that the manifest describes.
+    """
+    for name, entry in folder.manifest["files"].items():
+        if progress is not None:
+            progress(f"verifying {name}")
+        _check_hash(folder.path, name, entry)
+    return dataclasses.replace(folder, verified=True)
 
 
 def _read_manifest(folder: Path) -> Mapping[str, Any]:

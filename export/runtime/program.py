@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.runtime.folder import ModelFolder, ProgramError, open_folder
+from flashpte.export.runtime.folder import ModelFolder, ProgramError, read_folder, verify_files
 from flashpte.export.runtime.graphs import CapturedCall
 from flashpte.export.runtime.libraries import (
     Call,
@@ -84,7 +84,11 @@ class Program:
                 than compiled code.
         """
         tell = progress or (lambda stage: None)
-        opened = open_folder(folder, unverified=unverified, progress=tell)
+        opened = read_folder(folder, unverified=unverified)
+        check_torch(opened)
+        check_gpu(opened)  # before minutes of reading
+        if not unverified:
+            opened = verify_files(opened, tell)
         return load(opened, cuda_graphs=cuda_graphs, progress=tell)
 
     def run(self, method: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -194,9 +198,8 @@ class Program:
 def load(
     folder: ModelFolder, *, cuda_graphs: bool = False, progress: Callable[[str], None] | None = None
 ) -> Program:
-    """Loads the program of a folder that :func:`open_folder` has read; see :meth:`Program.open`."""
+    """Loads the program of a folder that was read and verified; see :meth:`Program.open`."""
     tell = progress or (lambda stage: None)
-    check_torch(folder)
     device = check_gpu(folder)
     try:
         if folder.format == "pte":
