@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.signals import Terminated
@@ -63,15 +64,16 @@ def report_errors(
 
 
 @contextlib.contextmanager
-def stdout_may_close() -> Iterator[None]:
-    """A reader that went away (``| head``) is no error; a full disk behind stdout is."""
+def stdout_may_close(out: TextIO | None = None) -> Iterator[None]:
+    """A reader that went away (``| head``) is no error; a full disk behind stdout (``out``) is."""
+    out = out or sys.stdout
     try:
         yield
-        sys.stdout.flush()
+        out.flush()
     except OSError as error:
         # Python flushes once more when it exits, and would complain.
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
             raise ExportError(f"cannot print the result: {error.strerror}") from error
 
