@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
     model.add_argument("--list-targets", action="store_true", help="print the targets and exit")
     model.add_argument("--small", action="store_true", help="the target's architecture at a small size")
-    model.add_argument("--config", type=nonempty_path, metavar="FILE", help="a config.json that describes the model's size")
+    model.add_argument(
+        "--config", type=nonempty_path, metavar="FILE", help="a config.json that describes the model's size"
+    )
     model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
     model.add_argument(
         "--dtype",
@@ -129,7 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=nonempty_path, metavar="DIR", help="folder for the program and its manifest.json")
+    output.add_argument(
+        "--output-dir", type=nonempty_path, metavar="DIR", help="folder for the program and its manifest.json"
+    )
     output.add_argument(
         "--dry-run", action="store_true", help="print which kernel each attention node gets; no weights"
     )

@@ -118,7 +118,10 @@ def build_run_parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="compare every method with the eager Hugging Face model; 1 if it is wrong"
     )
     check.add_argument(
-        "--checkpoint", type=nonempty_path, metavar="DIR", help="the folder that was exported, unless weights are random"
+        "--checkpoint",
+        type=nonempty_path,
+        metavar="DIR",
+        help="the folder that was exported, unless weights are random",
     )
 
     profile = parser.add_argument_group("profile")

@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = check_run_arguments(args)
         out = sys.stdout
         with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose), stdout_may_close(out):
-            code = EXIT_OK  # also when whoever read the output has gone
-            code = _TASKS[options.task](options, progress, out)
-        return code
+            return _TASKS[options.task](options, progress, out)
+        return EXIT_OK  # whoever read the output has gone
 
     with raise_on_termination():
         return report_errors("run-model", run, verbose=verbose)

@@ -2,7 +2,7 @@
 
 Compared are the logits of every method along a walk through the whole cache, the keys and values that the walk left in
 it, by group of layers, the weights byte for byte, and the choices along a greedy sequence of the eager model. Logits
-alone would not do: attention that is a little wrong moves them by little, and the cached keys of the layers above show it.
+alone would not do: attention that is a little wrong moves them by little, and keys of the layers above show it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """For people: a table, the greedy sequence, and what is wrong."""
-        rows = [("", "max error", "allowed", "relative", "allowed", "values", "")]
+        rows: list[tuple[str, ...]] = [("", "max error", "allowed", "relative", "allowed", "values", "")]
         for c in self.comparisons:
             verdict = "ok" if c.passed else f"WRONG, worst {c.worst}"
             errors = (c.max_error, c.max_allowed, c.relative_error, c.relative_allowed)
@@ -123,7 +123,8 @@ def _agreement_lines(found: Agreement | None) -> list[str]:
     low, middle, high = found.margins
     lines = [
         f"teacher-forced: {found.tokens} greedy tokens ({found.distinct} distinct), argmax agrees at {found.agreeing}; "
-        f"{found.above} have a top-2 margin above {found.tolerance:.3g} (margins {low:.3g} .. {middle:.3g} .. {high:.3g})"
+        f"{found.above} have a top-2 margin above {found.tolerance:.3g} "
+        f"(margins {low:.3g} .. {middle:.3g} .. {high:.3g})"
     ]
     if found.wrong:
         lines.append(f"teacher-forced: WRONG at {len(found.wrong)} clear choices, first at token {found.wrong[0]}")
@@ -194,6 +195,7 @@ def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) ->
     for step in steps:
         model.move_back(step.start)
         logits = model.call(step.method, tokens[step.start : step.end])
+        model.program.synchronize()  # an error of the device belongs to this call
         if step.compared:
             results.append((step, logits[0].cpu()))
     return results

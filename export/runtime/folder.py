@@ -89,7 +89,7 @@ def open_folder(
 
 
 def read_folder(path: Path | str, *, unverified: bool = False) -> ModelFolder:
-    """The quick part of :func:`open_folder`: the manifest, and which files are there (with ``unverified``, of any size).
+    """The quick part of :func:`open_folder`: the manifest, and files of its sizes (with ``unverified``, of any size).
 
     Raises:
         ProgramError: see :func:`open_folder`.
@@ -104,9 +104,12 @@ def read_folder(path: Path | str, *, unverified: bool = False) -> ModelFolder:
     files = manifest["files"]
     if known.model_file.name not in files:
         raise ProgramError(f"{folder / MANIFEST_NAME} does not list {known.model_file.name}")
-    for name, entry in files.items():
+    for name in files:
+        _check_inside(folder, name)
+    for name in files:
         _check_present(folder, name)
-        if not unverified:
+    if not unverified:
+        for name, entry in files.items():
             _check_size(folder, name, entry)
     return dataclasses.replace(known, signatures=signatures)
 
@@ -141,7 +144,13 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
         raise ProgramError(f"{path} was not written by export-model")
     if manifest.get("version") != MANIFEST_VERSION:
         raise ProgramError(f"{path} has version {manifest.get('version')!r}, this flashpte reads {MANIFEST_VERSION}")
-    for key, kind in (("files", dict), ("methods", dict), ("constant_methods", dict), ("versions", dict), ("arch", str)):
+    for key, kind in (
+        ("files", dict),
+        ("methods", dict),
+        ("constant_methods", dict),
+        ("versions", dict),
+        ("arch", str),
+    ):
         if not isinstance(manifest.get(key), kind):
             raise ProgramError(f"{path} has no {key!r}")
     if manifest.get("format") not in _MODEL_FILES:
@@ -151,10 +160,13 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     return manifest
 
 
-def _check_present(folder: Path, name: str) -> None:
+def _check_inside(folder: Path, name: str) -> None:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise ProgramError(f"{folder / MANIFEST_NAME} names {name}, which is outside of the folder")
+
+
+def _check_present(folder: Path, name: str) -> None:
     if not (folder / name).is_file():
         raise ProgramError(f"{folder / name} is missing: {MANIFEST_NAME} lists it")
 

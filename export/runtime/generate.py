@@ -119,6 +119,7 @@ def generate(
         except CacheFullError:
             stopped = "cache full"
             break
+        model.program.synchronize()  # an error of the device has a name here
         tokens.append(sample(logits, temperature, generator))
         now = clock()
         times.append(now - last)

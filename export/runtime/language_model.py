@@ -65,7 +65,9 @@ def read_limits(signatures: Mapping[str, MethodSignature], constants: Mapping[st
         ranks = [len(spec.shape) for spec in signatures[name].inputs]
         if ranks != [2, 1] or any(spec.dtype != torch.int64 for spec in signatures[name].inputs):
             inputs = ", ".join(map(str, signatures[name].inputs))
-            raise ProgramError(f"{name} takes {inputs}; a language model's takes tokens [1, T] and input_pos [T], int64")
+            raise ProgramError(
+                f"{name} takes {inputs}; a language model's takes tokens [1, T] and input_pos [T], int64"
+            )
     length = constants.get("get_max_seq_len")
     if not isinstance(length, int) or length < 1:
         raise ProgramError("the program does not say how many positions its caches hold (get_max_seq_len)")
@@ -106,7 +108,9 @@ def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
         return [(PREFILL, size) for size in sizes]
     if not limits.decode:
         low, high = limits.prefill or (0, 0)
-        raise ProgramError(f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}, there is no decode")
+        raise ProgramError(
+            f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}, there is no decode"
+        )
     return [(DECODE, 1)] * count
 
 

@@ -10,6 +10,7 @@ import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +114,8 @@ def load_method(method: Method, tensors: Mapping[str, torch.Tensor], device: tor
         library.write_bytes(method.library.data)
         try:
             # Single-threaded: no events that record a call's end, which a captured CUDA graph could not hold.
-            runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(library), 1, str(device), "", True)
+            open_library: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
+            runner = open_library(str(library), 1, str(device), "", True)
         except RuntimeError as error:
             raise ProgramError(f"cannot load the library of method {method.name}: {_first_line(error)}") from error
     fqns = runner.get_constant_names_to_original_fqns()

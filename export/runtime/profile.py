@@ -80,9 +80,7 @@ class ProfileReport:
         for row in self.rows:
             times = (row.total_us, *(row.families_us.get(name, 0.0) for name in FAMILIES), row.idle_us)
             tokens = "+".join(map(str, row.case.chunks))
-            rows.append(
-                (row.case.name, tokens, str(row.case.context), *(f"{t:.1f}" for t in times), str(row.kernels))
-            )
+            rows.append((row.case.name, tokens, str(row.case.context), *(f"{t:.1f}" for t in times), str(row.kernels)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -199,7 +197,7 @@ def _measure(program: RunsMethods, case: Case) -> Row:
 
 def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float]], runs: int) -> Row:
     """A row from the kernels ``(name, microseconds)`` of several runs."""
-    families = dict.fromkeys(FAMILIES, 0.0)
+    families: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
     names: Counter[str] = Counter()
     count = 0
     for name, duration in seen:

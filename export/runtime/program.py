@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,9 @@ class Program:
         try:
             yield
         except RuntimeError as error:
+            if "CUDA error" in str(error):
+                # The device is lost to this process, and destroying what is on it would end the process instead.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._calls))
             line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ProgramError(f"{method} failed: {line}") from error
 
@@ -195,9 +199,7 @@ class Program:
                 self.buffers[name].copy_(value)
 
 
-def load(
-    folder: ModelFolder, *, cuda_graphs: bool = False, progress: Callable[[str], None] | None = None
-) -> Program:
+def load(folder: ModelFolder, *, cuda_graphs: bool = False, progress: Callable[[str], None] | None = None) -> Program:
     """Loads the program of a folder that was read and verified; see :meth:`Program.open`."""
     tell = progress or (lambda stage: None)
     device = check_gpu(folder)

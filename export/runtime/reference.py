@@ -54,7 +54,7 @@ class EagerModel:
                 use_cache=True,
                 logits_to_keep=torch.tensor(list(rows), device=self.device),
             )
-        layers = cache.layers
+        layers: Any = cache.layers
         return Evaluation(
             output.logits[0].cpu(),
             tuple(layer.keys[0].cpu() for layer in layers),

@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+    except Exception:
         # Some folders have no config that names the class; the fast format says everything itself.
         if (folder / "tokenizer.json").is_file():
             try:
