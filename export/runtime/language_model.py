@@ -108,9 +108,7 @@ def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
         return [(PREFILL, size) for size in sizes]
     if not limits.decode:
         low, high = limits.prefill or (0, 0)
-        raise ProgramError(
-            f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}, there is no decode"
-        )
+        raise ProgramError(f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}; no decode")
     return [(DECODE, 1)] * count
 
 

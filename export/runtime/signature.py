@@ -88,7 +88,7 @@ def read_signature(name: str, method: Mapping[str, Any]) -> MethodSignature:
     """The signature that a manifest's entry of a method describes.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the entry is not as :mod:`flashpte.export.lowering.manifest` writes it.
+        KeyError, TypeError, ValueError, AttributeError: the entry is not as ``export-model`` writes it.
     """
     return MethodSignature(
         name=name,

@@ -41,11 +41,11 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 def fill_random(model: nn.Module, dtype: torch.dtype, seed: int) -> None:
     """Gives every parameter and persistent buffer of a model on the meta device random values of ``dtype``.
 
-    Three groups are then scaled so that rounding moves the logits by little, as in a trained model, and a program can be
-    compared with another one of the same dtype. All factors are powers of two.
+    Three groups are then scaled so that rounding moves the logits by little, as in a trained model, and a program can
+    be compared with another one of the same dtype. All factors are powers of two.
 
-    * Norms of queries and keys: attention scores have a deviation near one. Without, a model whose scores are not divided
-      by sqrt(D) attends to one key, and rounding chooses which.
+    * Norms of queries and keys: attention scores have a deviation near one. Without, a model whose scores are not
+      divided by sqrt(D) attends to one key, and rounding chooses which.
     * Embeddings that no model scales: rows have elements near one, as what the layers add to them has.
     * An output projection of its own leans towards the embedding of the token before: the greedy continuation walks
       through the vocabulary, its first choice ahead of the second by more than rounding moves.

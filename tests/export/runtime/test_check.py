@@ -1,5 +1,6 @@
 """The check passes what is right and finds what is wrong, in programs that run eagerly."""
 
+import itertools
 import math
 
 import pytest
@@ -199,7 +200,7 @@ def test_a_walk_has_variety_and_bounds():
     steps = plan_walk(Limits(4096, (2, 64), True, 5), 64)
     sizes = {step.count for step in steps if step.method == "prefill"}
     assert {2, 5, 17, 33, 63, 64} <= sizes
-    assert any(step.start < before.end for before, step in zip(steps, steps[1:], strict=False))  # goes back
+    assert any(step.start < before.end for before, step in itertools.pairwise(steps))  # goes back
     only_decode = plan_walk(Limits(4096, None, True, None), None)
     assert len(only_decode) == 4096
     assert 64 < sum(step.compared for step in only_decode) <= 130
@@ -217,7 +218,7 @@ def test_what_cannot_be_rebuilt(plan, tmp_path):
     with pytest.raises(ProgramError, match="random weights, not those of a checkpoint"):
         rebuild(manifest, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gemma4_text", "hidden_size": 8}')
-    with pytest.raises(ProgramError, match="is not what was exported: .* of its config differs"):
+    with pytest.raises(ProgramError, match=r"is not what was exported: .* of its config differs"):
         rebuild({**manifest, "weights": "checkpoint"}, tmp_path)
 
 
