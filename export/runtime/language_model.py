@@ -113,7 +113,7 @@ def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
 
 
 def _chunk_sizes(count: int, low: int, high: int) -> list[int] | None:
-    """Sizes between low and high that add up to count, as large as possible from the front; ``None``: there are none."""
+    """Sizes from low to high that add up to count, as large as possible from the front; ``None``: there are none."""
     chunks = -(-count // high)
     if count < chunks * low:
         return None
