@@ -2,10 +2,10 @@
 
     python examples/benchmarks/whole_model.py --work-dir work --json whole_model.json --plot whole_model.png
 
-Gemma 4 31B at full width, cut to a few layers (one period of its pattern) and a smaller vocabulary, with random bfloat16
-weights, exported three times side by side on this machine and run from the .pte. Needs a GPU, about 25 GB of disk and
-40 GB of host memory. On an H200 with 16 cores expect: weights and export 3 to 5 minutes, for the three together; loading
-and verifying 15 s each; measuring 5 s each.
+Gemma 4 31B at full width, cut to one period of its layers and a smaller vocabulary, with random bfloat16 weights,
+exported three times side by side on this machine and run from the .pte. Needs a GPU, about 25 GB of disk and 40 GB of
+host memory. On an H200 with 16 cores expect: weights and export 3 to 5 minutes, for the three together; loading and
+verifying 15 s each; measuring 5 s each.
 """
 
 from __future__ import annotations

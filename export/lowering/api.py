@@ -25,7 +25,7 @@ from flashpte.export.lowering.executorch import (
     mutable_buffer_metadata,
     write_pte,
 )
-from flashpte.export.lowering.manifest import build_manifest, describe_files, write_manifest
+from flashpte.export.lowering.manifest import build_manifest, describe_files, describe_method, write_manifest
 from flashpte.export.lowering.output import MANIFEST_NAME, OutputError, atomic_folder, check_free_space
 from flashpte.export.lowering.preflight import Format, check_programs, check_request, check_surroundings
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
@@ -106,6 +106,7 @@ def lower(
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
     tell = progress or (lambda stage: None)
+    sizes = {name: describe_method(program)["inputs"] for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"
         tell(f"compiling {', '.join(programs)} for {target.name}")
@@ -117,6 +118,7 @@ def lower(
                 written = write_pte(programs, folder, attention, constants)
             else:
                 written = [write_pt2(next(iter(programs.values())), folder)]
+        _check_sizes(programs, sizes)
         tell(
             "checking the result"
             if can_disassemble()
@@ -151,6 +153,17 @@ def lower(
         methods=tuple(programs),
         manifest=document,
     )
+
+
+def _check_sizes(programs: Mapping[str, ExportedProgram], before: Mapping[str, Any]) -> None:
+    """A compiler that decides something by comparing a dynamic size narrows its range, in the programs as well."""
+    for name, program in programs.items():
+        for was, now in zip(before[name], describe_method(program)["inputs"], strict=True):
+            if was != now:
+                raise LoweringError(
+                    f"compiling method {name} for all sizes failed: {was['name']} was {was['shape']}, "
+                    f"the code is for {now['shape']}; export the method for the narrower range, or a fixed size"
+                )
 
 
 _ERROR_LINE = re.compile(r"\berror: |multiple definition|undefined reference|cannot find")

@@ -42,8 +42,8 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
     expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer.
     """
     mutable = mutated_buffers([program])
-    values = {**program.constants, **program.state_dict}
     by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    buffers = {fqn: by_name[name] for name, fqn in program.graph_signature.inputs_to_buffers.items()}
     inputs = [
         _describe_value(spec.arg, by_name, program)
         for spec in program.graph_signature.input_specs
@@ -59,9 +59,7 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
         "outputs": outputs,
         "mutable_buffers": list(mutable),
         "buffers": {
-            fqn: {"dtype": _dtype_name(values[fqn].dtype), "shape": list(values[fqn].shape)}
-            for fqn in mutable
-            if isinstance(values.get(fqn), torch.Tensor)
+            fqn: {"dtype": _dtype_name(buffers[fqn].dtype), "shape": list(buffers[fqn].shape)} for fqn in mutable
         },
     }
 

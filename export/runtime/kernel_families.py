@@ -21,8 +21,8 @@ FLASHPTE_KERNELS = frozenset(
 )
 
 # ExecuTorch's replacement and libraries' fused attention; and attention written out, where Inductor names a kernel
-# after the operators in it: batched products and the softmax are found in attention only.
-_ATTENTION = re.compile(r"sdpa|flash|fmha|attention|softmax|(^|_)bmm(_|$)", re.IGNORECASE)
+# after the operators in it: batched products, the softmax and heads copied for their group are found in attention only.
+_ATTENTION = re.compile(r"sdpa|flash|fmha|attention|softmax|clone_expand|(^|_)bmm(_|$)", re.IGNORECASE)
 # Inductor's templates of a matrix multiply and what follows it, and the libraries' kernels.
 _MATMUL = re.compile(
     r"triton_tem_.*mm|(^|_)(add)?mm_|gemm|gemv|cutlass|cublas|nvjet|splitkreduce|dot_kernel", re.IGNORECASE

@@ -16,6 +16,7 @@ NAMES = {
         "triton_red_fused__safe_softmax_1",
         "triton_per_fused__softmax_eq_7",
         "triton_tem_fused_bmm_expand_12",
+        "triton_poi_fused__to_copy_clone_expand_mul_transpose_unsqueeze_view_5",
         "triton_tem_fused__to_copy_bmm_transpose_3",
         "void pytorch_flash::flash_fwd_kernel<Traits>(Params)",
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(Params)",
