@@ -37,7 +37,5 @@ def test_a_range_that_compiling_narrowed_is_an_error(program):
     _check_sizes({"forward": program}, before)
     value = next(node.meta["val"] for node in program.graph.nodes if node.name == "x")
     assert value.shape[1] <= 128  # a guard
-    with pytest.raises(
-        LoweringError, match=r"forward for all sizes failed: x was .*\[1, 500\].* the code is for .*129"
-    ):
+    with pytest.raises(LoweringError, match=r"forward for all sizes failed: x was .* the code is for .*, 128\]"):
         _check_sizes({"forward": program}, before)
