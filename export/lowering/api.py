@@ -106,7 +106,9 @@ def lower(
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
     tell = progress or (lambda stage: None)
-    sizes = {name: describe_method(program)["inputs"] for name, program in programs.items()}
+    # Before compiling, which may narrow the ranges of dynamic sizes in the programs as well: a guard on how it lays out
+    # a tensor, not on which sizes the code is right for.
+    methods = {name: describe_method(program) for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"
         tell(f"compiling {', '.join(programs)} for {target.name}")
@@ -118,7 +120,6 @@ def lower(
                 written = write_pte(programs, folder, attention, constants)
             else:
                 written = [write_pt2(next(iter(programs.values())), folder)]
-        _check_sizes(programs, sizes)
         tell(
             "checking the result"
             if can_disassemble()
@@ -134,7 +135,7 @@ def lower(
             for file in extra_files:
                 shutil.copyfile(file, folder / Path(file).name)
             document = build_manifest(
-                programs,
+                methods,
                 arch=target.name,
                 package=format,
                 attention=attention,
@@ -153,17 +154,6 @@ def lower(
         methods=tuple(programs),
         manifest=document,
     )
-
-
-def _check_sizes(programs: Mapping[str, ExportedProgram], before: Mapping[str, Any]) -> None:
-    """A compiler that decides something by comparing a dynamic size narrows its range, in the programs as well."""
-    for name, program in programs.items():
-        for was, now in zip(before[name], describe_method(program)["inputs"], strict=True):
-            if was != now:
-                raise LoweringError(
-                    f"compiling method {name} for all sizes failed: {was['name']} was {was['shape']}, "
-                    f"the code is for {now['shape']}; export the method for the narrower range, or a fixed size"
-                )
 
 
 _ERROR_LINE = re.compile(r"\berror: |multiple definition|undefined reference|cannot find")

@@ -116,7 +116,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def build_manifest(
-    programs: Mapping[str, ExportedProgram],
+    methods: Mapping[str, Mapping[str, Any]],
     *,
     arch: str,
     package: str,
@@ -125,7 +125,10 @@ def build_manifest(
     files: Mapping[str, Any],
     caller: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input."""
+    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input.
+
+    ``methods`` holds what :func:`describe_method` says of each.
+    """
     return {
         **caller,
         "generator": GENERATOR,
@@ -134,7 +137,7 @@ def build_manifest(
         "arch": arch,
         "format": package,
         "attention": attention,
-        "methods": {name: describe_method(program) for name, program in programs.items()},
+        "methods": dict(methods),
         "constant_methods": dict(constant_methods),
         "files": dict(files),
     }
