@@ -43,6 +43,7 @@ class ExportPlan:
         options: what was asked for.
         model: the causal language model; its weights are on the meta device until :func:`export_programs`.
         facts: its sizes and token ids.
+        config: fields of the config that the model was built from.
         total_layers: layers before ``options.layers`` cut them.
         max_seq_len: positions that the caches hold.
         methods: the methods to export.
@@ -52,6 +53,7 @@ class ExportPlan:
     options: ExportOptions
     model: nn.Module
     facts: ModelFacts
+    config: Mapping[str, Any]
     total_layers: int
     max_seq_len: int
     methods: tuple[MethodSpec, ...]
@@ -95,8 +97,10 @@ class ExportPlan:
                 "dtype": options.dtype,
                 "max_seq_len": self.max_seq_len,
                 "sliding_window": self.facts.window,
+                "config": dict(self.config),
             },
             "weights": weights,
+            "tokenizer": [path.name for path in self.extra_files],
         }
 
 
@@ -114,7 +118,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         raise UsageError("a checkpoint brings its own config and weights: leave out config, small and random_seed")
     if options.config is not None and options.small:
         raise UsageError("config and small both name a size")
-    model = spec.build(_config_fields(spec, options))
+    config = _config_fields(spec, options)
+    model = spec.build(config)
     total_layers = len(decoder_layers(model))
     if options.layers is not None:
         cut_layers(model, options.layers)
@@ -130,7 +135,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         checkpoint = Checkpoint(options.checkpoint)
         check_tensors(checkpoint, model, total_layers)
     methods = plan_methods(chunk, options.verify_window, options.method)
-    return ExportPlan(options, model, facts, total_layers, max_seq_len, methods, checkpoint)
+    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint)
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:
