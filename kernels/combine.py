@@ -90,10 +90,11 @@ def _combine_kernel(
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         weight = tl.exp2((split_max - base) * EXP2_SCALE)
         rescale = tl.exp2((row_max - base) * EXP2_SCALE)
-        # A split that saw no visible key is not read: its accumulator may hold 0 * inf from values that do not count.
-        acc_ok = (weight > 0.0)[:, None] & (dv < V_HEAD_DIM)[None, :]
+        # Loaded without waiting for the weights. What a split that saw no visible key holds does not count: it may be
+        # 0 * inf, from values that do not count either.
+        acc_ok = s_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
         acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
-        out = out * rescale + tl.sum(acc * weight[:, None], 0)
+        out = out * rescale + tl.sum(tl.where((weight > 0.0)[:, None], acc * weight[:, None], 0.0), 0)
         total = total * rescale + tl.sum(split_sum * weight, 0)
         row_max = new_max
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))

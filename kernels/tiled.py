@@ -294,9 +294,9 @@ def launch_tiled(
         **mask_flags,
         "EXP2_SCALE": exponent_scale(query.dtype, mask),
     }
-    row_tiles = cdiv(q_len, config.block_m) * enabled
+    row_tiles = cdiv(q_len, config.block_m)
     if isinstance(config, tuning.HopperConfig):
-        wrap_triton(_tiled_hopper_kernel)[(row_tiles * cdiv(v_head_dim, config.block_dv), heads_q, batch)](
+        wrap_triton(_tiled_hopper_kernel)[(row_tiles * cdiv(v_head_dim, config.block_dv) * enabled, heads_q, batch)](
             *arguments,
             **constants,
             BLOCK_D=max(64, tuning.padded_head_dim(head_dim)),
@@ -309,7 +309,7 @@ def launch_tiled(
         )
         return out
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(row_tiles, heads_q, batch)](
+    kernel[(row_tiles * enabled, heads_q, batch)](
         *arguments,
         **constants,
         BLOCK_D=tuning.padded_head_dim(head_dim),

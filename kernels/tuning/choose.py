@@ -225,4 +225,6 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
     barriers = 1024
     left = arch.shared_memory_per_block - barriers - HopperConfig.block_m * block_d * 2
     stages = min(4, left // (block_n * (block_d + block_dv) * 2))
-    return HopperConfig(block_n, block_dv, stages)
+    # Wide rows need more addresses to copy.
+    registers = (224, 56) if widest <= 256 else (216, 72)
+    return HopperConfig(block_n, block_dv, stages, *registers)

@@ -47,6 +47,21 @@ def test_every_choice_divides_the_map_its_kernel_walks(arch):
         assert t.block_n % t.edge_block_n == 0
 
 
+def test_hopper_tiles_divide_the_map_and_fit():
+    for shape in SHAPES:
+        for arch in ARCHS:
+            config = tuning.choose_hopper(shape, tuning.limits(arch))
+            served = arch == "sm_90" and shape.dtype == torch.bfloat16 and (shape.q_len is None or shape.q_len > 64)
+            assert (config is not None) == served
+            if config is not None:
+                map_m, map_n = tuning.tiled_map_block(shape.head_dim, shape.v_head_dim)
+                assert map_m == config.block_m
+                assert map_n % config.block_n == 0
+                assert config.num_stages >= 2
+                # Two warp groups of consumers and one of producers share the registers of a multiprocessor.
+                assert 128 * (2 * config.consumer_registers + config.producer_registers) <= 65536
+
+
 def test_choices_are_frozen_and_repeatable():
     shape, arch = SHAPES[0], tuning.limits("sm_90")
     choice = tuning.choose_split_k(shape, arch)
@@ -97,6 +112,7 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
     with compiling_for(arch) as compiled:
         p = problem
         launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, intervals=intervals)
-    main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel"))
+    main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_tiled_hopper_kernel"))
+    assert (main.name == "_tiled_hopper_kernel") == (arch == "sm_90" and q_len > 16)
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
     assert "mma" in main.ptx  # on the matrix units, not element by element

@@ -29,14 +29,14 @@ def source_code(original: Callable[..., str]) -> Callable[..., str]:
     def transitive_closure(kernel: Any, *args: Any, **kwargs: Any) -> str:
         if not isinstance(kernel, GluonJITFunction):
             return original(kernel, *args, **kwargs)
-        parts = [kernel.src, "from triton.experimental import gluon\n"]
-        _add_dependencies(kernel, parts, {kernel.fn.__name__})
-        return "\n".join(parts)
+        imports, functions = ["from triton.experimental import gluon\n"], []
+        _add_dependencies(kernel, imports, functions, {kernel.fn.__name__})
+        return "\n".join([kernel.src, *imports, *functions])
 
     return transitive_closure
 
 
-def _add_dependencies(function: JITFunction[Any], parts: list[str], seen: set[str]) -> None:
+def _add_dependencies(function: JITFunction[Any], imports: list[str], functions: list[str], seen: set[str]) -> None:
     """Appends definitions of the global names that ``function`` uses."""
     for name in function.fn.__code__.co_names:
         if name in seen or name not in function.fn.__globals__:
@@ -44,12 +44,12 @@ def _add_dependencies(function: JITFunction[Any], parts: list[str], seen: set[st
         seen.add(name)
         value = function.fn.__globals__[name]
         if isinstance(value, JITFunction):
-            parts.append(f"@gluon.jit\n{value.src}")
-            _add_dependencies(value, parts, seen)
+            functions.append(f"@gluon.jit\n{value.src}")
+            _add_dependencies(value, imports, functions, seen)
         elif isinstance(value, types.ModuleType):
-            parts.append(f"import {value.__name__} as {name}\n")
+            imports.append(f"import {value.__name__} as {name}\n")
         else:
-            parts.append(f"from {value.__module__} import {value.__name__} as {name}\n")
+            imports.append(f"from {value.__module__} import {value.__name__} as {name}\n")
 
 
 def ast_source(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,260 @@
+"""The warps that compute: scores, softmax and output of 64 query rows for each of two warp groups."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashpte.kernels.hopper.produce import start_of
+
+
+@gluon.jit
+def _masked(
+    s,
+    start,
+    mask,
+    kv_len,
+    S_LAYOUT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
+    TERMS: gl.constexpr,
+    INDEX_TERM: gl.constexpr,
+):
+    """Scores ``[64, N]`` with -inf where a row does not see a key, or with a float mask added."""
+    # Positions of the rows and what belongs to the kind of mask: see consumer.
+    m, mask_rows, stride_mn, side_stride, values_ptr, values_stride, index_lower, index_upper = mask
+    n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    in_range = (n < kv_len)[None, :]
+    visible = in_range
+    if CAUSAL:
+        visible = visible & (n[None, :] <= m[:, None])
+    if MASK == 3:
+        for term in gl.static_range(TERMS):
+            if INDEX_TERM and term == 0:
+                visible = visible & (n[None, :] >= index_lower[:, None]) & (n[None, :] <= index_upper[:, None])
+            else:
+                lower = gl.load(mask_rows + 2 * term * side_stride)
+                upper = gl.load(mask_rows + (2 * term + 1) * side_stride)
+                value = gl.load(values_ptr + (term - INDEX_TERM) * values_stride + n, mask=n < kv_len, other=0)
+                visible = visible & (value[None, :] >= lower[:, None]) & (value[None, :] <= upper[:, None])
+    elif MASK != 0:
+        pointers = mask_rows[:, None] + (n.to(gl.int64) * stride_mn)[None, :]
+        if MASK == 1:
+            visible = visible & (gl.load(pointers, mask=in_range, other=0) != 0)
+        else:
+            s += gl.load(pointers, mask=in_range, other=0.0).to(gl.float32)
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT: gl.constexpr, EXP2_SCALE: gl.constexpr, dtype: gl.constexpr):
+    """One step of the online softmax, as ``primitives.online_softmax``; scores get their scale here unless EXP2_SCALE.
+
+    A positive scale commutes with the maximum, so that scaling, subtracting and nothing else is one instruction.
+    """
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC_LAYOUT, k_width=2)
+    if EXP2_SCALE == 1.0:
+        new_max = gl.maximum(row_max, gl.max(s, 1) * qk_scale)
+        base = gl.where(new_max == float("-inf"), 0.0, new_max)
+        probs = gl.exp2(s * qk_scale - base[:, None])
+        rescale = gl.exp2(row_max - base)
+    else:
+        new_max = gl.maximum(row_max, gl.max(s, 1))
+        base = gl.where(new_max == float("-inf"), 0.0, new_max)
+        probs = gl.exp2((s - base[:, None]) * EXP2_SCALE)
+        rescale = gl.exp2((row_max - base) * EXP2_SCALE)
+    row_sum = row_sum * rescale + gl.sum(probs, 1)
+    p = gl.convert_layout(probs.to(dtype), P_LAYOUT)
+    return p, gl.convert_layout(rescale, gl.SliceLayout(1, ACC_LAYOUT)), new_max, row_sum
+
+
+@gluon.jit
+def _step(
+    step,
+    n_steps,
+    state,  # acc, p, row_max, row_sum
+    q_smem,
+    smem,
+    barriers,
+    mask,
+    tiles,
+    kv_len,
+    qk_scale,
+    S_LAYOUT: gl.constexpr,
+    ACC_LAYOUT: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MAP_BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    EDGE: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
+    TERMS: gl.constexpr,
+    INDEX_TERM: gl.constexpr,
+    EXP2_SCALE: gl.constexpr,
+):
+    """Scores and softmax of tile ``step`` beside ``P V`` of the tile before it."""
+    acc, p, row_max, row_sum = state
+    _, _, k_smem, v_smem = smem
+    _, k_full, v_full, k_empty, v_empty = barriers
+    dtype: gl.constexpr = k_smem.dtype
+    slot = step % STAGES
+    previous = (step - 1) % STAGES
+    if EDGE:
+        start = start_of(tiles, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    # Copies write shared memory as ordinary stores do, matrix instructions read it through another proxy.
+    fence_async_shared()
+    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(previous), acc, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    if EXP2_SCALE != 1.0:
+        s = s * qk_scale
+    if EDGE:
+        s = _masked(s, start, mask, kv_len, S_LAYOUT, BLOCK_N, CAUSAL, MASK, TERMS, INDEX_TERM)
+    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
+    # What the next step waits for, waited for here: the branches keep ptxas from moving the wait for P V above the
+    # exponentials, which would undo the overlap.
+    mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
+    mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
+    acc, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc, p, p_next, row_sum])
+    mbarrier.arrive(v_empty.index(previous), count=1)
+    return acc * rescale[:, None], p_next, row_max, row_sum
+
+
+@gluon.jit
+def consumer(
+    rows,  # first_row, q_len
+    out,  # out_ptr, stride_om, stride_od
+    mask,  # mask_ptr, stride_mm, stride_mn, side_stride, values_ptr, values_stride
+    q_smem,
+    smem,
+    barriers,
+    tiles,
+    n_full,
+    n_steps,
+    kv_len,
+    qk_scale,
+    v_width,
+    BLOCK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MAP_BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
+    TERMS: gl.constexpr,
+    INDEX_TERM: gl.constexpr,
+    EXP2_SCALE: gl.constexpr,
+):
+    """Attention of 64 query rows, by one warp group."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    first_row, q_len = rows
+    mask_ptr, stride_mm, stride_mn, side_stride, values_ptr, values_stride = mask
+    _, _, k_smem, v_smem = smem
+    q_full, k_full, v_full, k_empty, _ = barriers
+    dtype: gl.constexpr = k_smem.dtype
+
+    m = first_row + gl.arange(0, 64, layout=ROWS)
+    # Rows past the end repeat the last one, so that the pointers stay in range.
+    safe_m = gl.minimum(m, q_len - 1)
+    index_lower = m
+    index_upper = m
+    mask_rows = mask_ptr + safe_m.to(gl.int64) * stride_mm
+    if MASK == 3 and INDEX_TERM:
+        # In 32 bits, which hold every index of a key: what they cut off changes nothing.
+        lower = gl.load(mask_rows)
+        upper = gl.load(mask_rows + side_stride)
+        index_lower = gl.minimum(gl.maximum(lower, -1), 2147483647).to(gl.int32)
+        index_upper = gl.minimum(gl.maximum(upper, -1), 2147483647).to(gl.int32)
+    seen = (m, mask_rows, stride_mn, side_stride, values_ptr, values_stride, index_lower, index_upper)
+
+    row_max = gl.full([64], float("-inf"), gl.float32, ROWS)
+    row_sum = gl.zeros([64], gl.float32, ROWS)
+    acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
+    start = start_of(tiles, 0, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    mbarrier.wait(q_full, 0)
+    mbarrier.wait(k_full.index(0), 0)
+    fence_async_shared()
+    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), s, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    if EXP2_SCALE != 1.0:
+        s = s * qk_scale
+    if n_full == 0:
+        s = _masked(s, start, seen, kv_len, S_LAYOUT, BLOCK_N, CAUSAL, MASK, TERMS, INDEX_TERM)
+    p, _, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
+    mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=n_steps > 1)
+    mbarrier.wait(v_full.index(0), 0)
+    state = (acc, p, row_max, row_sum)
+    full_end = gl.maximum(n_full, 1)
+    for step in range(1, full_end):
+        state = _step(
+            step,
+            n_steps,
+            state,
+            q_smem,
+            smem,
+            barriers,
+            seen,
+            tiles,
+            kv_len,
+            qk_scale,
+            S_LAYOUT,
+            ACC_LAYOUT,
+            BLOCK_N,
+            MAP_BLOCK_N,
+            STAGES,
+            False,
+            CAUSAL,
+            MASK,
+            TERMS,
+            INDEX_TERM,
+            EXP2_SCALE,
+        )
+    for step in range(full_end, n_steps):
+        state = _step(
+            step,
+            n_steps,
+            state,
+            q_smem,
+            smem,
+            barriers,
+            seen,
+            tiles,
+            kv_len,
+            qk_scale,
+            S_LAYOUT,
+            ACC_LAYOUT,
+            BLOCK_N,
+            MAP_BLOCK_N,
+            STAGES,
+            True,
+            CAUSAL,
+            MASK,
+            TERMS,
+            INDEX_TERM,
+            EXP2_SCALE,
+        )
+    acc, p, row_max, row_sum = state
+    fence_async_shared()
+    acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % STAGES), acc, is_async=True)
+    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
+    # The rows are waited for so that their addresses are not computed, and spilled, before the loops.
+    acc, p, r = warpgroup_mma_wait(0, deps=[acc, p, r])
+
+    out_ptr, stride_om, stride_od = out
+    empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+    total = gl.convert_layout(row_sum, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+    # A row that saw nothing is 0, whatever the values it did not see hold.
+    acc = gl.where(empty, 0.0, acc / gl.where(empty, 1.0, total))
+    dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, ACC_LAYOUT))
+    out_ptrs = out_ptr + (r.to(gl.int64) * stride_om)[:, None] + (dv * stride_od)[None, :]
+    gl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(r < q_len)[:, None] & (dv < v_width)[None, :])

@@ -1,0 +1,84 @@
+"""The warps that copy query rows, keys and values to shared memory."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+# Triton 3.9 has another name for it.
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr, CHECK_COLS: gl.constexpr):
+    """Copies rows ``first .. first + ROWS`` of a matrix to ``smem [ROWS, cols]``; zeros beyond ``limit`` and ``width``.
+
+    A chunk at a time: the addresses of more would need more registers than a producer has.
+    """
+    CHUNK: gl.constexpr = 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
+    offsets = row[:, None] * stride + cols[None, :]
+    source = ptr + first.to(gl.int64) * stride + offsets
+    left = limit - first
+    for chunk in gl.static_range(ROWS // CHUNK):
+        ok = (row < left - chunk * CHUNK)[:, None]
+        if CHECK_COLS:
+            ok = ok & (cols < width)[None, :]
+        async_load(smem.slice(chunk * CHUNK, CHUNK, 0), source + chunk * CHUNK * stride, mask=ok)
+
+
+@gluon.jit
+def start_of(tiles, step, n_steps, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """First key of the ``step``-th tile that is visited; any number from ``n_steps`` on."""
+    if MAPPED:
+        SUB: gl.constexpr = MAP_BLOCK_N // BLOCK_N
+        start = gl.load(tiles + step // SUB, mask=step < n_steps, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
+    else:
+        # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
+        start = gl.minimum(step * BLOCK_N, n_steps * BLOCK_N)
+    return start
+
+
+@gluon.jit
+def producer(
+    rows,  # q_ptr, stride_qm, first_row, q_len
+    keys,  # k_ptr, stride_kn, v_ptr, stride_vn, kv_len
+    smem,  # q0, q1, k, v
+    barriers,  # q_full, k_full, v_full, k_empty, v_empty
+    tiles,
+    n_steps,
+    v_width,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
+    CHECK_DV: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MAP_BLOCK_N: gl.constexpr,
+    MAPPED: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Copies the query rows once, then every visited tile of keys and values as soon as its slot is free."""
+    q_ptr, stride_qm, first_row, q_len = rows
+    k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
+    q0, q1, k_smem, v_smem = smem
+    q_full, k_full, v_full, k_empty, v_empty = barriers
+    COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    d = gl.arange(0, BLOCK_D, layout=COLS)
+    dv = gl.arange(0, BLOCK_DV, layout=COLS)
+    start = start_of(tiles, 0, n_steps, MAPPED, MAP_BLOCK_N, BLOCK_N)
+    _copy_rows(q0, q_ptr, stride_qm, first_row, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
+    _copy_rows(q1, q_ptr, stride_qm, first_row + 64, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
+    async_copy.mbarrier_arrive(q_full, increment_count=False)
+    for step in range(n_steps):
+        # Read ahead: the copies would wait for it.
+        after = start_of(tiles, step + 1, n_steps, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        slot = step % STAGES
+        free = ((step // STAGES) & 1) ^ 1
+        mbarrier.wait(k_empty.index(slot), free)
+        _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, BLOCK_D != HEAD_DIM)
+        async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+        mbarrier.wait(v_empty.index(slot), free)
+        _copy_rows(v_smem.index(slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
+        async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+        start = after
