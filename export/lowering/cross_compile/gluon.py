@@ -29,7 +29,8 @@ def source_code(original: Callable[..., str]) -> Callable[..., str]:
     def transitive_closure(kernel: Any, *args: Any, **kwargs: Any) -> str:
         if not isinstance(kernel, GluonJITFunction):
             return original(kernel, *args, **kwargs)
-        imports, functions = ["from triton.experimental import gluon\n"], []
+        imports = ["from triton.experimental import gluon\n"]
+        functions: list[str] = []
         _add_dependencies(kernel, imports, functions, {kernel.fn.__name__})
         return "\n".join([kernel.src, *imports, *functions])
 
