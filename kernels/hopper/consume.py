@@ -137,7 +137,7 @@ def consumer(
     barriers,
     tiles,
     n_full,
-    n_steps,
+    n_listed,
     kv_len,
     qk_scale,
     v_width,
@@ -178,7 +178,11 @@ def consumer(
     row_max = gl.full([64], float("-inf"), gl.float32, ROWS)
     row_sum = gl.zeros([64], gl.float32, ROWS)
     acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
-    start = start_of(tiles, 0, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    n_steps = n_listed
+    if MASK != 0:
+        # Where there is nothing to see, one tile of it is looked at.
+        n_steps = gl.maximum(n_listed, 1)
+    start = start_of(tiles, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()

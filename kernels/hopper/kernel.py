@@ -100,16 +100,14 @@ def _tiled_hopper_kernel(
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
         n_full = gl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
-        n_steps = n_full + gl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
+        n_listed = n_full + gl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
     else:
         end = kv_len
         n_full = kv_len // BLOCK_N
         if CAUSAL:
             end = gl.minimum(kv_len, first_row + 128)
             n_full = gl.minimum(kv_len, first_row) // BLOCK_N
-        n_steps = gl.cdiv(end, BLOCK_N)
-    # Where there is nothing to see, one tile of it is looked at.
-    n_steps = gl.maximum(n_steps, 1)
+        n_listed = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
 
     dtype: gl.constexpr = k_ptr.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -156,7 +154,7 @@ def _tiled_hopper_kernel(
                     barriers,
                     tiles,
                     n_full,
-                    n_steps,
+                    n_listed,
                     kv_len,
                     qk_scale,
                     v_width,
@@ -182,7 +180,7 @@ def _tiled_hopper_kernel(
                     barriers,
                     tiles,
                     n_full,
-                    n_steps,
+                    n_listed,
                     kv_len,
                     qk_scale,
                     v_width,
@@ -205,7 +203,7 @@ def _tiled_hopper_kernel(
                     smem,
                     barriers,
                     tiles,
-                    n_steps,
+                    n_listed,
                     v_width,
                     HEAD_DIM,
                     BLOCK_D,

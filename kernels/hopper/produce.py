@@ -29,14 +29,14 @@ def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr,
 
 
 @gluon.jit
-def start_of(tiles, step, n_steps, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
-    """First key of the ``step``-th tile that is visited; any number from ``n_steps`` on."""
+def start_of(tiles, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """First key of the ``step``-th tile that is visited; 0 or the like from ``n_listed`` on."""
     if MAPPED:
         SUB: gl.constexpr = MAP_BLOCK_N // BLOCK_N
-        start = gl.load(tiles + step // SUB, mask=step < n_steps, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
+        start = gl.load(tiles + step // SUB, mask=step < n_listed, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
     else:
         # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
-        start = gl.minimum(step * BLOCK_N, n_steps * BLOCK_N)
+        start = gl.minimum(step * BLOCK_N, n_listed * BLOCK_N)
     return start
 
 
@@ -47,7 +47,7 @@ def producer(
     smem,  # q0, q1, k, v
     barriers,  # q_full, k_full, v_full, k_empty, v_empty
     tiles,
-    n_steps,
+    n_listed,
     v_width,
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
@@ -66,13 +66,17 @@ def producer(
     COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
     d = gl.arange(0, BLOCK_D, layout=COLS)
     dv = gl.arange(0, BLOCK_DV, layout=COLS)
-    start = start_of(tiles, 0, n_steps, MAPPED, MAP_BLOCK_N, BLOCK_N)
+    n_steps = n_listed
+    if MAPPED:
+        # Where there is nothing to see, one tile of it is looked at.
+        n_steps = gl.maximum(n_listed, 1)
+    start = start_of(tiles, 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
     _copy_rows(q0, q_ptr, stride_qm, first_row, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
     _copy_rows(q1, q_ptr, stride_qm, first_row + 64, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
     async_copy.mbarrier_arrive(q_full, increment_count=False)
     for step in range(n_steps):
         # Read ahead: the copies would wait for it.
-        after = start_of(tiles, step + 1, n_steps, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        after = start_of(tiles, step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
         slot = step % STAGES
         free = ((step // STAGES) & 1) ^ 1
         mbarrier.wait(k_empty.index(slot), free)

@@ -81,7 +81,8 @@ class TiledConfig:
 class HopperConfig:
     """Tiles of the prefill kernel for Hopper: 128 query rows by ``block_n`` keys by ``block_dv`` columns of V.
 
-    ``num_stages`` tiles of keys and of values are in shared memory; ``consumer_registers`` and ``producer_registers``
+    ``num_stages`` tiles of keys and of values are in shared memory, at least two: the next tile of keys is waited for
+    before the last tile of values is given back. ``consumer_registers`` and ``producer_registers``
     are per thread.
     """
 
@@ -92,6 +93,10 @@ class HopperConfig:
     producer_registers: int = 56
 
     block_m = 128
+
+    def __post_init__(self) -> None:
+        if self.num_stages < 2:
+            raise ValueError(f"the kernel for Hopper needs at least two stages, got {self.num_stages}")
 
 
 def _next_power_of_2(n: int) -> int:

@@ -161,7 +161,7 @@ HOPPER_TILES = (
     tuning.HopperConfig(128, 128, 3),
     tuning.HopperConfig(64, 128, 2),
     tuning.HopperConfig(32, 64, 4),
-    tuning.HopperConfig(128, 64, 1),
+    tuning.HopperConfig(64, 64, 3),
 )
 
 
