@@ -1,8 +1,8 @@
 """The weights of an EAGLE-3 draft head: a folder of either family of checkpoints, or random ones that fit a target.
 
-Both families name the same tensors, the layer ``midlayer.*`` (SafeAILab, SpecForge) or ``layers.0.*`` (speculators). An
-embedding that is not there is the target's. ``d2t`` int64 [V_d] holds offsets: draft token d is target token d + d2t[d].
-``t2d`` bool [V] marks the target tokens that the draft knows; nothing needs it, so it is only checked.
+Both families name the same tensors, the layer ``midlayer.*`` (SafeAILab, SpecForge) or ``layers.0.*`` (speculators).
+An embedding that is not there is the target's. ``d2t`` int64 [V_d] holds offsets: draft token d is target token
+d + d2t[d]. ``t2d`` bool [V] marks the target tokens that the draft knows; nothing needs it, so it is only checked.
 """
 
 from __future__ import annotations
