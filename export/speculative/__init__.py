@@ -1,8 +1,8 @@
 """Speculative decoding with the methods of one program, wherever they run.
 
-:func:`generate` drives ``prefill``, ``target_verify`` and ``draft_decode`` through a function ``run(method, *tensors)``:
-an ExecuTorch program on a GPU, compiled libraries, or exported programs on a CPU. Its greedy output is what decoding with
-the target alone gives; its sampled output has the target's distribution. The draft decides only how fast.
+:func:`generate` drives ``prefill``, ``target_verify`` and ``draft_decode`` through a function that runs a method: of an
+ExecuTorch program on a GPU, of compiled libraries, of exported programs on a CPU. Its greedy output is what decoding
+with the target alone gives; its sampled output has the target's distribution. The draft decides only how fast.
 """
 
 from flashpte.export.speculative.acceptance import Acceptance

@@ -2,8 +2,8 @@
 
 The draft proposes its most likely token at each position: its distribution is a single point. Speculative sampling
 (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) then accepts proposal x with the probability p(x)
-that the target gives it, and after a rejection draws from p without x, renormalised; what comes out is distributed as p,
-whatever the draft is. Greedy decoding is the case where p is a single point, too.
+that the target gives it, and after a rejection draws from p without x, renormalised; what comes out is distributed as
+p, whatever the draft is. Greedy decoding is the case where p is a single point, too.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def settings(config):
 
 
 def draft_tensors(config, taps=3, target_hidden=HIDDEN, seed=11):
-    """Random tensors by the names that both families share (``layer.*`` for the decoder layer), d2t and t2d among them."""
+    """Random tensors, d2t and t2d among them, by the names that both families share (``layer.*`` in the one layer)."""
     s = settings(config)
     hidden, inner, width = s["hidden_size"], s["intermediate_size"], taps * target_hidden
     q, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
@@ -182,7 +182,8 @@ class ReferenceDraft:
     def attention(self, x):
         h, hk, d = self.s["num_attention_heads"], self.s["num_key_value_heads"], self.s["head_dim"]
         q, k, v = (
-            self.linear(x, f"layer.self_attn.{n}_proj").view(len(x), heads, d) for n, heads in zip("qkv", (h, hk, hk))
+            self.linear(x, f"layer.self_attn.{n}_proj").view(len(x), heads, d)
+            for n, heads in zip("qkv", (h, hk, hk), strict=True)
         )
         if self.s["model_type"] == "qwen3":
             q, k = self.norm(q, "layer.self_attn.q_norm"), self.norm(k, "layer.self_attn.k_norm")
