@@ -107,8 +107,9 @@ def stored_name(name: str, files: DraftFiles) -> str:
     """The checkpoint's name of one of the modules' tensors (``layer.*``, ``fc.*``, ...)."""
     if not name.startswith("layer."):
         return name
-    rest = name.removeprefix("layer.")
-    return next((prefix + rest for prefix in _LAYER_PREFIXES if files.has(prefix + rest)), _LAYER_PREFIXES[1] + rest)
+    flat, nested = _LAYER_PREFIXES
+    prefix = flat if any(stored.startswith(flat) for stored in files.checkpoint.tensors) else nested
+    return prefix + name.removeprefix("layer.")
 
 
 def check_draft_tensors(files: DraftFiles, fusion: nn.Module, head: nn.Module) -> None:
