@@ -229,11 +229,11 @@ def chi_square(counts, expected):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.5}, {"temperature": 1.5, "top_k": 3}, {"top_p": 0.8}], ids=str
+    "settings", [{}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.7, "top_p": 0.8}], ids=str
 )
 def test_samples_have_the_targets_distribution(settings):
     """Three tokens after a prompt, proposals among them: the joint distribution is the product of the target's."""
-    runs, program = 3000, sizes(chain=2)
+    runs, program = 1500, sizes(chain=2)
     table = TableProgram(program, seed=1, spread=1.0)
     sampler = Sampler(**settings, generator=torch.Generator().manual_seed(0))
     prompt = [1, 2, 3]
