@@ -30,7 +30,11 @@ from flashpte.export.speculative.choose import Choose, greedy
 from flashpte.export.speculative.program import SpeculativeProgram
 
 Run = Callable[..., Sequence[torch.Tensor]]
-"""``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls."""
+"""``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls.
+
+Tokens and positions are given on the CPU, features as they were returned. A result must stay valid until the same
+method runs again; nothing is kept for longer.
+"""
 
 Revise = Callable[[Sequence[int], list[int]], list[int]]
 """(the sequence so far, what the draft proposes) -> what to verify instead, not longer."""
@@ -144,12 +148,15 @@ class _Loop:
         self._verified: tuple[int, torch.Tensor] = (0, torch.empty(0))
 
     def prefill(self) -> torch.Tensor:
-        """Feeds the prompt; returns the logits [1, V] after its last token."""
+        """Feeds the prompt, and all of it but the last chunk to the draft; returns the logits [1, V] after it."""
         length = len(self.tokens)
         logits = torch.empty(0)
         for start, end in _chunks(length, self.program.min_prefill_chunk, self.program.max_prefill_chunk):
             logits, features = self.run(PREFILL, _row(self.tokens[start:end]), torch.arange(start, end))
-            self._keep(start, features)
+            if end < length and self.chain:  # the token after the chunk is known: no need to keep its features
+                self._feed_draft(start, features)
+            elif self.chain:
+                self.features.append((start, features))
         self.fed = length
         return logits[0, -1:]
 
@@ -163,10 +170,7 @@ class _Loop:
             return []
         proposal = feature = torch.empty(0)
         for start, features in self.features:
-            for offset in range(0, features.shape[1], self.program.max_draft_tokens):
-                part = features[:, offset : offset + self.program.max_draft_tokens]
-                begin = start + offset
-                proposal, feature = self._draft(self.tokens[begin + 1 : begin + 1 + part.shape[1]], part, begin)
+            proposal, feature = self._feed_draft(start, features)
         self.features = []
         proposals = [int(proposal)]
         while len(proposals) < count:
@@ -174,6 +178,15 @@ class _Loop:
             proposal, feature = self._draft(proposals[-1:], feature, length - 2 + len(proposals))
             proposals.append(int(proposal))
         return proposals
+
+    def _feed_draft(self, start: int, features: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Feeds features from position ``start`` on, each with the token after it; returns what follows the last."""
+        most = self.program.max_draft_tokens
+        result: Sequence[torch.Tensor] = ()
+        for offset in range(0, features.shape[1], most):
+            part, begin = features[:, offset : offset + most], start + offset
+            result = self._draft(self.tokens[begin + 1 : begin + 1 + part.shape[1]], part, begin)
+        return result
 
     def _draft(self, tokens: Sequence[int], features: torch.Tensor, start: int) -> Sequence[torch.Tensor]:
         return self.run(DRAFT_DECODE, _row(tokens), features, torch.arange(start, start + len(tokens)))
@@ -193,12 +206,9 @@ class _Loop:
         """Keeps the features of the tokens that were fed for the first time and of the accepted proposals."""
         start, features = self._verified
         end = len(self.tokens) + accepted
-        self._keep(self.fed, features[:, self.fed - start : end - start])
-        self.fed = end
-
-    def _keep(self, start: int, features: torch.Tensor) -> None:
         if self.chain:  # without a draft nobody would read them
-            self.features.append((start, features))
+            self.features.append((self.fed, features[:, self.fed - start : end - start]))
+        self.fed = end
 
 
 def _row(tokens: Sequence[int]) -> torch.Tensor:
