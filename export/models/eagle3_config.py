@@ -228,10 +228,10 @@ def _size(fields: Mapping[str, Any], name: str, origin: Path) -> int | None:
 
 def _layer_ids(fields: Mapping[str, Any], origin: Path, prefix: str = "") -> tuple[int, ...] | None:
     value = fields.get(AUX_LAYERS)
-    if value is None:
+    if value is None or value == []:
         return None
     whole = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value)
-    if not whole or not value or len(set(value)) != len(value):
+    if not whole or len(set(value)) != len(value):
         raise ExportError(f"{origin}: {prefix}{AUX_LAYERS} is {value!r}, must be a list of different layer numbers")
     return tuple(value)
 

@@ -139,7 +139,7 @@ class ReferenceDraft:
     """EAGLE-3 as its paper and the checkpoints' flags define it, for a whole sequence at once and without a cache."""
 
     def __init__(self, config, tensors, embedding):
-        self.s, self.t = settings(config), tensors
+        self.s, self.t, self.rope_scale = settings(config), tensors, 1.0
         self.embedding = tensors.get("embed_tokens.weight", embedding)
         self.window = self.s.get("sliding_window") if self.s.get("layer_types") == ["sliding_attention"] else None
 
@@ -170,12 +170,23 @@ class ReferenceDraft:
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             share = ((turns - low) / (high - low)).clamp(0, 1)
             frequencies = share * frequencies + (1 - share) * frequencies / rope["factor"]
+        if kind == "yarn":
+            # slowed down from the pair of dims that turns beta_slow times in the original length, kept up to beta_fast
+            original = rope["original_max_position_embeddings"]
+            low, high = (
+                d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+                for turns in (rope["beta_fast"], rope["beta_slow"])
+            )
+            low, high = max(math.floor(low), 0), min(math.ceil(high), d - 1)
+            slow = ((torch.arange(d // 2) - low) / (high - low)).clamp(0, 1).double()
+            frequencies = slow * frequencies / rope["factor"] + (1 - slow) * frequencies
+            self.rope_scale = 0.1 * math.log(rope["factor"]) + 1
         return frequencies
 
     def rotate(self, x):
         """[T, H, D] at positions 0..T-1."""
         angles = torch.outer(torch.arange(len(x)).double(), self.frequencies())
-        cos, sin = (f(angles).float()[:, None].repeat(1, 1, 2) for f in (torch.cos, torch.sin))
+        cos, sin = (self.rope_scale * f(angles).float()[:, None].repeat(1, 1, 2) for f in (torch.cos, torch.sin))
         half = x.shape[-1] // 2
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 

@@ -47,7 +47,7 @@ FACTS = ModelFacts((AttentionShape(1, 8, None),) * 8, VOCAB, HIDDEN, 128, None, 
         (speculators_config({"model_type": "mamba"}), "has model_type 'mamba'; exported are llama, qwen3"),
         (speculators_config(eagle_aux_hidden_state_layer_ids=[1, 1, 2]), "must be a list of different layer numbers"),
         (speculators_config(eagle_aux_hidden_state_layer_ids=[-1, 2]), "must be a list of different layer numbers"),
-        (speculators_config(eagle_aux_hidden_state_layer_ids=[]), "must be a list of different layer numbers"),
+        (speculators_config(eagle_aux_hidden_state_layer_ids=3), "must be a list of different layer numbers"),
         (
             flat_config(
                 eagle_aux_hidden_state_layer_ids=[1, 2], eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 2]}
@@ -76,6 +76,11 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path, config, named):
     assert str(path) in str(error.value)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_no_layers_to_tap_means_the_targets_default():
+    for nested in ({}, {"eagle_aux_hidden_state_layer_ids": []}):
+        assert parse_draft_config(flat_config(eagle_config=nested), None).taps is None
 
 
 def test_a_window_that_is_switched_off():

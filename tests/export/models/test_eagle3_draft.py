@@ -39,6 +39,9 @@ FACTS = ModelFacts(
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 16
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0}
+YARN["original_max_position_embeddings"] = 32
+
 CASES = {
     "speculators": speculators_config(),
     "speculators, norm before residual": speculators_config(norm_before_residual=True),
@@ -54,6 +57,7 @@ CASES = {
     "flat, norm before residual": flat_config(norm_before_residual=True),
     "flat, linear rope, old name": flat_config(rope_scaling={"type": "linear", "factor": 2.0}),
     "flat, llama3 rope, theta": flat_config(rope_scaling=LLAMA3, rope_theta=100.0),
+    "flat, yarn rope": flat_config(rope_scaling=YARN, rope_theta=50.0),
     "flat, biases": flat_config(attention_bias=True, mlp_bias=True),
     "flat, whole vocabulary": flat_config(draft_vocab_size=VOCAB),
     "flat, target hidden size": flat_config(hidden_size=32, head_dim=8, target_hidden_size=HIDDEN),
