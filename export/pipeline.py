@@ -58,6 +58,7 @@ class ExportPlan:
         options: what was asked for.
         model: the causal language model; its weights are on the meta device until :func:`export_programs`.
         facts: its sizes and token ids.
+        config: fields of the config that the model was built from.
         total_layers: layers before ``options.layers`` cut them.
         max_seq_len: positions that the caches hold.
         methods: the methods to export.
@@ -68,6 +69,7 @@ class ExportPlan:
     options: ExportOptions
     model: nn.Module
     facts: ModelFacts
+    config: Mapping[str, Any]
     total_layers: int
     max_seq_len: int
     methods: tuple[MethodSpec, ...]
@@ -118,8 +120,10 @@ class ExportPlan:
                 "dtype": options.dtype,
                 "max_seq_len": self.max_seq_len,
                 "sliding_window": self.facts.window,
+                "config": dict(self.config),
             },
             "weights": weights,
+            "tokenizer": [path.name for path in self.extra_files],
         }
         return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
 
@@ -138,7 +142,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         raise UsageError("a checkpoint brings its own config and weights: leave out config, small and random_seed")
     if options.config is not None and options.small:
         raise UsageError("config and small both name a size")
-    model = spec.build(_config_fields(spec, options))
+    config = _config_fields(spec, options)
+    model = spec.build(config)
     total_layers = len(decoder_layers(model))
     if options.layers is not None:
         cut_layers(model, options.layers)
@@ -165,7 +170,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         decode=spec.min_forward == 1 and (draft is None or options.with_decode),
         draft=draft is not None,
     )
-    return ExportPlan(options, model, facts, total_layers, max_seq_len, methods, checkpoint, draft)
+    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint, draft)
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashpte.kernels import tuning
-from flashpte.kernels.primitives import LOG2E, MASK_BOOL, MASK_FLOAT, MASK_NONE
+from flashpte.kernels.primitives import INTERPRETED, LOG2E, MASK_BOOL, MASK_FLOAT, MASK_NONE
+
+# Whether a program that is being traced may get Gluon kernels: set while lowering, which teaches Inductor about them.
+GLUON_IN_GRAPHS = False
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
@@ -61,6 +65,27 @@ def exponent_scale(dtype: torch.dtype, mask: torch.Tensor | None) -> float:
 def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself if its last dimension is contiguous, else one contiguous copy."""
     return tensor if static_int(tensor.stride(-1)) == 1 or static_int(tensor.shape[-1]) == 1 else tensor.contiguous()
+
+
+def takes_gluon(tensor: torch.Tensor) -> bool:
+    """Whether a Gluon kernel can be launched for ``tensor``: now, or later from a program that is being traced."""
+    return not INTERPRETED and (type(tensor) in (torch.Tensor, torch.nn.Parameter) or GLUON_IN_GRAPHS)
+
+
+def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
+    """Whether every row ``tensor[..., :]`` of a 16-bit dtype is known to start at a multiple of 16 bytes.
+
+    Strides have to be multiples of 16 elements, which is what Triton and Inductor tell the compiler about integers.
+    """
+
+    def multiple(number: int | torch.SymInt, of: int) -> bool:
+        return statically_known_true(number % of == 0)
+
+    if not all(multiple(broadcast_stride(tensor, d), 16) for d in range(tensor.dim() - 1)):
+        return False
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        return tensor.data_ptr() % 16 == 0
+    return multiple(tensor.storage_offset(), 8)
 
 
 def empty_output(query: torch.Tensor, v_head_dim: int, dim_order: Sequence[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,13 +21,17 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.hopper import _tiled_hopper_kernel
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
+    broadcast_stride,
     cdiv,
     check_attention,
+    copies_in_16_bytes,
     empty_output,
     exponent_scale,
+    takes_gluon,
     with_unit_stride,
 )
 from flashpte.kernels.primitives import (
@@ -223,7 +228,7 @@ def launch_tiled(
     is_causal: bool,
     scale: float,
     dim_order: Sequence[int],
-    config: tuning.TiledConfig | None = None,
+    config: tuning.TiledConfig | tuning.HopperConfig | None = None,
     intervals: Intervals | None = None,
     out: torch.Tensor | None = None,
     enabled: int | torch.SymInt = 1,
@@ -240,7 +245,7 @@ def launch_tiled(
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
-        config: tile choice; by default :func:`tuning.choose_tiled`'s for the current arch.
+        config: tile choice, which also says which kernel; by default the current arch's.
         intervals: a mask in another form, instead of ``mask``.
         out: where to write the result; allocated here when ``None``.
         enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernel is launched.
@@ -251,9 +256,9 @@ def launch_tiled(
     check_attention(query, key, value, mask, is_causal, dim_order, intervals)
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
-    if config is None:
-        config = tuning.choose_tiled(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
+    if config is None:
+        config = _choose(query, key, value, mask, scale)
     if out is None:
         out = empty_output(query, v_head_dim, dim_order)
     map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
@@ -262,8 +267,7 @@ def launch_tiled(
     elif tiles is None and mask is not None:
         tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
-    kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
+    arguments = [
         query,
         key,
         value,
@@ -271,15 +275,7 @@ def launch_tiled(
         query if tiles is None else tiles,
         query if counts is None else counts,
         out,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        key.stride(0),
-        key.stride(1),
-        key.stride(2),
-        value.stride(0),
-        value.stride(1),
-        value.stride(2),
+        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
         *mask_strides,
         *out.stride(),
         *([0] * 3 if tiles is None else map_strides(tiles)),
@@ -287,18 +283,39 @@ def launch_tiled(
         q_len,
         kv_len,
         scale,
-        GROUP=heads_q // heads_kv,
-        HEAD_DIM=head_dim,
-        V_HEAD_DIM=v_head_dim,
+    ]
+    constants: dict[str, Any] = {
+        "GROUP": heads_q // heads_kv,
+        "HEAD_DIM": head_dim,
+        "V_HEAD_DIM": v_head_dim,
+        "MAP_BLOCK_M": map_m,
+        "MAP_BLOCK_N": map_n,
+        "CAUSAL": is_causal,
+        **mask_flags,
+        "EXP2_SCALE": exponent_scale(query.dtype, mask),
+    }
+    row_tiles = cdiv(q_len, config.block_m) * enabled
+    if isinstance(config, tuning.HopperConfig):
+        wrap_triton(_tiled_hopper_kernel)[(row_tiles * cdiv(v_head_dim, config.block_dv), heads_q, batch)](
+            *arguments,
+            **constants,
+            BLOCK_D=max(64, tuning.padded_head_dim(head_dim)),
+            BLOCK_DV=config.block_dv,
+            BLOCK_N=config.block_n,
+            STAGES=config.num_stages,
+            CONSUMER_REGISTERS=config.consumer_registers,
+            PRODUCER_REGISTERS=config.producer_registers,
+            num_warps=4,
+        )
+        return out
+    kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
+    kernel[(row_tiles, heads_q, batch)](
+        *arguments,
+        **constants,
         BLOCK_D=tuning.padded_head_dim(head_dim),
         BLOCK_DV=tuning.padded_head_dim(v_head_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        MAP_BLOCK_M=map_m,
-        MAP_BLOCK_N=map_n,
-        CAUSAL=is_causal,
-        **mask_flags,
-        EXP2_SCALE=exponent_scale(query.dtype, mask),
         EXACT=query.dtype == torch.float32,
         STAGES=config.num_stages,
         EDGE_BLOCK_N=config.edge_block_n,
@@ -307,3 +324,16 @@ def launch_tiled(
         num_stages=config.num_stages,
     )
     return out
+
+
+def _choose(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuning.TiledConfig | tuning.HopperConfig:
+    """The current arch's kernel and tile."""
+    shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
+    # The kernel for Hopper takes the maximum of the scores before it scales them.
+    if scale > 0 and takes_gluon(query) and all(map(copies_in_16_bytes, (query, key, value))):
+        hopper = tuning.choose_hopper(shape, arch)
+        if hopper is not None:
+            return hopper
+    return tuning.choose_tiled(shape, arch)

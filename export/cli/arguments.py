@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import tempfile
 from pathlib import Path
-from typing import NoReturn
 
+from flashpte.export.cli.parser import Parser, nonempty_path
 from flashpte.export.cli.report import check_report_path
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import get_target
@@ -52,17 +51,6 @@ SIGTERM and SIGHUP.
 The output folder appears complete or not at all."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as an exception: one line, where argparse prints its whole usage as well."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0].split("=")[0]
-        close = difflib.get_close_matches(unknown, list(self._option_string_actions), n=1, cutoff=0.6)
-        if message.startswith("unrecognized arguments") and close:
-            message = f"unknown flag {unknown}; did you mean {close[0]}?"
-        raise UsageError(f"{message} (see export-model --help)")
-
-
 def _dtype(text: str) -> str:
     name = _DTYPE_ALIASES.get(text, text)
     if name not in DTYPE_NAMES:
@@ -71,15 +59,9 @@ def _dtype(text: str) -> str:
     return name
 
 
-def _path(text: str) -> Path:
-    if not text:  # Path("") is the current folder; an unset shell variable is more likely
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``export-model``."""
-    parser = _Parser(
+    parser = Parser(
         prog="export-model",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -91,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
     model.add_argument("--list-targets", action="store_true", help="print the targets and exit")
     model.add_argument("--small", action="store_true", help="the target's architecture at a small size")
-    model.add_argument("--config", type=_path, metavar="FILE", help="a config.json that describes the model's size")
+    model.add_argument(
+        "--config", type=nonempty_path, metavar="FILE", help="a config.json that describes the model's size"
+    )
     model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
     model.add_argument(
         "--dtype",
@@ -104,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights = parser.add_argument_group("weights (one of the first two)")
     weights.add_argument(
         "--checkpoint",
-        type=_path,
+        type=nonempty_path,
         metavar="DIR",
         help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
     )
@@ -175,12 +159,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     output = parser.add_argument_group("output")
-    output.add_argument("--output-dir", type=_path, metavar="DIR", help="folder for the program and its manifest.json")
+    output.add_argument(
+        "--output-dir", type=nonempty_path, metavar="DIR", help="folder for the program and its manifest.json"
+    )
     output.add_argument(
         "--dry-run", action="store_true", help="print which kernel each attention node gets; no weights"
     )
     output.add_argument(
-        "--report", type=_path, metavar="FILE", help="write the routing of every attention node as JSON"
+        "--report", type=nonempty_path, metavar="FILE", help="write the routing of every attention node as JSON"
     )
     output.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
     output.add_argument("-q", "--quiet", action="store_true", help="show no progress")

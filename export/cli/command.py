@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
 import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashpte.export.cli.arguments import build_parser, check_arguments
+from flashpte.export.cli.endings import EXIT_OK, quiet_libraries, report_errors, stdout_may_close
 from flashpte.export.cli.progress import StageLog
 from flashpte.export.cli.report import write_report
-from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import list_targets
 from flashpte.export.options import ExportOptions
-from flashpte.export.signals import Terminated, raise_on_termination
+from flashpte.export.signals import raise_on_termination
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
     from flashpte.passes import RoutingReport
-
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,27 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str], verbose: bool) -> int:
     is_complete = _watch(None)
-    try:
+
+    def export() -> int:
+        nonlocal is_complete
         args = build_parser().parse_args(arguments)
         if args.list_targets:
-            with _stdout_may_close():
+            with stdout_may_close():
                 _print_targets()
             return EXIT_OK
         options = check_arguments(args)
         is_complete = _watch(args.output_dir)
         return _export(args, options)
-    except UsageError as error:
-        return _fail(str(error), EXIT_USAGE, verbose)
-    except ExportError as error:
-        return _fail("; ".join(filter(None, (str(error), is_complete()))), EXIT_FAILED, verbose)
-    except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        what = "interrupted" if number == signal.SIGINT else "terminated"
-        print(f"export-model: {what}; {is_complete() or 'nothing written'}", file=sys.stderr)
-        return 128 + number
-    except Exception as error:  # the door of the program: whatever it is, the user gets one line and an exit code
-        hint = "" if verbose else " (run again with -v for the traceback)"
-        return _fail(f"unexpected {type(error).__name__}: {error}{hint}", EXIT_FAILED, verbose)
+
+    return report_errors(
+        "export-model", export, verbose=verbose, state=lambda: is_complete(), nothing_done="nothing written"
+    )
 
 
 def _watch(output: Path | None) -> Callable[[], str]:
@@ -90,27 +76,6 @@ def _watch(output: Path | None) -> Callable[[], str]:
     return is_complete
 
 
-@contextlib.contextmanager
-def _stdout_may_close() -> Iterator[None]:
-    """A reader that went away (``| head``) is no error; a full disk behind stdout is."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        # Python flushes once more when it exits, and would complain.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise ExportError(f"cannot print the result: {error.strerror}") from error
-
-
-def _fail(message: str, code: int, verbose: bool) -> int:
-    if verbose:
-        traceback.print_exc()
-    print(f"export-model: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
 def _print_targets() -> None:
     targets = list_targets()
     width = max(len(spec.name) for spec in targets)
@@ -119,7 +84,7 @@ def _print_targets() -> None:
 
 
 def _export(args: argparse.Namespace, options: ExportOptions) -> int:
-    with StageLog(quiet=args.quiet) as progress, _quiet_libraries(args.verbose):
+    with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose):
         # torch and transformers load here, after every check that can do without them
         from flashpte.export.lowering.cross_compile import find_arch
         from flashpte.export.lowering.preflight import check_surroundings
@@ -136,28 +101,11 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
         else:
             result = export_model(plan, args.output_dir, arch=args.arch, format=args.format, progress=progress)
             lowered, reports = result.lowered, result.reports
-    with _stdout_may_close():
+    with stdout_may_close():
         _print_result(options, lowered, reports)
     if args.report is not None:
         write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
     return EXIT_OK
-
-
-@contextlib.contextmanager
-def _quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Keeps the libraries' warnings and prints away: stdout is for results, stderr for progress and errors."""
-    if verbose:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-        return
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # some log the traceback of an error that is reported in one line anyway
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports: Mapping[str, RoutingReport]) -> None:

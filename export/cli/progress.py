@@ -51,6 +51,12 @@ class StageLog:
         else:
             self._bar.update(self._task, description=stage)
 
+    def stop(self) -> None:
+        """Takes the spinner away, before somebody else writes to the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._quiet = None, True
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -25,7 +25,7 @@ from flashpte.export.lowering.executorch import (
     mutable_buffer_metadata,
     write_pte,
 )
-from flashpte.export.lowering.manifest import build_manifest, describe_files, write_manifest
+from flashpte.export.lowering.manifest import build_manifest, describe_files, describe_method, write_manifest
 from flashpte.export.lowering.output import MANIFEST_NAME, OutputError, atomic_folder, check_free_space
 from flashpte.export.lowering.preflight import Format, check_programs, check_request, check_surroundings
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
@@ -106,6 +106,9 @@ def lower(
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
     tell = progress or (lambda stage: None)
+    # Before compiling, which may narrow the ranges of dynamic sizes in the programs as well: a guard on how it lays out
+    # a tensor, not on which sizes the code is right for.
+    methods = {name: describe_method(program) for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"
         tell(f"compiling {', '.join(programs)} for {target.name}")
@@ -132,7 +135,7 @@ def lower(
             for file in extra_files:
                 shutil.copyfile(file, folder / Path(file).name)
             document = build_manifest(
-                programs,
+                methods,
                 arch=target.name,
                 package=format,
                 attention=attention,

@@ -38,9 +38,12 @@ def versions() -> dict[str, str]:
 def describe_method(program: ExportedProgram) -> dict[str, Any]:
     """A method's inputs and outputs, in calling order, with dtypes and shapes.
 
-    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound.
+    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound, and equal
+    expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer.
     """
+    mutable = mutated_buffers([program])
     by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    buffers = {fqn: by_name[name] for name, fqn in program.graph_signature.inputs_to_buffers.items()}
     inputs = [
         _describe_value(spec.arg, by_name, program)
         for spec in program.graph_signature.input_specs
@@ -54,7 +57,10 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
     return {
         "inputs": inputs,
         "outputs": outputs,
-        "mutable_buffers": list(mutated_buffers([program])),
+        "mutable_buffers": list(mutable),
+        "buffers": {
+            fqn: {"dtype": _dtype_name(buffers[fqn].dtype), "shape": list(buffers[fqn].shape)} for fqn in mutable
+        },
     }
 
 
@@ -65,11 +71,17 @@ def _describe_value(argument: Any, by_name: Mapping[str, Any], program: Exported
     value = by_name.get(name)
     if not isinstance(value, torch.Tensor):
         return {"name": name, "type": type(value).__name__}
-    return {
+    described = {
         "name": name,
-        "dtype": str(value.dtype).removeprefix("torch."),
+        "dtype": _dtype_name(value.dtype),
         "shape": [_describe_size(size, program) for size in value.shape],
     }
+    dynamic = {str(axis): str(size) for axis, size in enumerate(value.shape) if not isinstance(size, int)}
+    return {**described, "dynamic": dynamic} if dynamic else described
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | list[int | None]:
@@ -104,7 +116,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def build_manifest(
-    programs: Mapping[str, ExportedProgram],
+    methods: Mapping[str, Mapping[str, Any]],
     *,
     arch: str,
     package: str,
@@ -113,7 +125,10 @@ def build_manifest(
     files: Mapping[str, Any],
     caller: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input."""
+    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input.
+
+    ``methods`` holds what :func:`describe_method` says of each.
+    """
     return {
         **caller,
         "generator": GENERATOR,
@@ -122,7 +137,7 @@ def build_manifest(
         "arch": arch,
         "format": package,
         "attention": attention,
-        "methods": {name: describe_method(program) for name, program in programs.items()},
+        "methods": dict(methods),
         "constant_methods": dict(constant_methods),
         "files": dict(files),
     }

@@ -19,6 +19,7 @@ from flashpte.export.lowering.elf import Elf, ElfError
 
 _WEIGHTS_MAGIC = b"ETCUDAFQN3"  # ExecuTorch 1.5's layout of the CUDA delegate's payload
 _PTD_HEADER_OFFSET = 8
+_COPY_OPERATORS = ("et_copy::_h2d_copy", "et_copy::_d2h_copy")
 
 
 class ContentsError(ExportError):
@@ -84,6 +85,7 @@ class Method:
         library: the delegate's code.
         weights: tensors bound by FQN when the method is loaded, constants and mutable buffers alike.
         argument_order: for each argument of the delegate, which of the method's inputs it is (the order differs).
+        result_order: for each output of the method, which of the delegate's results it is.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Method:
     library: SharedLibrary
     weights: tuple[WeightEntry, ...]
     argument_order: tuple[int, ...]
+    result_order: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +195,7 @@ def _read_method(plan: Any, payloads: list[bytes], blobs: Mapping[str, bytes]) -
     key, weights = _read_payload(payloads[0])
     if key not in blobs:
         raise ContentsError(f"method {plan.name} refers to a shared library that is not in the file")
+    arguments, results = _call_order(plan)
     return Method(
         name=plan.name,
         delegates=tuple(delegate.id for delegate in plan.delegates),
@@ -199,23 +203,36 @@ def _read_method(plan: Any, payloads: list[bytes], blobs: Mapping[str, bytes]) -
         compile_specs={spec.key: bytes(spec.value).decode() for spec in plan.delegates[0].compile_specs},
         library=read_library(blobs[key]),
         weights=weights,
-        argument_order=_argument_order(plan),
+        argument_order=arguments,
+        result_order=results,
     )
 
 
-def _argument_order(plan: Any) -> tuple[int, ...]:
-    """Follows the delegate's arguments back through the copies to the device to the method's inputs."""
+def _call_order(plan: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Follows the delegate's arguments and results through the copies between host and device.
+
+    Returns:
+        For each argument of the delegate, which input of the method it is; for each output of the method, which result
+        of the delegate it is. A delegate's arguments are its inputs, then its results.
+    """
     from executorch.exir.schema import DelegateCall, KernelCall
 
-    source: dict[int, int] = {}  # value on the device: value it was copied from
+    origin: dict[int, int] = {}  # a copy: the value it was copied from
+    called: list[int] | None = None
     for instruction in plan.chains[0].instructions:
         call = instruction.instr_args
-        if isinstance(call, KernelCall) and plan.operators[call.op_index].name == "et_copy::_h2d_copy":
-            source[call.args[-1]] = source[call.args[1]] = call.args[0]  # (input, out, out)
-        elif isinstance(call, DelegateCall):
-            values = [source.get(value, value) for value in call.args]
-            return tuple(plan.inputs.index(value) for value in values if value in plan.inputs)
-    return ()
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in _COPY_OPERATORS:
+            origin[call.args[-1]] = origin[call.args[1]] = call.args[0]  # (input, out, out)
+        elif isinstance(call, DelegateCall) and called is None:
+            called = list(call.args)
+    if called is None:
+        return (), ()
+    inputs = [value for value in called if origin.get(value, value) in plan.inputs]
+    results = [value for value in called if origin.get(value, value) not in plan.inputs]
+    return (
+        tuple(plan.inputs.index(origin.get(value, value)) for value in inputs),
+        tuple(results.index(value) for value in (origin.get(v, v) for v in plan.outputs) if value in results),
+    )
 
 
 def _read_payload(payload: bytes) -> tuple[str, tuple[WeightEntry, ...]]:

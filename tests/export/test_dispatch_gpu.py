@@ -10,9 +10,9 @@ import copy
 import pytest
 import torch
 from dynamic_attention import KEYS, LONGEST, WIDTH, DynamicAttention, dynamic_program
-from pte_on_gpu import PteOnGpu
 
 from flashpte.export.lowering import lower
+from flashpte.export.runtime import Program
 from flashpte.passes import replace_sdpa
 
 pytestmark = pytest.mark.gpu
@@ -27,8 +27,7 @@ def runner(tmp_path_factory):
     assert all(len(n.branches) == 2 for n in report.nodes)
     folder = tmp_path_factory.mktemp("dispatch")
     lower({"forward": program}, output_dir=folder / "out", arch=None)
-    (folder / "scratch").mkdir()
-    return PteOnGpu(folder / "out", folder / "scratch")
+    return Program.open(folder / "out")
 
 
 @pytest.fixture(scope="module")

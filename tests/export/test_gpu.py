@@ -11,11 +11,11 @@ import json
 
 import pytest
 import torch
-from pte_on_gpu import PteOnGpu
 
 from flashpte.export.cli import main
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import load_weights, plan_export
+from flashpte.export.runtime import Program
 
 pytestmark = pytest.mark.gpu
 
@@ -48,8 +48,8 @@ def test_the_manifest_names_this_gpu(folder):
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
 
 
-def test_prefill_decode_and_verify_follow_the_eager_model_past_the_window(folder, eager, tmp_path):
-    program = PteOnGpu(folder, tmp_path)
+def test_prefill_decode_and_verify_follow_the_eager_model_past_the_window(folder, eager):
+    program = Program.open(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     chunk = manifest["constant_methods"]["get_max_prefill_chunk"]
     generator = torch.Generator().manual_seed(1)

@@ -63,6 +63,12 @@ def test_prefill(case):
     check(*run(case))
 
 
+@pytest.mark.parametrize("case", random_cases(70, (100, 128, 300, 1025), 4), ids=str)
+def test_prefill_by_the_kernel_of_other_archs(case, monkeypatch):
+    monkeypatch.setattr(tuning, "choose_hopper", lambda shape, arch: None)
+    check(*run(case))
+
+
 REAL_SHAPES = {
     "gemma-full": dict(heads_q=32, heads_kv=4, head_dim=512, scale=0.06),
     "gemma-sliding": dict(heads_q=32, heads_kv=16, head_dim=256, scale=0.08),
@@ -150,6 +156,15 @@ def test_tile_map_on_gpu_equals_its_reference():
             assert torch.equal(tiles.cpu()[listed], expected[0][listed])
 
 
+# Needs compute capability 9.0.
+HOPPER_TILES = (
+    tuning.HopperConfig(128, 128, 3),
+    tuning.HopperConfig(64, 128, 2),
+    tuning.HopperConfig(32, 64, 4),
+    tuning.HopperConfig(128, 64, 1),
+)
+
+
 def test_results_do_not_depend_on_the_tiles():
     p = build(Case(8, 1500, heads_q=16, heads_kv=2, head_dim=128, dtype=torch.bfloat16, mask="bool_ring"), "cuda")
     for config in (
@@ -164,6 +179,7 @@ def test_results_do_not_depend_on_the_tiles():
         tuning.TiledConfig(128, 64, 8, 2, 64, 1),
         tuning.TiledConfig(16, 16, 4, 1, 16, 1),
         tuning.TiledConfig(64, 128, 4, 3, 64, 1),
+        *HOPPER_TILES,
     ):
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
 

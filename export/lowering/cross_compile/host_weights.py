@@ -98,7 +98,10 @@ def move_program(
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta.get("val"))
-    with torch.no_grad(), mode:
+    # Moving a tensor sorts its strides, and comparing a dynamic size with a number would fix which is larger: the code
+    # would be compiled for a part of the range only.
+    guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with torch.no_grad(), mode, guards:
         program = stock_pass(program, "cuda:0")
     for pool in (program.state_dict, program.constants):
         for name, tensor in pool.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import host_weights
+from flashpte.export.lowering.cross_compile import gluon, host_weights
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags, embed_cubin
@@ -251,6 +251,27 @@ TABLE: tuple[Override, ...] = (
         "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block",
         "launches every kernel to compile and time it",
         _compile_kernels,
+    ),
+    # Kernels written in Gluon.
+    Override(
+        "flashpte.kernels.launch:GLUON_IN_GRAPHS",
+        "without the entries below, a program can only hold kernels that Inductor understands",
+        lambda target, original: True,
+    ),
+    Override(
+        "torch._inductor.codegen.wrapper:user_defined_triton_kernel_transitive_closure_source_code",
+        "writes out the kernel's functions as Triton's, and no modules they use",
+        lambda target, original: gluon.source_code(original),
+    ),
+    Override(
+        "torch._inductor.runtime.triton_heuristics:ASTSource",
+        "compiles every kernel as Triton",
+        lambda target, original: gluon.ast_source(original),
+    ),
+    Override(
+        "torch._higher_order_ops.triton_kernel_wrap:generate_ttir",
+        "cannot make intermediate code of Gluon: all arguments would count as written, and be copied",
+        lambda target, original: gluon.generate_ttir(original),
     ),
     # Layouts.
     Override(

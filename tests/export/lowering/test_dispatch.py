@@ -11,6 +11,7 @@ from wrappers import allocated, wrapper_source
 
 from flashpte.export.lowering import inspect_pte, lower
 from flashpte.export.lowering.cross_compile import overrides
+from flashpte.export.lowering.manifest import describe_method
 from flashpte.passes import replace_sdpa
 
 pytestmark = pytest.mark.lowering
@@ -32,7 +33,9 @@ def source(program, tmp_path_factory):
 
 
 def test_one_method_holds_both_kernels_once(program, tmp_path):
-    lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")  # with its self check
+    described = describe_method(program)
+    lowered = lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")  # with its self check
+    assert lowered.manifest["methods"]["forward"] == described  # the range asked for, whatever compiling made of it
     (method,) = inspect_pte(tmp_path / "out" / "model.pte").methods.values()
     kernels = [kernel for cubin in method.library.cubins for kernel in cubin.kernels]
     # Compiled once for each form of mask.

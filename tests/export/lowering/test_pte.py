@@ -73,9 +73,19 @@ def test_manifest(lowered):
         data = (lowered.folder / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     x, position = manifest["methods"]["prefill"]["inputs"]
-    assert x == {"name": "x", "dtype": "bfloat16", "shape": [1, [2, 64], 256]}
+    rows = position["dynamic"]["0"]
+    assert x == {"name": "x", "dtype": "bfloat16", "shape": [1, [2, 64], 256], "dynamic": {"1": rows}}
     assert position["shape"] == [[2, 64]]
-    assert manifest["methods"]["decode"]["mutable_buffers"] == ["k_cache", "v_cache"]
+    decode = manifest["methods"]["decode"]
+    assert decode["mutable_buffers"] == ["k_cache", "v_cache"]
+    assert decode["buffers"]["v_cache"] == {"dtype": "bfloat16", "shape": [1, 256, 4, 64]}
+    assert "dynamic" not in decode["inputs"][0]
+
+
+def test_order_of_arguments_and_results(contents):
+    for method in contents.methods.values():
+        assert sorted(method.argument_order) == [0, 1]
+        assert method.result_order == (0,)
 
 
 def test_host_code_is_portable_and_anonymous(lowered, contents):

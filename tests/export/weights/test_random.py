@@ -1,5 +1,7 @@
 """Random weights are a function of the seed and the tensor's name, and of nothing else."""
 
+import json
+
 import pytest
 import torch
 
@@ -63,3 +65,37 @@ def test_known_values():
     """The values themselves: the same on every machine and in every torch release."""
     tensor = random_tensor("model.norm.weight", torch.Size([4]), torch.float32, 0)
     assert tensor.tolist() == [1.0630356073379517, 0.6489343643188477, 0.9562625885009766, 0.6192308068275452]
+
+
+def test_scores_and_heads_are_scaled():
+    """Powers of two of what the names alone give; a head of its own leans towards the embedding of the token before."""
+    tied = weights(random_seed=0)
+    name = "model.layers.0.self_attn.q_norm.weight"
+    assert torch.equal(tied[name], random_tensor(name, tied[name].shape, torch.bfloat16, 0) / 4)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(tied[embedding], random_tensor(embedding, tied[embedding].shape, torch.bfloat16, 0))
+
+
+def test_a_head_of_its_own(tmp_path):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 256,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    plan = plan_export(ExportOptions("hf", config=path, random_seed=0, dtype="float32"))
+    load_weights(plan)
+    state = plan.model.state_dict()
+    rows = random_tensor("model.embed_tokens.weight", torch.Size([64, 256]), torch.float32, 0)
+    noise = random_tensor("lm_head.weight", torch.Size([64, 256]), torch.float32, 0)
+    assert torch.equal(state["model.embed_tokens.weight"], rows * 16)
+    assert torch.equal(state["lm_head.weight"], noise + rows.roll(1, 0))
+    # so that a greedy continuation counts
+    logits = plan.model(torch.arange(20)[None], use_cache=False, attention_mask=torch.ones(1, 1, 20, 20).tril().bool())
+    assert (logits.logits[0].argmax(-1) == torch.arange(1, 21)).float().mean() > 0.9

@@ -1,0 +1,120 @@
+"""A whole model, end to end: prefill, decode and verify with our kernels, with ExecuTorch's, and with plain math.
+
+    python examples/benchmarks/whole_model.py --work-dir work --json whole_model.json --plot whole_model.png
+
+Gemma 4 31B at full width, cut to one period of its layers and a smaller vocabulary, with random bfloat16 weights,
+exported three times side by side on this machine and run from the .pte. Needs a GPU, about 25 GB of disk and 40 GB of
+host memory. On an H200 with 16 cores expect: weights and export 3 to 5 minutes, for the three together; loading and
+verifying 15 s each; measuring 5 s each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+KINDS = {"flashpte": [], "executorch": ["--no-replace", "executorch"], "math": ["--no-replace", "math"]}
+
+
+def start_export(folder: Path, kind: str, config: Path, args: argparse.Namespace) -> subprocess.Popen:
+    """Starts export-model for one kind of attention; its output goes to a file beside the folder."""
+    command = [
+        *(sys.executable, "-W", "ignore", "-c", "import sys; from flashpte.export.cli import main; sys.exit(main())"),
+        *("--target", "gemma4-31b", "--config", str(config), "--layers", str(args.layers), "--random-weights"),
+        *("--max-seq-len", str(args.max_seq_len), "--max-prefill-chunk", str(args.prefill_chunk)),
+        *("--verify-window", str(args.verify_window), "--output-dir", str(folder), *KINDS[kind]),
+    ]
+    with folder.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def export_all(args: argparse.Namespace) -> dict[str, Path]:
+    """Exports every kind at once, each in a process of its own; what a folder already holds is kept."""
+    from flashpte.export.models.gemma4 import GEMMA4_31B, GEMMA4_SMALL
+
+    size = dict(GEMMA4_SMALL if args.small else {**GEMMA4_31B, "vocab_size": args.vocabulary})
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    config = args.work_dir / "config.json"
+    config.write_text(json.dumps(size))
+    folders = {kind: args.work_dir / kind for kind in args.kinds}
+    running = {
+        kind: start_export(folder, kind, config, args)
+        for kind, folder in folders.items()
+        if not (folder / "manifest.json").is_file()
+    }
+    for kind, process in running.items():
+        if process.wait() != 0:
+            said = folders[kind].with_suffix(".log").read_text().splitlines()[-1:]
+            print(f"{kind}: export failed: {said}", file=sys.stderr)
+            del folders[kind]
+    return folders
+
+
+def measure(folder: Path, args: argparse.Namespace):
+    """The profile of one export."""
+    import torch
+
+    from flashpte.export.runtime import Program
+    from flashpte.export.runtime.profile import plan_profile, profile_program
+
+    program = Program.open(folder, cuda_graphs=args.cuda_graph)
+    report = profile_program(program, plan_profile(program, [args.context], args.prefill))
+    del program
+    gc.collect()
+    torch.cuda.empty_cache()
+    return report
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, required=True, help="folder for the exports")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=32_768)
+    parser.add_argument("--max-seq-len", type=int, default=32_768)
+    parser.add_argument("--prefill-chunk", type=int, default=1024)
+    parser.add_argument("--verify-window", type=int, default=5)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--small", action="store_true", help="the small Gemma 4, to try the script itself")
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--keep", action="store_true", help="keep the exports")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    start = time.monotonic()
+    folders = export_all(args)
+    print(f"[{time.monotonic() - start:6.1f} s] exported {', '.join(folders)}", file=sys.stderr)
+    reports = {}
+    for kind, folder in folders.items():
+        try:
+            reports[kind] = measure(folder, args)
+        except Exception as error:  # one kind that fails leaves the others
+            print(f"{kind}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        print(f"[{time.monotonic() - start:6.1f} s] measured {kind}", file=sys.stderr)
+        print(f"{kind}\n" + "\n".join(reports[kind].lines()) + "\n")
+        if args.json is not None:  # after each: what is measured stays
+            shown = {"arguments": {name: str(value) for name, value in vars(args).items()}}
+            args.json.write_text(json.dumps({**shown, **{k: r.to_dict() for k, r in reports.items()}}, indent=1) + "\n")
+    if args.plot is not None and reports:
+        from flashpte.export.runtime.plot import draw_beside
+
+        draw_beside(reports, args.plot)
+    if not args.keep:
+        shutil.rmtree(args.work_dir)
+    return 0 if len(reports) == len(args.kinds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

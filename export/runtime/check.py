@@ -1,0 +1,320 @@
+"""``run-model --check``: a program against the eager Hugging Face model it was exported from.
+
+Compared are the logits of every method along a walk through the whole cache, the keys and values that the walk left in
+it, by group of layers, the weights byte for byte, and the choices along a greedy sequence of the eager model. Logits
+alone would not do: attention that is a little wrong moves them by little, and keys of the layers above show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.runtime.check_plan import Step, plan_walk
+from flashpte.export.runtime.compare import Comparison, compare, worst
+from flashpte.export.runtime.language_model import LanguageModel, RunsMethods
+from flashpte.export.runtime.reference import EagerModel, Evaluation
+
+TEACHER_TOKENS = 200
+_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Choices along a greedy sequence of the eager model, whose tokens are fed whatever the program chooses.
+
+    Attributes:
+        tokens: how many choices.
+        agreeing: how many are the same.
+        tolerance: twice the error that the logits may have: a smaller margin between the reference's first and second
+            choice may turn.
+        above: choices whose margin is above the tolerance.
+        wrong: positions among those where the program chose another token; must be empty.
+        margins: the reference's margins, smallest, median and largest.
+        distinct: different tokens in the sequence.
+    """
+
+    tokens: int
+    agreeing: int
+    tolerance: float
+    above: int
+    wrong: tuple[int, ...]
+    margins: tuple[float, float, float]
+    distinct: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether no clear choice differs."""
+        return not self.wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What a check found.
+
+    Attributes:
+        comparisons: of each method's logits, each group's keys and values.
+        agreement: along the greedy sequence; ``None`` without a decode method.
+        weights_equal: tensors that are the model's, byte for byte.
+        weights_different: names of those that are not.
+        unchecked: methods that are none of a language model's.
+        calls: how many calls were made, by method.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    agreement: Agreement | None
+    weights_equal: int
+    weights_different: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    calls: Mapping[str, int]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that was looked at is within its bounds."""
+        agrees = self.agreement is None or self.agreement.passed
+        return all(c.passed for c in self.comparisons) and agrees and not self.weights_different
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        agreement = None
+        if self.agreement is not None:
+            agreement = {**dataclasses.asdict(self.agreement), "passed": self.agreement.passed}
+        return {
+            "passed": self.passed,
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "teacher_forced": agreement,
+            "weights": {"equal": self.weights_equal, "different": list(self.weights_different)},
+            "unchecked_methods": list(self.unchecked),
+            "calls": dict(self.calls),
+        }
+
+    def lines(self) -> list[str]:
+        """For people: a table, the greedy sequence, and what is wrong."""
+        rows: list[tuple[str, ...]] = [("", "max error", "allowed", "relative", "allowed", "values", "")]
+        for c in self.comparisons:
+            verdict = "ok" if c.passed else f"WRONG, worst {c.worst}"
+            errors = (c.max_error, c.max_allowed, c.relative_error, c.relative_allowed)
+            rows.append((c.what, *(f"{value:.3g}" for value in errors), str(c.values), verdict))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6)), row[6]]).rstrip()
+            for row in rows
+        ]
+        lines.append("calls: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
+        lines += _agreement_lines(self.agreement)
+        if self.weights_equal or self.weights_different:
+            lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
+        if self.weights_different:
+            named = ", ".join(self.weights_different[:5])
+            lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
+        if self.unchecked:
+            lines.append(f"not checked: {', '.join(self.unchecked)}")
+        lines.append("check passed" if self.passed else "check FAILED")
+        return lines
+
+
+def _agreement_lines(found: Agreement | None) -> list[str]:
+    if found is None:
+        return []
+    low, middle, high = found.margins
+    lines = [
+        f"teacher-forced: {found.tokens} greedy tokens ({found.distinct} distinct), argmax agrees at {found.agreeing}; "
+        f"{found.above} have a top-2 margin above {found.tolerance:.3g} "
+        f"(margins {low:.3g} .. {middle:.3g} .. {high:.3g})"
+    ]
+    if found.wrong:
+        lines.append(f"teacher-forced: WRONG at {len(found.wrong)} clear choices, first at token {found.wrong[0]}")
+    return lines
+
+
+def check_program(
+    program: RunsMethods,
+    own: EagerModel,
+    reference: EagerModel,
+    *,
+    dtype: torch.dtype,
+    window: int | None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    model_weights: Mapping[str, torch.Tensor] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Runs a program against eager models.
+
+    Args:
+        program: what is checked; its buffers are written to and reset.
+        own: the eager model in the program's dtype, the yardstick.
+        reference: the same in a wider dtype, the truth.
+        dtype: the program's.
+        window: the sliding window, if the model has one.
+        weights: the program's tensors by FQN, to be compared with ``model_weights``.
+        model_weights: the model's ``state_dict()``.
+        progress: called with a short line at each stage.
+
+    Raises:
+        ProgramError: the program is no language model, or failed to run.
+    """
+    tell = progress or (lambda stage: None)
+    model = LanguageModel(program)
+    equal, different = _compare_weights(weights or {}, model_weights or {})
+    generator = torch.Generator().manual_seed(_SEED)
+    vocabulary = int(program.constants["get_vocab_size"])
+    tokens = torch.randint(0, vocabulary, (model.limits.max_seq_len,), generator=generator).tolist()
+    steps = plan_walk(model.limits, window)
+    tell(f"walking through {max(step.end for step in steps)} positions in {len(steps)} calls")
+    results = _walk(model, tokens, steps)
+    end = max(step.end for step in steps)
+    rows = sorted({position for step, logits in results for position in _rows(step, logits)})
+    tell("evaluating the eager model")
+    expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
+    comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
+    comparisons += _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    agreement = None
+    if model.limits.decode:
+        tell("following a greedy sequence")
+        teacher, agreement = _follow_greedy(model, own, reference, tokens, window, dtype)
+        comparisons.append(teacher)
+    model.reset()
+    known = (PREFILL, DECODE, TARGET_VERIFY)
+    return CheckReport(
+        comparisons=tuple(comparisons),
+        agreement=agreement,
+        weights_equal=equal,
+        weights_different=different,
+        unchecked=tuple(name for name in program.signatures if name not in known),
+        calls={name: sum(step.method == name for step in steps) for name in program.signatures if name in known},
+    )
+
+
+def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> list[tuple[Step, torch.Tensor]]:
+    model.reset()
+    results = []
+    for step in steps:
+        model.move_back(step.start)
+        logits = model.call(step.method, tokens[step.start : step.end])
+        model.program.synchronize()  # an error of the device belongs to this call
+        if step.compared:
+            results.append((step, logits[0].cpu()))
+    return results
+
+
+def _rows(step: Step, logits: torch.Tensor) -> range:
+    """The positions whose logits a call returned: all of its tokens, or the last."""
+    return range(step.start if logits.shape[0] == step.count else step.end - 1, step.end)
+
+
+def _compare_logits(
+    results: Sequence[tuple[Step, torch.Tensor]],
+    rows: Sequence[int],
+    expected: Evaluation,
+    yardstick: Evaluation,
+    dtype: torch.dtype,
+) -> list[Comparison]:
+    at = {position: index for index, position in enumerate(rows)}
+    comparisons = []
+    for method in dict.fromkeys(step.method for step, _ in results):
+        mine = [(step, logits) for step, logits in results if step.method == method]
+        indices = [at[position] for step, logits in mine for position in _rows(step, logits)]
+        actual = torch.cat([logits for _, logits in mine])
+        truth = expected.logits[indices]
+        error = (actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf)
+        position = rows[indices[int(error.argmax())]]
+        where = next(s for s, logits in mine if position in _rows(s, logits))
+        name = f"at position {position} ({where.count} tokens from {where.start})"
+        comparisons.append(compare(f"{method} logits", name, actual, truth, yardstick.logits[indices], dtype))
+    return comparisons
+
+
+def _compare_caches(
+    buffers: Mapping[str, torch.Tensor],
+    expected: Evaluation,
+    yardstick: Evaluation,
+    window: int | None,
+    dtype: torch.dtype,
+) -> list[Comparison]:
+    """Keys and values that are still in the caches, layer by layer; each group is as bad as its worst layer."""
+    groups: dict[str, list[Comparison]] = {}
+    for kind, letter, truths, owns in (
+        ("keys", "k", expected.keys, yardstick.keys),
+        ("values", "v", expected.values, yardstick.values),
+    ):
+        for layer, (truth, own) in enumerate(zip(truths, owns, strict=True)):
+            buffer = buffers.get(f"kv_cache.{letter}_{layer}")
+            if buffer is None:
+                continue
+            slots, length = buffer.shape[2], truth.shape[1]
+            is_ring = window is not None and slots < length
+            positions = torch.arange(max(0, length - slots), length)
+            held = buffer[0].cpu()[:, positions % slots]
+            name = f"{'sliding' if is_ring else 'full'} {kind}"
+            found = compare(name, f"in layer {layer}", held, truth[:, positions], own[:, positions], dtype)
+            groups.setdefault(name, []).append(found)
+    return [worst(group) for group in groups.values()]
+
+
+def _follow_greedy(
+    model: LanguageModel,
+    own: EagerModel,
+    reference: EagerModel,
+    tokens: Sequence[int],
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[Comparison, Agreement]:
+    length = model.limits.max_seq_len
+    prompt = list(tokens[: max(1, min(window or 64, length - TEACHER_TOKENS, length // 4 + 1))])
+    if model.limits.prefill is not None and len(prompt) < model.limits.prefill[0]:
+        prompt = list(tokens[: model.limits.prefill[0]])
+    count = min(TEACHER_TOKENS, length - len(prompt) + 1)
+    forced = reference.greedy(prompt, count)
+    model.reset()
+    logits = [model.prefill(prompt)]
+    logits += [model.decode(token) for token in forced[:-1]]
+    actual = torch.cat([row[0, -1:].cpu() for row in logits])
+    sequence, rows = prompt + forced[:-1], list(range(len(prompt) - 1, len(prompt) - 1 + count))
+    truth, yardstick = (eager.evaluate(sequence, rows).logits for eager in (reference, own))
+    return judge_greedy(actual, truth, yardstick, dtype)
+
+
+def judge_greedy(
+    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, dtype: torch.dtype
+) -> tuple[Comparison, Agreement]:
+    """Compares logits [N, V] along a greedy sequence, and the choices they lead to."""
+    comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
+    top = truth.double().topk(2, -1)
+    margins = top.values[:, 0] - top.values[:, 1]
+    tolerance = 2 * comparison.max_allowed
+    same = actual.argmax(-1) == top.indices[:, 0]
+    clear = margins > tolerance
+    wrong = (clear & ~same).nonzero().flatten().tolist()
+    return comparison, Agreement(
+        tokens=len(same),
+        agreeing=int(same.sum()),
+        tolerance=tolerance,
+        above=int(clear.sum()),
+        wrong=tuple(wrong),
+        margins=(float(margins.min()), float(margins.median()), float(margins.max())),
+        distinct=len(top.indices[:, 0].unique()),
+    )
+
+
+def _compare_weights(
+    weights: Mapping[str, torch.Tensor], model_weights: Mapping[str, torch.Tensor]
+) -> tuple[int, tuple[str, ...]]:
+    """Byte for byte; a tensor that only one of them has, or in another dtype, is not compared."""
+    equal, different = 0, []
+    for name, value in model_weights.items():
+        mine = weights.get(f"model.{name}")
+        if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+            continue
+        if torch.equal(_bits(mine.cpu()), _bits(value.cpu())):
+            equal += 1
+        else:
+            different.append(f"model.{name}")
+    return equal, tuple(different)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

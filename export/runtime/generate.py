@@ -1,0 +1,127 @@
+"""Text generation with a program: chunked prefill, then one token at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from flashpte.export.errors import UsageError
+from flashpte.export.runtime.folder import ProgramError
+from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated and what it took; times in seconds.
+
+    Attributes:
+        tokens: the new tokens, a final stop token included.
+        stopped: ``"stop token"``, ``"length"`` or ``"cache full"``.
+        prefill_s: until the prompt's logits were there.
+        first_token_s: until the first token was chosen.
+        decode_s: of each further token.
+    """
+
+    tokens: tuple[int, ...]
+    stopped: str
+    prefill_s: float
+    first_token_s: float
+    decode_s: tuple[float, ...]
+
+
+def check_prompt(prompt: Sequence[int], vocabulary: int | None) -> None:
+    """Raises unless every id is one of the vocabulary's.
+
+    Raises:
+        UsageError: the prompt is empty, or an id is not; an embedding would read beyond its end.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    for token in prompt:
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            bound = "" if vocabulary is None else f"..{vocabulary - 1}"
+            raise UsageError(f"prompt token {token} is not in the vocabulary (0{bound})")
+
+
+def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
+    """Chooses a token from logits [1, 1, V]: the largest at temperature 0, else by softmax(logits / temperature).
+
+    Raises:
+        ProgramError: the logits hold a NaN or an infinity.
+    """
+    row = logits.reshape(-1).float()
+    largest, index = row.max(0)
+    value, choice = torch.stack([largest.double(), index.double()]).tolist()  # one transfer
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ProgramError(f"the logits hold {value}: the program computed no distribution")
+    if temperature == 0.0:
+        return int(choice)
+    weights = torch.softmax((row - largest) / temperature, 0)
+    return int(torch.multinomial(weights, 1, generator=generator).item())
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    on_token: Callable[[int], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generation:
+    """Continues a prompt at the model's position.
+
+    Args:
+        model: its cache must have room for the prompt.
+        prompt: token ids.
+        max_new_tokens: at most this many new tokens.
+        temperature: 0 for the most likely token each time.
+        seed: of the choices at a temperature above 0.
+        stop: tokens that end the text.
+        on_token: called with each new token that is no stop token.
+        clock: seconds, for the times in the result.
+
+    Raises:
+        UsageError: the prompt is empty or holds an id that is none.
+        CacheFullError: the prompt does not fit into the cache. A cache that fills up later ends the text, see
+            ``stopped`` of the result: the token for which there is no slot is never fed.
+    """
+    check_prompt(prompt, model.program.constants.get("get_vocab_size"))
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    start = clock()
+    logits = model.prefill(prompt)
+    model.program.synchronize()
+    prefill_s = clock() - start
+    generator = None
+    if temperature > 0:
+        generator = torch.Generator(logits.device).manual_seed(seed)
+    tokens = [sample(logits, temperature, generator)]
+    first_token_s = clock() - start
+    times: list[float] = []
+    stopped = "length"
+    last = clock()
+    while True:
+        if tokens[-1] in stop:
+            stopped = "stop token"
+            break
+        if on_token is not None:
+            on_token(tokens[-1])
+        if len(tokens) >= max_new_tokens:
+            break
+        try:
+            logits = model.decode(tokens[-1])
+        except CacheFullError:
+            stopped = "cache full"
+            break
+        model.program.synchronize()  # an error of the device has a name here
+        tokens.append(sample(logits, temperature, generator))
+        now = clock()
+        times.append(now - last)
+        last = now
+    return Generation(tuple(tokens), stopped, prefill_s, first_token_s, tuple(times))

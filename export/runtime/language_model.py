@@ -1,0 +1,203 @@
+"""A program with the methods of a language model: chunked prefill, decode, verify, and the position they are at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from flashpte.export.errors import UsageError
+from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.runtime.folder import ProgramError
+from flashpte.export.runtime.signature import MethodSignature
+
+
+class RunsMethods(Protocol):
+    """What a :class:`~flashpte.export.runtime.program.Program` offers here; another runner may stand in for it."""
+
+    signatures: dict[str, MethodSignature]
+    constants: Mapping[str, Any]
+    buffers: dict[str, torch.Tensor]
+
+    def run(self, method: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Runs a method."""
+
+    def reset(self) -> None:
+        """Puts the buffers back."""
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+
+
+class CacheFullError(ProgramError):
+    """A call would write past the last slot of the KV cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program's methods admit.
+
+    Attributes:
+        max_seq_len: positions that the caches hold.
+        prefill: fewest and most tokens of one prefill call; ``None`` without that method.
+        decode: whether there is a method of one token.
+        verify: tokens of one target_verify call; ``None`` without that method.
+    """
+
+    max_seq_len: int
+    prefill: tuple[int, int] | None
+    decode: bool
+    verify: int | None
+
+
+def read_limits(signatures: Mapping[str, MethodSignature], constants: Mapping[str, Any]) -> Limits:
+    """Reads the limits from the methods' shapes and from the constant methods, whichever admits less.
+
+    Raises:
+        ProgramError: the program is not a language model of ours.
+    """
+    known = [name for name in (PREFILL, DECODE, TARGET_VERIFY) if name in signatures]
+    if not known:
+        raise ProgramError(f"not a language model: it has the methods {', '.join(signatures)}, none of prefill, decode")
+    for name in known:
+        ranks = [len(spec.shape) for spec in signatures[name].inputs]
+        if ranks != [2, 1] or any(spec.dtype != torch.int64 for spec in signatures[name].inputs):
+            inputs = ", ".join(map(str, signatures[name].inputs))
+            raise ProgramError(
+                f"{name} takes {inputs}; a language model's takes tokens [1, T] and input_pos [T], int64"
+            )
+    length = constants.get("get_max_seq_len")
+    if not isinstance(length, int) or length < 1:
+        raise ProgramError("the program does not say how many positions its caches hold (get_max_seq_len)")
+    prefill = None
+    if PREFILL in signatures:
+        low, high = _tokens(signatures[PREFILL])
+        low = max(low, constants.get("get_min_prefill_chunk", low))
+        high = min(length if high is None else high, constants.get("get_max_prefill_chunk", length), length)
+        if low > high:
+            raise ProgramError(f"prefill admits no length: at least {low} and at most {high} tokens")
+        prefill = (low, high)
+    verify = _tokens(signatures[TARGET_VERIFY])[0] if TARGET_VERIFY in signatures else None
+    return Limits(length, prefill, DECODE in signatures, verify)
+
+
+def _tokens(signature: MethodSignature) -> tuple[int, int | None]:
+    size = signature.inputs[0].shape[1]
+    return (size, size) if isinstance(size, int) else size
+
+
+def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
+    """Divides a prompt into calls, as ``(method, tokens)``.
+
+    Prefill takes as many tokens as it admits. What would be left of the last chunk and is too short for prefill is
+    taken from the one before; a prompt that is too short by itself, and any without a prefill method, is decoded.
+
+    Raises:
+        UsageError: ``count`` is less than one.
+        CacheFullError: the prompt does not fit into the cache.
+        ProgramError: the program has no method for such a prompt.
+    """
+    if count < 1:
+        raise UsageError("the prompt is empty")
+    if count > limits.max_seq_len:
+        raise CacheFullError(f"the prompt has {count} tokens, the cache holds {limits.max_seq_len}")
+    sizes = _chunk_sizes(count, *limits.prefill) if limits.prefill is not None else None
+    if sizes is not None:
+        return [(PREFILL, size) for size in sizes]
+    if not limits.decode:
+        low, high = limits.prefill or (0, 0)
+        raise ProgramError(f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}; no decode")
+    return [(DECODE, 1)] * count
+
+
+def _chunk_sizes(count: int, low: int, high: int) -> list[int] | None:
+    """Sizes from low to high that add up to count, as large as possible from the front; ``None``: there are none."""
+    chunks = -(-count // high)
+    if count < chunks * low:
+        return None
+    sizes = []
+    for left in range(chunks - 1, -1, -1):
+        size = min(high, count - left * low)
+        sizes.append(size)
+        count -= size
+    return sizes
+
+
+class LanguageModel:
+    """A sequence in a program's caches: tokens go in at :attr:`position`, which moves on.
+
+    Attributes:
+        program: runs the methods.
+        limits: what they admit.
+        position: where the next token is written.
+    """
+
+    def __init__(self, program: RunsMethods):
+        self.program = program
+        self.limits = read_limits(program.signatures, program.constants)
+        self.position = 0
+
+    def call(self, method: str, tokens: Sequence[int]) -> torch.Tensor:
+        """Runs a method on tokens at the current position.
+
+        Returns:
+            The method's logits: [1, 1, V], or [1, M, V] of ``target_verify``, on the program's device.
+
+        Raises:
+            CacheFullError: the tokens would go past the last slot; nothing is run.
+        """
+        end = self.position + len(tokens)
+        if end > self.limits.max_seq_len:
+            raise CacheFullError(
+                f"the cache is full: it holds {self.limits.max_seq_len} positions, {method} would write up to {end}"
+            )
+        ids = torch.tensor([list(tokens)], dtype=torch.int64)
+        (logits,) = self.program.run(method, ids, torch.arange(self.position, end, dtype=torch.int64))
+        self.position = end
+        return logits
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Feeds a prompt in chunks; returns the last token's logits [1, 1, V].
+
+        Raises:
+            CacheFullError: the prompt does not fit behind what is in the cache; nothing is run.
+        """
+        if self.position + len(tokens) > self.limits.max_seq_len:
+            raise CacheFullError(
+                f"the prompt has {len(tokens)} tokens, the cache has {self.limits.max_seq_len - self.position} "
+                f"of its {self.limits.max_seq_len} positions left"
+            )
+        done, logits = 0, None
+        for method, size in plan_chunks(len(tokens), self.limits):
+            logits = self.call(method, tokens[done : done + size])
+            done += size
+        assert logits is not None
+        return logits
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Feeds one token; returns its logits [1, 1, V].
+
+        Raises:
+            CacheFullError: there is no slot left.
+            ProgramError: the program has no decode method.
+        """
+        if not self.limits.decode:
+            raise ProgramError("the program has no method decode")
+        return self.call(DECODE, [token])
+
+    def reset(self) -> None:
+        """Starts a new sequence."""
+        self.program.reset()
+        self.position = 0
+
+    def move_back(self, position: int) -> None:
+        """Goes back to an earlier position, as after rejected drafts: later tokens are written over.
+
+        Raises:
+            UsageError: it is not an earlier one.
+        """
+        if not 0 <= position <= self.position:
+            raise UsageError(f"cannot go to position {position} from {self.position}")
+        self.position = position

@@ -1,0 +1,207 @@
+"""Where the time of a program's methods goes: kernels by family, at chosen contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from flashpte.export.errors import UsageError
+from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.runtime.folder import ProgramError
+from flashpte.export.runtime.kernel_families import FAMILIES, family
+from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
+
+DEFAULT_CONTEXTS = (1024, 4096, 16384)
+DEFAULT_PREFILL = 2048
+
+_WARMUP, _TIMED, _PROFILED = 3, 20, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one row measures: calls that follow each other, from a position on.
+
+    Attributes:
+        name: ``prefill``, ``decode`` or ``target_verify``.
+        context: tokens in the cache before the first call.
+        chunks: tokens of each call.
+    """
+
+    name: str
+    context: int
+    chunks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One case, measured; times in microseconds for all of its calls.
+
+    Attributes:
+        case: what was measured.
+        total_us: median time between two events around the calls, without a profiler.
+        families_us: time in kernels of each family.
+        kernels: how many were launched.
+        slowest: the names that took most, with their time.
+    """
+
+    case: Case
+    total_us: float
+    families_us: dict[str, float]
+    kernels: int
+    slowest: tuple[tuple[str, float], ...]
+
+    @property
+    def idle_us(self) -> float:
+        """Time in which no kernel ran: gaps between launches."""
+        return max(0.0, self.total_us - sum(self.families_us.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileReport:
+    """Rows in the order of the plan, and the GPU they were measured on."""
+
+    rows: tuple[Row, ...]
+    gpu: str
+    captured: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        rows = [{**dataclasses.asdict(row), "idle_us": row.idle_us} for row in self.rows]
+        return {"gpu": self.gpu, "cuda_graphs": list(self.captured), "rows": rows}
+
+    def lines(self) -> list[str]:
+        """For people: a table in microseconds."""
+        rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels")]
+        for row in self.rows:
+            times = (row.total_us, *(row.families_us.get(name, 0.0) for name in FAMILIES), row.idle_us)
+            tokens = "+".join(map(str, row.case.chunks))
+            rows.append((row.case.name, tokens, str(row.case.context), *(f"{t:.1f}" for t in times), str(row.kernels)))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        ]
+        graphs = ", ".join(self.captured) or "none"
+        return [*lines, f"{self.gpu}; CUDA graphs: {graphs}"]
+
+
+def plan_profile(program: RunsMethods, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
+    """What to measure: every method after each context.
+
+    Args:
+        program: a language model.
+        contexts: tokens in the cache before the calls; ``None`` for those of 1,024, 4,096 and 16,384 that fit, or half
+            of the cache.
+        prefill: tokens of the prefill, run in chunks; ``None`` for 2,048, or what fits.
+
+    Raises:
+        UsageError: a context or the prefill behind it does not fit into the cache.
+    """
+    return plan_cases(read_limits(program.signatures, program.constants), contexts, prefill)
+
+
+def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
+    """:func:`plan_profile` from limits."""
+    longest = max((limits.verify or 0), int(limits.decode), limits.prefill[0] if limits.prefill else 0)
+    if contexts is None:
+        contexts = [c for c in DEFAULT_CONTEXTS if c + longest <= limits.max_seq_len]
+        contexts = contexts or [max(1, (limits.max_seq_len - longest) // 2)]
+    cases = []
+    for context in contexts:
+        if context + longest > limits.max_seq_len:
+            raise UsageError(f"--contexts {context}: the cache holds {limits.max_seq_len} positions")
+        room = limits.max_seq_len - context
+        if limits.prefill is not None and room >= limits.prefill[0]:
+            if prefill is not None and prefill > room:
+                raise UsageError(
+                    f"--prefill {prefill} at a context of {context}: the cache holds {limits.max_seq_len} positions"
+                )
+            if prefill is not None and prefill < limits.prefill[0]:
+                raise UsageError(f"--prefill {prefill}: must be at least {limits.prefill[0]}")
+            chunks = plan_chunks(prefill or min(DEFAULT_PREFILL, room), limits)
+            cases.append(Case(PREFILL, context, tuple(size for _, size in chunks)))
+        if limits.verify is not None:
+            cases.append(Case(TARGET_VERIFY, context, (limits.verify,)))
+        if limits.decode:
+            cases.append(Case(DECODE, context, (1,)))
+    return tuple(cases)
+
+
+def profile_program(
+    program: RunsMethods, cases: Iterable[Case], *, progress: Callable[[str], None] | None = None
+) -> ProfileReport:
+    """Measures a program's methods; its buffers are filled with random values, and reset afterwards.
+
+    The values decide nothing: every method does the same work whatever the keys are.
+
+    Raises:
+        ProgramError: there is no GPU, or the program failed.
+    """
+    if not torch.cuda.is_available():
+        raise ProgramError("no GPU: a profile needs one")
+    tell = progress or (lambda stage: None)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    for buffer in program.buffers.values():
+        if buffer.is_floating_point():
+            buffer.normal_(generator=generator)
+    rows = []
+    for case in cases:
+        tell(f"measuring {case.name} of {sum(case.chunks)} at {case.context}")
+        rows.append(_measure(program, case))
+    program.reset()
+    return ProfileReport(tuple(rows), torch.cuda.get_device_name(), tuple(getattr(program, "captured", ())))
+
+
+def _measure(program: RunsMethods, case: Case) -> Row:
+    vocabulary = int(program.constants["get_vocab_size"])
+    generator = torch.Generator().manual_seed(0)
+    calls, position = [], case.context
+    for size in case.chunks:
+        tokens = torch.randint(0, vocabulary, (1, size), generator=generator).cuda()
+        calls.append((tokens, torch.arange(position, position + size).cuda()))
+        position += size
+
+    def run() -> None:
+        for inputs in calls:
+            program.run(case.name, *inputs)
+
+    for _ in range(_WARMUP):
+        run()
+    program.synchronize()
+    times = []
+    for _ in range(_TIMED):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(_PROFILED):
+            run()
+        torch.cuda.synchronize()
+    seen = [
+        (str(event.name), float(event.time_range.elapsed_us()))
+        for event in profiler.events() or ()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    if not seen:
+        raise ProgramError("the profiler saw no kernel: CUPTI is missing or another profiler is running")
+    return summarise(case, statistics.median(times), seen, _PROFILED)
+
+
+def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float]], runs: int) -> Row:
+    """A row from the kernels ``(name, microseconds)`` of several runs."""
+    families: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
+    names: Counter[str] = Counter()
+    count = 0
+    for name, duration in seen:
+        families[family(name)] += duration / runs
+        names[name] += duration / runs  # type: ignore[assignment]
+        count += 1
+    return Row(case, total_us, families, round(count / runs), tuple(names.most_common(12)))

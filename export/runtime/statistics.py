@@ -1,0 +1,79 @@
+"""What a run took: times of its parts, rates, percentiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed (nearest rank).
+
+    Raises:
+        ValueError: there are no values, or ``share`` is not in (0, 1].
+    """
+    if not values or not 0 < share <= 1:
+        raise ValueError(f"no percentile {share} of {len(values)} values")
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Times in seconds of one generation.
+
+    Attributes:
+        load_s: from opening the folder until the program could run.
+        prompt_tokens: tokens of the prompt.
+        prefill_s: until the last logits of the prompt were there.
+        first_token_s: until the first token was chosen, from the same start.
+        decode_s: of each further token, from token to token.
+        peak_bytes: most GPU memory that PyTorch had allocated; ``None`` without a GPU.
+        captured: methods that ran as a CUDA graph.
+    """
+
+    load_s: float
+    prompt_tokens: int
+    prefill_s: float
+    first_token_s: float
+    decode_s: tuple[float, ...]
+    peak_bytes: int | None = None
+    captured: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines; rates in tokens per second, times in seconds, ``None`` for what did not happen."""
+        total = sum(self.decode_s)
+        return {
+            "load_s": self.load_s,
+            "time_to_first_token_s": self.first_token_s,
+            "prompt_tokens": self.prompt_tokens,
+            "prefill_tokens_per_s": self.prompt_tokens / self.prefill_s if self.prefill_s > 0 else None,
+            "decode_tokens": len(self.decode_s),
+            "decode_tokens_per_s": len(self.decode_s) / total if total > 0 else None,
+            "decode_median_s": percentile(self.decode_s, 0.5) if self.decode_s else None,
+            "decode_p99_s": percentile(self.decode_s, 0.99) if self.decode_s else None,
+            "peak_gpu_bytes": self.peak_bytes,
+            "cuda_graphs": list(self.captured),
+        }
+
+    def lines(self) -> list[str]:
+        """For people, one line for each part."""
+        rows = [
+            ("load", f"{self.load_s:.2f} s"),
+            ("time to first token", f"{1e3 * self.first_token_s:.1f} ms"),
+            ("prefill", f"{self.prompt_tokens} tokens, {_rate(self.prompt_tokens, self.prefill_s)}"),
+        ]
+        if self.decode_s:
+            rows.append(("decode", f"{len(self.decode_s)} tokens, {_rate(len(self.decode_s), sum(self.decode_s))}"))
+            median, late = (1e3 * percentile(self.decode_s, share) for share in (0.5, 0.99))
+            rows.append(("decode per token", f"median {median:.3f} ms, p99 {late:.3f} ms"))
+        if self.peak_bytes is not None:
+            rows.append(("peak GPU memory", f"{self.peak_bytes / 2**20:.1f} MiB"))
+        rows.append(("CUDA graphs", ", ".join(self.captured) or "none"))
+        width = max(len(name) for name, _ in rows)
+        return [f"{name.ljust(width)}  {value}" for name, value in rows]
+
+
+def _rate(count: int, seconds: float) -> str:
+    return f"{count / seconds:.1f} tokens/s" if seconds > 0 else "no time measured"

@@ -1,0 +1,102 @@
+"""Text to tokens and back, with the tokenizer files that ``export-model`` copied into the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashpte.export.errors import ExportError
+from flashpte.export.runtime.folder import ModelFolder
+
+_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def has_tokenizer(folder: ModelFolder) -> bool:
+    """Whether the export holds a tokenizer."""
+    files = folder.manifest["files"]
+    return any(name in files for name in _NAMES[:2]) or _NAMES[3] in files
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, a transformers one.
+
+    Raises:
+        ExportError: the files cannot be read as a tokenizer.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:
+        # Some folders have no config that names the class; the fast format says everything itself.
+        if (folder / "tokenizer.json").is_file():
+            try:
+                return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+            except Exception as second:
+                error = second
+        reason = " ".join(str(error).split())
+        raise ExportError(f"cannot read the tokenizer in {folder}: {reason}") from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds.
+
+    Args:
+        tokenizer: from :func:`load_tokenizer`.
+        prompt: the text.
+        chat: put it into the tokenizer's chat template, as a user's turn.
+
+    Raises:
+        ExportError: ``chat`` is asked for and there is no template, or it fails.
+    """
+    if not chat:
+        return list(tokenizer(prompt)["input_ids"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise ExportError("--chat: the tokenizer of this export has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        raise ExportError(f"--chat: the chat template failed: {' '.join(str(error).split())}") from error
+    # The template writes its special tokens itself.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class StreamingText:
+    """Turns tokens into text piece by piece.
+
+    A character of several bytes may be spread over several tokens, and how a token reads may depend on its
+    neighbours. So each piece is the difference of two decoded texts over the same recent tokens, and it waits
+    while the text ends in the middle of a character.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # the recent tokens begin here,
+        self._shown = 0  # and what comes before here was given out
+
+    def add(self, token: int) -> str:
+        """The text that is certain now that this token came; often one token late, sometimes ""."""
+        self._tokens.append(token)
+        before, text = self._read(self._start, self._shown), self._read(self._start, len(self._tokens))
+        if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return text[len(before) :]
+
+    def finish(self) -> str:
+        """What is left, with a replacement character for bytes that never became a character."""
+        before, text = self._read(self._start, self._shown), self._read(self._start, len(self._tokens))
+        self._start = self._shown = len(self._tokens)
+        return text[len(before) :]
+
+    def _read(self, start: int, end: int) -> str:
+        return str(self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)) if end > start else ""
+
+
+def stop_ids(constants_eos: Sequence[int], tokenizer: Any | None) -> frozenset[int]:
+    """Ids that end a text: those the export names (``get_eos_ids``) and the tokenizer's own."""
+    own = getattr(tokenizer, "eos_token_id", None)
+    return frozenset([*constants_eos, *([own] if isinstance(own, int) else [])])

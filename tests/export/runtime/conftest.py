@@ -1,0 +1,98 @@
+"""Exports to run: folders made elsewhere, named by an environment variable, or made here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODELS = {
+    "gemma": ["--target", "gemma4-31b", "--small"],
+    "llama": ["--target", "hf", "--max-prefill-chunk", "512"],
+    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32"],
+}
+COMMON = ["--random-weights", "--max-seq-len", "4096", "--verify-window", "5"]
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The folder of an export by name; from ``FLASHPTE_GPU_MODELS``, where a machine without a GPU may have made it."""
+    made: dict[str, Path] = {}
+    given = os.environ.get("FLASHPTE_GPU_MODELS")
+
+    def find(name: str) -> Path:
+        if given is not None and (Path(given) / name).is_dir():
+            return Path(given) / name
+        if name not in made:
+            from flashpte.export.cli import main
+
+            folder = tmp_path_factory.mktemp(name)
+            config = []
+            if name == "llama":
+                (folder / "config.json").write_text(json.dumps(LLAMA))
+                config = ["--config", str(folder / "config.json")]
+            assert main([*MODELS[name], *config, *COMMON, "--output-dir", str(folder / "out"), "-q"]) == 0
+            made[name] = folder / "out"
+        return made[name]
+
+    return find
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self):
+        """The last line on stderr, which must be the error."""
+        line = self.err.splitlines()[-1]
+        assert line.startswith("run-model: error: "), self.err
+        return line
+
+
+@pytest.fixture(scope="session")
+def run_model_process():
+    """Calls ``run-model`` in a process of its own: one that fails on the GPU cannot be used afterwards."""
+
+    def call(*arguments, **environment):
+        code = "import sys; from flashpte.export.cli import run_main; sys.exit(run_main())"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=300,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def run_model(capsys):
+    """Calls ``run-model`` in this process."""
+    from flashpte.export.cli import run_main
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run_main([str(argument) for argument in arguments])
+        return Ended(code, *capsys.readouterr())
+
+    return call

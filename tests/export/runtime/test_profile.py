@@ -1,0 +1,127 @@
+"""Kernels by family, what a profile measures, and how it is shown."""
+
+import pytest
+
+from flashpte.export.errors import UsageError
+from flashpte.export.runtime.kernel_families import FLASHPTE_KERNELS, family
+from flashpte.export.runtime.language_model import Limits
+from flashpte.export.runtime.profile import Case, ProfileReport, plan_cases, summarise
+
+NAMES = {
+    "attention": [
+        *FLASHPTE_KERNELS,
+        "_split_k_kernel_0",
+        "_sdpa_fwd_kernel_body",
+        "_sdpa_decode_splitk_kernel",
+        "triton_red_fused__safe_softmax_1",
+        "triton_per_fused__softmax_eq_7",
+        "triton_tem_fused_bmm_expand_12",
+        "triton_poi_fused__to_copy_clone_expand_mul_transpose_unsqueeze_view_5",
+        "triton_tem_fused__to_copy_bmm_transpose_3",
+        "void pytorch_flash::flash_fwd_kernel<Traits>(Params)",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(Params)",
+    ],
+    "matmul": [
+        "triton_tem_fused_mm_t_view_2",
+        "triton_tem_fused__unsafe_view_gelu_mm_mul_t_view_8",
+        "triton_tem_fused_addmm_5",
+        "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>(Params)",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32",
+        "void gemv2T_kernel_val<int>(args)",
+        "void cublasLt::splitKreduce_kernel<32>(args)",
+    ],
+    "rest": [
+        "triton_per_fused_add_embedding_mean_mul_pow_1",
+        "triton_poi_fused_arange_le_unsqueeze_14",
+        "triton_per_fused__unsafe_view_add_index_copy_mean_mul_pow_remainder_transpose_view_6",
+        "Memcpy HtoD (Pageable -> Device)",
+        "Memset (Device)",
+        "void at::native::elementwise_kernel<128, 4>(int)",
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in NAMES.items() for name in names])
+def test_families(kind, name):
+    assert family(name) == kind
+
+
+def test_every_kernel_of_ours_is_known():
+    import sys
+
+    from triton.runtime import JITFunction
+
+    import flashpte.kernels  # noqa: F401
+
+    ours = {
+        value.__name__
+        for name, module in list(sys.modules.items())
+        if name.startswith("flashpte.kernels")
+        for value in vars(module).values()
+        if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
+    }
+    assert ours == FLASHPTE_KERNELS
+
+
+def test_cases():
+    limits = Limits(32768, (2, 1024), True, 5)
+    assert plan_cases(limits, [4096], 2048) == (
+        Case("prefill", 4096, (1024, 1024)),
+        Case("target_verify", 4096, (5,)),
+        Case("decode", 4096, (1,)),
+    )
+    assert {case.context for case in plan_cases(limits, None, None)} == {1024, 4096, 16384}
+    assert {case.context for case in plan_cases(Limits(256, (2, 64), True, 5), None, None)} == {125}
+    assert [case.name for case in plan_cases(Limits(256, None, True, None), [100], None)] == ["decode"]
+    with pytest.raises(UsageError, match="--contexts 32764: the cache holds 32768"):
+        plan_cases(limits, [32764], None)
+    with pytest.raises(UsageError, match="--prefill 2048 at a context of 31000"):
+        plan_cases(limits, [31000], 2048)
+    with pytest.raises(UsageError, match="--prefill 1: must be at least 2"):
+        plan_cases(limits, [100], 1)
+
+
+@pytest.fixture
+def report():
+    seen = [("_tiled_kernel", 30.0), ("triton_tem_fused_mm_1", 50.0), ("_compact_kernel", 6.0)] * 2
+    row = summarise(Case("prefill", 4096, (1024, 1024)), 50.0, seen, 2)
+    return ProfileReport((row,), "NVIDIA H200", ("decode",))
+
+
+def test_times_are_for_one_run(report):
+    (row,) = report.rows
+    assert row.families_us == {"attention": 36.0, "matmul": 50.0, "rest": 0.0}
+    assert row.kernels == 3
+    assert row.idle_us == 0.0  # kernels beside each other may add up to more than the whole
+    assert row.slowest[0] == ("triton_tem_fused_mm_1", 50.0)
+    slower = summarise(row.case, 100.0, [("_tiled_kernel", 30.0)], 1)
+    assert slower.idle_us == 70.0
+
+
+def test_tables(report):
+    table = report.lines()
+    assert table[0].split() == [
+        "method",
+        "tokens",
+        "context",
+        "total",
+        "us",
+        "attention",
+        "matmul",
+        "rest",
+        "idle",
+        "kernels",
+    ]
+    assert table[1].split() == ["prefill", "1024+1024", "4096", "50.0", "36.0", "50.0", "0.0", "0.0", "3"]
+    document = report.to_dict()
+    assert document["rows"][0]["case"] == {"name": "prefill", "context": 4096, "chunks": (1024, 1024)}
+    assert document["cuda_graphs"] == ["decode"]
+
+
+def test_a_picture(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    from flashpte.export.runtime.plot import draw_beside
+
+    draw_beside({"flashpte": report, "math": report}, tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").read_bytes().startswith(b"\x89PNG")
