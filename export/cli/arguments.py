@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     draft = parser.add_argument_group("speculative decoding (prefill, target_verify and draft_decode)")
     draft.add_argument(
         "--draft",
-        type=_path,
+        type=nonempty_path,
         metavar="DIR",
         help="folder of an EAGLE-3 draft head, of SafeAILab/SpecForge or vLLM speculators: config.json and safetensors",
     )
