@@ -129,4 +129,3 @@ def check_draft(
     # which token of the draft's vocabulary was meant: its ids may be others than the target's
     meant = [reference.draft.to_draft_id(proposal) for proposal in proposals]
     return found, judge(torch.tensor(meant), truth.logits, 2 * allowed)
-

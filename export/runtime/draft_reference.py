@@ -151,7 +151,7 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
 
 def eager_draft(plan: DraftPlan, embedding: torch.Tensor) -> EagerDraft:
     """A copy of a draft in the dtype and on the device of the target's embedding [V, C_t]."""
-    fusion, head = (copy.deepcopy(part) for part in (plan.fusion, plan.head))
+    fusion, head = copy.deepcopy(plan.fusion), copy.deepcopy(plan.head)
     if next(fusion.parameters()).dtype != embedding.dtype:  # not for its own dtype: RoPE's frequencies stay float32
         fusion, head = fusion.to(embedding.dtype), head.to(embedding.dtype)
     return EagerDraft(fusion, head, plan.taps, embedding)

@@ -55,7 +55,8 @@ class EagerModel:
         self._model: Any = model.to(self.device).eval()
         self.draft: EagerDraft | None = None
         if draft is not None:
-            self.draft = eager_draft(draft, self._model.get_input_embeddings().weight)
+            untyped: Any = model
+            self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
 
     def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
         """One forward over a whole sequence; logits of the tokens at ``rows``, keys and values of all."""

@@ -42,7 +42,7 @@ class Sampler:
         temperature: divides the logits; above 0.
         top_k: keep this many of the most likely tokens; 0 for all.
         top_p: keep the most likely tokens that together have at least this probability; 1.0 for all.
-        generator: the source of random numbers; ``None`` for PyTorch's own.
+        generator: the source of random numbers, on the device of the logits; ``None`` for PyTorch's own.
 
     Raises:
         ValueError: a value is out of range.
@@ -62,8 +62,8 @@ class Sampler:
             raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] -> the distribution to draw from, float64 [R, V] on the CPU."""
-        scores = logits.detach().to("cpu", torch.float64) / self.temperature
+        """Logits [R, V] -> the distribution to draw from, float64 [R, V] on the same device."""
+        scores = logits.detach().to(torch.float64) / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k).values[:, -1:]
             scores = scores.masked_fill(scores < least, float("-inf"))
@@ -86,9 +86,12 @@ class Sampler:
             How many are accepted, and the token after them.
         """
         p = self.probabilities(logits)
+        rows = torch.arange(len(proposals), device=p.device)
+        given = p[rows, torch.tensor(list(proposals), dtype=torch.int64, device=p.device)].tolist()
         for index, token in enumerate(proposals):
+            draw = torch.rand((), dtype=torch.float64, device=p.device, generator=self.generator)
             # below and not at: a token of probability 0 is never accepted, one of probability 1 always
-            if torch.rand((), dtype=torch.float64, generator=self.generator) < p[index, token]:
+            if float(draw) < given[index]:
                 continue
             rest = p[index].clone()
             rest[token] = 0.0

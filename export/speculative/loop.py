@@ -88,7 +88,7 @@ def generate(
         UsageError: the prompt is empty or too long, or a number is out of range.
     """
     loop = _Loop(run, program, program.chain_len if chain is None else chain)
-    _check(program, prompt, max_new_tokens, loop.chain, forced_acceptance)
+    check_request(program, prompt, max_new_tokens, loop.chain, forced_acceptance)
     loop.tokens = list(prompt)
     first = len(prompt)
     tell = on_tokens or (lambda new: None)
@@ -223,9 +223,14 @@ def _chunks(length: int, least: int, most: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def _check(
+def check_request(
     program: SpeculativeProgram, prompt: Sequence[int], max_new_tokens: int, chain: int, forced: int | None
 ) -> None:
+    """Checks the arguments of :func:`generate` of the same names; runs nothing.
+
+    Raises:
+        UsageError: the prompt is empty, too long or of a length that no method takes, or a number is out of range.
+    """
     if not prompt:
         raise UsageError("the prompt is empty")
     if len(prompt) > program.max_seq_len:
