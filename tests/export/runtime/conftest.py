@@ -13,13 +13,14 @@ import pytest
 
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
+VERIFY = ("--verify-window", "5")
 MODELS = {
-    "gemma": ["--target", "gemma4-31b", "--small"],
-    "llama": ["--target", "hf", "--max-prefill-chunk", "512"],
-    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32"],
+    "gemma": ["--target", "gemma4-31b", "--small", *VERIFY],
+    "llama": ["--target", "hf", "--max-prefill-chunk", "512", *VERIFY],
+    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32", *VERIFY],
     "gemma-draft": ["--target", "gemma4-31b", "--chain", "4", "--with-decode"],
 }
-COMMON = ["--random-weights", "--max-seq-len", "4096", "--verify-window", "5"]
+COMMON = ["--random-weights", "--max-seq-len", "4096"]
 # A head of its own: with random weights, one that is tied to the embedding repeats the last token for ever.
 UNTIED = {**GEMMA4_SMALL, "tie_word_embeddings": False}
 LLAMA = {
