@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,26 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from flashpte.export.errors import ExportError, UsageError
-from flashpte.export.models.caches import KVCache, cache_bytes
-from flashpte.export.models.methods import MethodSpec, constant_methods, export_method, plan_methods
+from flashpte.export.lengths import (
+    check_cache_size,
+    check_verify_window,
+    forward_bound,
+    prefill_chunk,
+    sequence_length,
+)
+from flashpte.export.models.caches import KVCache
+from flashpte.export.models.eagle3_methods import draft_constants, export_with_draft
+from flashpte.export.models.eagle3_plan import DraftPlan, plan_draft
+from flashpte.export.models.methods import (
+    MIN_PREFILL_CHUNK,
+    MethodSpec,
+    constant_methods,
+    export_method,
+    plan_methods,
+)
 from flashpte.export.models.registry import TargetSpec, get_target, targets_for
 from flashpte.export.models.source import ModelFacts, cut_layers, decoder_layers, describe
-from flashpte.export.options import DEFAULT_PREFILL_CHUNK, DTYPE_NAMES, VERIFY_WINDOW_RANGE, ExportOptions, Format
+from flashpte.export.options import DTYPE_NAMES, TARGET_VERIFY, ExportOptions, Format
 from flashpte.export.weights.folder import check_token_ids, read_config, read_json, read_token_ids, tokenizer_files
 from flashpte.export.weights.random import fill_random, fill_uninitialised
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors, load_checkpoint
@@ -48,6 +63,7 @@ class ExportPlan:
         max_seq_len: positions that the caches hold.
         methods: the methods to export.
         checkpoint: the opened checkpoint, its tensors checked against the model by name and shape.
+        draft: the draft head, likewise; ``None`` without one.
     """
 
     options: ExportOptions
@@ -58,6 +74,7 @@ class ExportPlan:
     max_seq_len: int
     methods: tuple[MethodSpec, ...]
     checkpoint: Checkpoint | None
+    draft: DraftPlan | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,14 +83,20 @@ class ExportPlan:
 
     @property
     def constant_methods(self) -> dict[str, Any]:
-        """See :func:`flashpte.export.models.methods.constant_methods`."""
-        return constant_methods(
+        """See :func:`flashpte.export.models.methods.constant_methods`, and ``draft_constants`` for those of a draft."""
+        values = constant_methods(
             self.methods,
             max_seq_len=self.max_seq_len,
             vocab_size=self.facts.vocab_size,
             bos_id=self.facts.bos_id,
             eos_ids=self.facts.eos_ids,
         )
+        return values if self.draft is None else {**values, **draft_constants(self.draft, self.methods)}
+
+    @property
+    def kept_attention(self) -> tuple[str, ...]:
+        """Methods whose attention is left to plain arithmetic, for comparisons."""
+        return () if self.options.midm_sdpa else (TARGET_VERIFY,)
 
     @property
     def extra_files(self) -> tuple[Path, ...]:
@@ -88,7 +111,7 @@ class ExportPlan:
             weights = "checkpoint"
         elif options.random_seed is not None:
             weights = {"random_seed": options.random_seed}
-        return {
+        manifest = {
             "target": options.target,
             "model": {
                 "class": type(self.model).__name__,
@@ -102,6 +125,7 @@ class ExportPlan:
             "weights": weights,
             "tokenizer": [path.name for path in self.extra_files],
         }
+        return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
@@ -126,16 +150,27 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     facts = describe(model)
     if options.checkpoint is not None:
         facts = _with_token_ids(facts, read_token_ids(options.checkpoint))
-    max_seq_len = _sequence_length(spec, options, facts)
-    chunk = _prefill_chunk(options, facts, max_seq_len)
-    _check_verify_window(options, facts, max_seq_len)
-    _check_cache_size(facts, max_seq_len, DTYPES[options.dtype])
+    max_seq_len = sequence_length(spec, options, facts)
+    draft = plan_draft(options, spec, facts)
+    bound, reason = forward_bound(spec, facts, max_seq_len, draft)
+    chunk = prefill_chunk(spec, options, facts, bound, reason)
+    window = options.verify_window if draft is None else draft.chain + 1
+    check_verify_window(spec, options, window, bound, reason)
+    caches = facts.attention if draft is None else (*facts.attention, draft.head.attention)
+    check_cache_size(caches, max_seq_len, DTYPES[options.dtype])
     checkpoint = None
     if options.checkpoint is not None:
         checkpoint = Checkpoint(options.checkpoint)
         check_tensors(checkpoint, model, total_layers)
-    methods = plan_methods(chunk, options.verify_window, options.method)
-    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint)
+    methods = plan_methods(
+        chunk,
+        window,
+        options.method,
+        min_prefill_chunk=max(MIN_PREFILL_CHUNK, spec.min_forward),
+        decode=spec.min_forward == 1 and (draft is None or options.with_decode),
+        draft=draft is not None,
+    )
+    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint, draft)
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:
@@ -171,53 +206,6 @@ def _with_token_ids(facts: ModelFacts, ids: Mapping[str, Any]) -> ModelFacts:
     )
 
 
-def _sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts) -> int:
-    if options.max_seq_len is None:
-        default = min(spec.small_max_seq_len if options.small else spec.max_seq_len, facts.max_positions)
-        if default < 2:
-            raise ExportError(f"target {spec.name} has a default length of {default}: give --max-seq-len, at least 2")
-        return default
-    if not 2 <= options.max_seq_len <= facts.max_positions:
-        raise UsageError(f"--max-seq-len {options.max_seq_len}: must be 2..{facts.max_positions} for this model")
-    return options.max_seq_len
-
-
-def _check_cache_size(facts: ModelFacts, max_seq_len: int, dtype: torch.dtype) -> None:
-    needed = cache_bytes(facts.attention, max_seq_len, dtype)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ExportError(
-            f"--max-seq-len {max_seq_len}: the KV caches take {needed / 1e9:.1f} GB, "
-            f"this machine has {memory / 1e9:.1f} GB of memory"
-        )
-
-
-def _prefill_chunk(options: ExportOptions, facts: ModelFacts, max_seq_len: int) -> int:
-    limit = max_seq_len if facts.window is None else min(facts.window, max_seq_len)
-    if limit < 2:
-        raise ExportError(f"the model's sliding_window is {facts.window}, must be at least 2")
-    chunk = options.max_prefill_chunk
-    if chunk is None:
-        return min(limit, DEFAULT_PREFILL_CHUNK) if facts.window is None else limit
-    if not 2 <= chunk <= limit:
-        bound = "the sequence length" if limit == max_seq_len else "the sliding window"
-        raise UsageError(f"--max-prefill-chunk {chunk}: must be 2..{limit} ({bound})")
-    return chunk
-
-
-def _check_verify_window(options: ExportOptions, facts: ModelFacts, max_seq_len: int) -> None:
-    window = options.verify_window
-    if window is None:
-        return
-    low, high = VERIFY_WINDOW_RANGE
-    if not low <= window <= high:
-        raise UsageError(f"--verify-window {window}: must be {low}..{high}")
-    if window > max_seq_len:
-        raise UsageError(f"--verify-window {window}: must not exceed --max-seq-len {max_seq_len}")
-    if facts.window is not None and window > facts.window:
-        raise UsageError(f"--verify-window {window}: must not exceed the model's sliding window of {facts.window}")
-
-
 def load_weights(plan: ExportPlan) -> None:
     """Gives the plan's model its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
     if plan.checkpoint is not None:
@@ -226,6 +214,8 @@ def load_weights(plan: ExportPlan) -> None:
         fill_random(plan.model, plan.dtype, plan.options.random_seed)
     else:
         fill_uninitialised(plan.model, plan.dtype)
+    if plan.draft is not None:
+        plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 
 
 def export_programs(
@@ -244,25 +234,40 @@ def export_programs(
     report = progress or (lambda stage: None)
     if trace_only:
         fill_uninitialised(plan.model, plan.dtype)
+        if plan.draft is not None:
+            plan.draft.fill_uninitialised(plan.dtype)
     else:
         report("load weights")
         load_weights(plan)
     cache = KVCache(plan.facts.attention, plan.max_seq_len, plan.dtype)
+    export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)
+    if plan.draft is not None:
+        draft_cache = KVCache([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
+        export = functools.partial(export_with_draft, plan.model, cache, plan.draft, draft_cache)
     programs = {}
     for method in plan.methods:
         report(f"export {method.name}")
-        programs[method.name] = export_method(plan.model, cache, method)
+        programs[method.name] = export(method)
     return programs
 
 
 def replace_attention(
-    programs: Mapping[str, ExportedProgram], progress: Progress | None = None
+    programs: Mapping[str, ExportedProgram], progress: Progress | None = None, keep: Collection[str] = ()
 ) -> tuple[dict[str, ExportedProgram], dict[str, RoutingReport]]:
-    """Runs :func:`flashpte.passes.replace_sdpa` on every program; the input is left as it was."""
+    """Runs :func:`flashpte.passes.replace_sdpa` on every program; the input is left as it was.
+
+    Args:
+        programs: methods by name.
+        progress: called with the name of each stage.
+        keep: methods to hand on as they are; they are not in the reports.
+    """
     from flashpte.passes import replace_sdpa
 
     replaced, reports = {}, {}
     for name, program in programs.items():
+        if name in keep:
+            replaced[name] = program
+            continue
         if progress is not None:
             progress(f"replace attention in {name}")
         replaced[name], reports[name] = replace_sdpa(program)
@@ -272,7 +277,7 @@ def replace_attention(
 def preview_routing(plan: ExportPlan, *, progress: Progress | None = None) -> dict[str, RoutingReport]:
     """What the replace pass does to each method of a plan; reads no weights and writes nothing."""
     programs = export_programs(plan, trace_only=True, progress=progress)
-    return replace_attention(programs, progress)[1]
+    return replace_attention(programs, progress, plan.kept_attention)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +318,7 @@ def export_model(
     programs = export_programs(plan, progress=progress)
     reports: dict[str, RoutingReport] = {}
     if plan.options.attention == "flashpte":
-        programs, reports = replace_attention(programs, progress)
+        programs, reports = replace_attention(programs, progress, plan.kept_attention)
     manifest = plan.manifest()
     manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
     lowered = lower(

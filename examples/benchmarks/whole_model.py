@@ -11,64 +11,26 @@ verifying 15 s each; measuring 5 s each.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from exports import export_side_by_side, profile_export, write_config
+
 KINDS = {"flashpte": [], "executorch": ["--no-replace", "executorch"], "math": ["--no-replace", "math"]}
 
 
-def start_export(folder: Path, kind: str, config: Path, args: argparse.Namespace) -> subprocess.Popen:
-    """Starts export-model for one kind of attention; its output goes to a file beside the folder."""
-    command = [
-        *(sys.executable, "-W", "ignore", "-c", "import sys; from flashpte.export.cli import main; sys.exit(main())"),
+def export_all(args: argparse.Namespace) -> dict[str, Path]:
+    """Exports every kind at once; returns the folders of those that succeeded."""
+    config = write_config(args.work_dir, small=args.small, vocabulary=args.vocabulary)
+    common = [
         *("--target", "gemma4-31b", "--config", str(config), "--layers", str(args.layers), "--random-weights"),
         *("--max-seq-len", str(args.max_seq_len), "--max-prefill-chunk", str(args.prefill_chunk)),
-        *("--verify-window", str(args.verify_window), "--output-dir", str(folder), *KINDS[kind]),
+        *("--verify-window", str(args.verify_window)),
     ]
-    with folder.with_suffix(".log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-
-def export_all(args: argparse.Namespace) -> dict[str, Path]:
-    """Exports every kind at once, each in a process of its own; what a folder already holds is kept."""
-    from flashpte.export.models.gemma4 import GEMMA4_31B, GEMMA4_SMALL
-
-    size = dict(GEMMA4_SMALL if args.small else {**GEMMA4_31B, "vocab_size": args.vocabulary})
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    config = args.work_dir / "config.json"
-    config.write_text(json.dumps(size))
-    folders = {kind: args.work_dir / kind for kind in args.kinds}
-    running = {
-        kind: start_export(folder, kind, config, args)
-        for kind, folder in folders.items()
-        if not (folder / "manifest.json").is_file()
-    }
-    for kind, process in running.items():
-        if process.wait() != 0:
-            said = folders[kind].with_suffix(".log").read_text().splitlines()[-1:]
-            print(f"{kind}: export failed: {said}", file=sys.stderr)
-            del folders[kind]
-    return folders
-
-
-def measure(folder: Path, args: argparse.Namespace):
-    """The profile of one export."""
-    import torch
-
-    from flashpte.export.runtime import Program
-    from flashpte.export.runtime.profile import plan_profile, profile_program
-
-    program = Program.open(folder, cuda_graphs=args.cuda_graph)
-    report = profile_program(program, plan_profile(program, [args.context], args.prefill))
-    del program
-    gc.collect()
-    torch.cuda.empty_cache()
-    return report
+    return export_side_by_side(args.work_dir, {kind: [*common, *KINDS[kind]] for kind in args.kinds})
 
 
 def parse() -> argparse.Namespace:
@@ -98,7 +60,7 @@ def main() -> int:
     reports = {}
     for kind, folder in folders.items():
         try:
-            reports[kind] = measure(folder, args)
+            reports[kind] = profile_export(folder, [args.context], args.prefill, cuda_graph=args.cuda_graph)
         except Exception as error:  # one kind that fails leaves the others
             print(f"{kind}: {type(error).__name__}: {error}", file=sys.stderr)
             continue

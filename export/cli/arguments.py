@@ -11,7 +11,10 @@ from flashpte.export.cli.report import check_report_path
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import get_target
 from flashpte.export.options import (
+    CHAIN_RANGE,
+    DEFAULT_CHAIN,
     DEFAULT_PREFILL_CHUNK,
+    DRAFT_DECODE,
     DTYPE_NAMES,
     METHOD_NAMES,
     PREFILL,
@@ -33,6 +36,9 @@ examples:
 
   # a checkpoint, for an A100, with a method that verifies 4 speculative tokens in one call
   export-model --target gemma4-31b --checkpoint gemma-4-31b-it --arch sm_80 --verify-window 4 --output-dir out
+
+  # with an EAGLE-3 draft head that proposes 4 tokens at a time: prefill, target_verify and draft_decode
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3 --chain 4 --output-dir out
 
   # any dense Llama or Qwen3 folder
   export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
@@ -115,6 +121,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="export this method alone; --format pt2 holds exactly one (default: all)",
     )
 
+    draft = parser.add_argument_group("speculative decoding (prefill, target_verify and draft_decode)")
+    draft.add_argument(
+        "--draft",
+        type=nonempty_path,
+        metavar="DIR",
+        help="folder of an EAGLE-3 draft head, of SafeAILab/SpecForge or vLLM speculators: config.json and safetensors",
+    )
+    draft.add_argument(
+        "--chain",
+        type=int,
+        metavar="K",
+        help=f"tokens that the draft proposes at a time ({CHAIN_RANGE[0]}..{CHAIN_RANGE[1]}; default with --draft: "
+        f"{DEFAULT_CHAIN}); target_verify takes K + 1. With --random-weights and no --draft, a random draft is made",
+    )
+    draft.add_argument("--with-decode", action="store_true", help="keep decode, which a draft makes needless")
+
     lowering = parser.add_argument_group("lowering")
     lowering.add_argument("--arch", metavar="SM", help="sm_80, sm_90, ... (default: the local GPU's, else sm_90)")
     lowering.add_argument(
@@ -128,6 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("executorch", "math"),
         help="for comparisons, do not use flashpte's kernels: leave attention to ExecuTorch's own replacement, or "
         "decompose it to plain arithmetic (default: replace)",
+    )
+
+    lowering.add_argument(
+        "--no-midm-sdpa",
+        action="store_true",
+        help="for comparisons, leave the attention of target_verify to plain arithmetic (default: the verify kernel)",
     )
 
     output = parser.add_argument_group("output")
@@ -177,6 +205,10 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
         verify_window=args.verify_window,
         method=args.method,
         attention=args.no_replace or "flashpte",
+        draft=args.draft,
+        chain=args.chain,
+        with_decode=args.with_decode,
+        midm_sdpa=not args.no_midm_sdpa,
     )
 
 
@@ -187,6 +219,9 @@ def _check_flags(args: argparse.Namespace) -> None:
         ("--checkpoint", "--small", "the folder's own config.json is used"),
         ("--small", "--config", "both name a size"),
         ("--dry-run", "--no-replace", "a dry run shows what the replacement does"),
+        ("--no-midm-sdpa", "--no-replace", "nothing is replaced"),
+        ("--draft", "--verify-window", "target_verify takes the chain and one token more"),
+        ("--chain", "--verify-window", "target_verify takes the chain and one token more"),
         ("--verbose", "--quiet", "they are opposites"),
     )
     given = {flag for flag in {f for pair in conflicts for f in pair[:2]} if getattr(args, flag[2:].replace("-", "_"))}
@@ -197,6 +232,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("no weights: give --checkpoint DIR or --random-weights")
     if args.seed is not None and not args.random_weights:
         raise UsageError("--seed belongs to --random-weights")
+    _check_draft_flags(args)
     if args.output_dir is None and not args.dry_run:
         raise UsageError("no output: give --output-dir DIR, or --dry-run")
     if args.format == "pt2" and args.method is None and not args.dry_run:
@@ -205,10 +241,26 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--no-replace executorch needs --format pte: the kernels belong to ExecuTorch's backend")
 
 
+def _check_draft_flags(args: argparse.Namespace) -> None:
+    speculates = args.draft is not None or args.chain is not None
+    if args.chain is not None and args.draft is None and args.checkpoint is not None:
+        raise UsageError("--chain needs --draft DIR; only --random-weights makes a random draft")
+    if args.with_decode and not speculates:
+        raise UsageError("--with-decode belongs to --draft; without one, decode is always there")
+    if args.method == DRAFT_DECODE and not speculates:
+        raise UsageError("--method draft_decode needs --draft DIR")
+    if args.no_midm_sdpa and not speculates and args.verify_window is None:
+        raise UsageError("--no-midm-sdpa belongs to target_verify: add --draft DIR or --verify-window M")
+
+
 def _check_lengths(args: argparse.Namespace) -> None:
     low, high = VERIFY_WINDOW_RANGE
     if args.verify_window is not None and not low <= args.verify_window <= high:
         raise UsageError(f"--verify-window {args.verify_window}: must be {low}..{high}")
+    low, high = CHAIN_RANGE
+    if args.chain is not None and not low <= args.chain <= high:
+        rows = f"target_verify takes one token more, its kernel {high + 1} rows"
+        raise UsageError(f"--chain {args.chain}: must be {low}..{high} ({rows})")
     for flag, value, least in (
         ("--max-seq-len", args.max_seq_len, 2),
         ("--max-prefill-chunk", args.max_prefill_chunk, 2),
@@ -221,7 +273,7 @@ def _check_lengths(args: argparse.Namespace) -> None:
         for flag, value in (("--verify-window", args.verify_window), ("--max-prefill-chunk", args.max_prefill_chunk)):
             if value is not None and value > args.max_seq_len:
                 raise UsageError(f"{flag} {value}: must not exceed --max-seq-len {args.max_seq_len}")
-    if args.method == TARGET_VERIFY and args.verify_window is None:
+    if args.method == TARGET_VERIFY and args.verify_window is None and args.draft is None and args.chain is None:
         raise UsageError("--method target_verify needs --verify-window M")
     for flag, value, method in (
         ("--verify-window", args.verify_window, TARGET_VERIFY),
@@ -232,7 +284,7 @@ def _check_lengths(args: argparse.Namespace) -> None:
 
 
 def _check_inputs(args: argparse.Namespace) -> None:
-    for flag, path in (("--checkpoint", args.checkpoint), ("--config", args.config)):
+    for flag, path in (("--checkpoint", args.checkpoint), ("--config", args.config), ("--draft", args.draft)):
         try:
             if path is not None:
                 path.stat()
@@ -245,6 +297,9 @@ def _check_inputs(args: argparse.Namespace) -> None:
             raise ExportError(f"--checkpoint {args.checkpoint} {state}")
         if not (args.checkpoint / "config.json").is_file():
             raise ExportError(f"--checkpoint {args.checkpoint} has no config.json: give a Hugging Face model folder")
+    if args.draft is not None and not args.draft.is_dir():
+        state = "is not a folder" if args.draft.exists() else "does not exist"
+        raise ExportError(f"--draft {args.draft} {state}")
     if args.config is not None and not args.config.is_file():
         raise ExportError(f"--config {args.config} is not an existing file")
 
@@ -272,14 +327,14 @@ def _check_overlaps(args: argparse.Namespace) -> None:
     """The output folder is replaced as a whole, and the report's file too: neither may hold an input."""
     paths = {
         flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
-        for flag in ("--output-dir", "--report", "--checkpoint", "--config")
+        for flag in ("--output-dir", "--report", "--checkpoint", "--config", "--draft")
         if getattr(args, flag[2:].replace("-", "_")) is not None
     }
     output, report = paths.get("--output-dir"), paths.get("--report")
     for flag, path in paths.items():
         if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
             raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
-        if flag in ("--checkpoint", "--config") and report == path:
+        if flag in ("--checkpoint", "--config", "--draft") and report == path:
             raise UsageError(f"--report and {flag} name the same file")
 
 

@@ -115,6 +115,8 @@ def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports:
         print(format_table(reports))
     else:
         print(f"attention was not replaced (--no-replace {options.attention})")
+    if reports and not options.midm_sdpa:
+        print("target_verify: attention was not replaced (--no-midm-sdpa)")
     if lowered is not None:
         print()
         for path in sorted(lowered.folder.iterdir()):

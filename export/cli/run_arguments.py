@@ -27,8 +27,12 @@ examples:
   # without a tokenizer
   run-model out --prompt-ids 2,105,9731 --max-new-tokens 16
 
+  # a program with a draft, beside plain decode if it has it, and beside what the draft could give at most and at least
+  run-model out --prompt "The capital of France is" --force-accept 0,2,4
+
   # is the program right? every method against the Hugging Face model; exit code 1 if not
   run-model out --check --checkpoint gemma-4-31b-it
+  run-model out --check --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3
   run-model out --check                       # an export with --random-weights
 
   # time by kernel family at two contexts, as a table and a picture
@@ -54,9 +58,11 @@ class RunOptions:
         seed: of the choices at a temperature above 0.
         chat: put the prompt into the tokenizer's chat template.
         ignore_eos: go on after a token that ends a text.
+        force_accept: with a draft, also measure this many accepted proposals in every round, each in a run of its own.
         cuda_graph: run methods of static shape as CUDA graphs.
         unverified: run files whose hash is not the manifest's.
         checkpoint: Hugging Face folder that was exported, for a check.
+        draft: folder of the draft that was exported, for a check.
         contexts: positions before the measured calls.
         prefill: tokens of the measured prefill.
         plot: where to draw the profile.
@@ -72,9 +78,11 @@ class RunOptions:
     seed: int = 0
     chat: bool = False
     ignore_eos: bool = False
+    force_accept: tuple[int, ...] = ()
     cuda_graph: bool = True
     unverified: bool = False
     checkpoint: Path | None = None
+    draft: Path | None = None
     contexts: tuple[int, ...] | None = None
     prefill: int | None = None
     plot: Path | None = None
@@ -113,6 +121,13 @@ def build_run_parser() -> argparse.ArgumentParser:
     text.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     text.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends a text")
 
+    text.add_argument(
+        "--force-accept",
+        type=_numbers,
+        metavar="N,N",
+        help="programs with a draft: measure also what N accepted proposals in every round would give",
+    )
+
     check = parser.add_argument_group("check")
     check.add_argument(
         "--check", action="store_true", help="compare every method with the eager Hugging Face model; 1 if it is wrong"
@@ -122,6 +137,13 @@ def build_run_parser() -> argparse.ArgumentParser:
         type=nonempty_path,
         metavar="DIR",
         help="the folder that was exported, unless weights are random",
+    )
+
+    check.add_argument(
+        "--draft",
+        type=nonempty_path,
+        metavar="DIR",
+        help="the draft's folder that was exported, unless there is none or it is random",
     )
 
     profile = parser.add_argument_group("profile")
@@ -186,7 +208,7 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         raise UsageError("--contexts: must be at least 1")
     if args.plot is not None and args.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
-    for flag, path in (("MODEL_DIR", args.model_dir), ("--checkpoint", args.checkpoint)):
+    for flag, path in (("MODEL_DIR", args.model_dir), ("--checkpoint", args.checkpoint), ("--draft", args.draft)):
         _check_folder(flag, path)
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         raise ExportError(f"--plot {args.plot}: the folder {args.plot.absolute().parent} does not exist")
@@ -200,9 +222,11 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         seed=args.seed or 0,
         chat=args.chat,
         ignore_eos=args.ignore_eos,
+        force_accept=args.force_accept or (),
         cuda_graph=args.cuda_graph,
         unverified=args.unverified,
         checkpoint=args.checkpoint,
+        draft=args.draft,
         contexts=args.contexts,
         prefill=args.prefill,
         plot=args.plot,
@@ -220,8 +244,9 @@ def _check_belonging(args: argparse.Namespace, task: Task) -> None:
     belonging: dict[Task, tuple[str, ...]] = {
         "generate": (
             *("--prompt", "--prompt-ids", "--max-new-tokens", "--temperature", "--seed", "--chat", "--ignore-eos"),
+            "--force-accept",
         ),
-        "check": ("--checkpoint",),
+        "check": ("--checkpoint", "--draft"),
         "profile": ("--contexts", "--prefill", "--plot"),
     }
     for owner, flags in belonging.items():

@@ -87,10 +87,10 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | list[int | None]:
     if isinstance(size, int):
         return size
-    bounds = size.node.shape_env.bound_sympy(size.node.expr)
-    known = program.range_constraints.get(size.node.expr)
-    if known is not None:
-        bounds = bounds & known
+    # What the program declares; tracing takes every dynamic size for at least 2, also where 1 is declared and works.
+    bounds = program.range_constraints.get(size.node.expr)
+    if bounds is None:
+        bounds = size.node.shape_env.bound_sympy(size.node.expr)
     limits: list[int | None] = []
     for bound in (bounds.lower, bounds.upper):
         limits.append(int(bound) if bound.is_finite and int(bound) < 2**62 else None)

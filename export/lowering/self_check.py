@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,26 @@ def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuAr
             raise SelfCheckError(f"method {name}: {problem}")
         for problem in _weight_problems(contents, name, programs[name]):
             raise SelfCheckError(f"method {name}: {problem}")
+    if clash := shared_name_problem({name: method.weights for name, method in contents.methods.items()}):
+        raise SelfCheckError(clash)
+
+
+def shared_name_problem(weights: Mapping[str, Sequence[WeightEntry]]) -> str | None:
+    """Two methods whose tensors of one name differ: whoever runs them shares tensors by name, and one would be wrong.
+
+    Compilers number the constants that they make from the number of a method's buffers, so methods of different
+    modules can arrive at the same name.
+
+    Args:
+        weights: each method's tensors.
+    """
+    first: dict[str, tuple[str, WeightEntry]] = {}
+    for method, entries in weights.items():
+        for entry in entries:
+            other, known = first.setdefault(entry.fqn, (method, entry))
+            if known != entry:
+                return f"{other} and {method} hold different tensors named {entry.fqn}; export one of them on its own"
+    return None
 
 
 def check_pt2(path: Path, arch: GpuArch) -> None:

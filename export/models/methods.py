@@ -8,6 +8,8 @@ method             ``tokens`` int64        ``input_pos`` int64   result
 ``target_verify``  [1, M]                  [M]                   logits [1, M, V] of every token
 =================  ======================  ====================  ========================================
 
+With a draft, methods also exchange features: :mod:`flashpte.export.models.eagle3_methods`.
+
 Positions are consecutive and ascending. Logits have the model's dtype: widening them adds no information, and a
 Hugging Face model returns the same.
 """
@@ -24,7 +26,7 @@ from torch.export import Dim, ExportedProgram
 
 from flashpte.export.errors import UsageError
 from flashpte.export.models.caches import SLIDING, KVCache
-from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
 
 MIN_PREFILL_CHUNK = 2
 """One token is what decode is for, with other kernels. Starting at 2 also keeps clear of the sizes 0 and 1, which
@@ -47,27 +49,47 @@ class MethodSpec:
 
 
 def plan_methods(
-    max_prefill_chunk: int, verify_window: int | None = None, only: str | None = None
+    max_prefill_chunk: int,
+    verify_window: int | None = None,
+    only: str | None = None,
+    *,
+    min_prefill_chunk: int = MIN_PREFILL_CHUNK,
+    decode: bool = True,
+    draft: bool = False,
 ) -> tuple[MethodSpec, ...]:
-    """The methods to export, in the order prefill, decode, target_verify.
+    """The methods to export, in the order prefill, decode, target_verify, draft_decode.
 
     Args:
         max_prefill_chunk: the largest number of tokens of one prefill call, at least 2.
         verify_window: M of target_verify (2..16); ``None`` leaves that method out.
         only: export this method alone.
+        min_prefill_chunk: the smallest number of tokens of one prefill call.
+        decode: whether there is a ``decode``.
+        draft: whether there is a ``draft_decode``; it takes as many rows as the longest of the other calls, or one.
 
     Raises:
         UsageError: ``only`` names a method that is not there.
     """
-    specs = [MethodSpec(PREFILL, MIN_PREFILL_CHUNK, max_prefill_chunk), MethodSpec(DECODE, 1, 1)]
+    specs = [MethodSpec(PREFILL, min_prefill_chunk, max_prefill_chunk)]
+    if decode:
+        specs.append(MethodSpec(DECODE, 1, 1))
     if verify_window is not None:
         specs.append(MethodSpec(TARGET_VERIFY, verify_window, verify_window, all_logits=True))
+    if draft:
+        specs.append(MethodSpec(DRAFT_DECODE, 1, max(max_prefill_chunk, verify_window or 1)))
     if only is None:
         return tuple(specs)
     chosen = tuple(spec for spec in specs if spec.name == only)
     if not chosen:
-        raise UsageError(f"method {only} needs a number of tokens: add --verify-window M")
+        raise UsageError(f"method {only} needs {_NEEDS[only]}")
     return chosen
+
+
+_NEEDS = {
+    DECODE: "a target that takes one token at a time and, beside a draft, --with-decode",
+    TARGET_VERIFY: "a number of tokens: add --verify-window M",
+    DRAFT_DECODE: "a draft: add --draft DIR",
+}
 
 
 class CausalLMMethod(nn.Module):
@@ -99,23 +121,35 @@ class CausalLMMethod(nn.Module):
         return output.logits
 
 
-def export_method(model: nn.Module, kv_cache: KVCache, spec: MethodSpec) -> ExportedProgram:
+def example_length(spec: MethodSpec) -> int:
+    """Tokens to trace a method with; any length does, a mid one keeps clear of the ends, which might be special."""
+    return (spec.min_tokens + spec.max_tokens + 1) // 2
+
+
+def export_method(
+    model: nn.Module, kv_cache: KVCache, spec: MethodSpec, module: CausalLMMethod | None = None
+) -> ExportedProgram:
     """Exports one method of a model whose attention implementation is :data:`caches.ATTENTION_NAME`.
 
     Tracing is non-strict: the Python of the model runs as it is, so its decorators, caches and output classes need
     no support by TorchDynamo, and tracing is several times faster; every shape decision is still guarded.
+
+    Args:
+        model: the causal language model.
+        kv_cache: its cache.
+        spec: the method.
+        module: what to export in the place of a plain :class:`CausalLMMethod`.
     """
-    # any length in the range does; a mid one keeps clear of the sizes that the range's ends might make special
-    length = (spec.min_tokens + spec.max_tokens + 1) // 2
+    length = example_length(spec)
     tokens = torch.zeros(1, length, dtype=torch.int64)
     input_pos = torch.arange(length, dtype=torch.int64)
     dynamic_shapes = None
     if spec.dynamic:
         tokens_dim = Dim("tokens", min=spec.min_tokens, max=spec.max_tokens)
         dynamic_shapes = {"tokens": {1: tokens_dim}, "input_pos": {0: tokens_dim}}
-    module = CausalLMMethod(model, kv_cache, all_logits=spec.all_logits).eval()
+    module = module or CausalLMMethod(model, kv_cache, all_logits=spec.all_logits)
     with torch.no_grad():
-        return torch.export.export(module, (tokens, input_pos), dynamic_shapes=dynamic_shapes, strict=False)
+        return torch.export.export(module.eval(), (tokens, input_pos), dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def constant_methods(
@@ -143,7 +177,8 @@ def constant_methods(
             values["get_max_prefill_chunk"] = spec.max_tokens
         if spec.name == TARGET_VERIFY:
             values["get_verify_window"] = spec.max_tokens
-        values[f"get_{spec.name}_logits"] = "all" if spec.all_logits else "last"
+        if spec.name != DRAFT_DECODE:
+            values[f"get_{spec.name}_logits"] = "all" if spec.all_logits else "last"
     if bos_id is not None:
         values["get_bos_id"] = bos_id
     if eos_ids:

@@ -20,9 +20,29 @@ ENTRY_POINT_GROUP = "flashpte.targets"
 """Installed packages offer targets of their own here: ``name = "package.module:TARGET"``, a :class:`TargetSpec`."""
 
 
+def default_taps(layers: int) -> tuple[int, ...]:
+    """Hidden states that an EAGLE-3 draft reads when its config names none: low, middle and high.
+
+    ``(2, n // 2, n - 3)`` is what the published drafts were trained with (vLLM and SGLang assume it, too); a model
+    that is too shallow for three different ones is tapped at the outputs of its first, middle and last layer.
+
+    Args:
+        layers: n, decoder layers of the target, at least 1.
+
+    Returns:
+        Ascending, in the numbering of :class:`TargetSpec`: 0 is the embedding, k the output of layer k - 1.
+    """
+    if layers >= 7:
+        return (2, layers // 2, layers - 3)
+    return tuple(sorted({1, (layers + 1) // 2, layers}))
+
+
 @dataclasses.dataclass(frozen=True)
 class TargetSpec:
     """A model family that can be exported.
+
+    Its vocabulary, hidden size and sliding window are read off the built model
+    (:class:`flashpte.export.models.source.ModelFacts`), because config fields differ between releases of transformers.
 
     Attributes:
         name: what ``--target`` takes.
@@ -35,6 +55,11 @@ class TargetSpec:
         small_config: fields of the ``--small`` model: the same architecture, exported in a few minutes.
         max_seq_len: default of ``--max-seq-len``; a model with fewer positions lowers it.
         small_max_seq_len: the same for ``--small``.
+        taps: hidden states that a draft reads when its own config names none, from the number of decoder layers;
+            0 is the embedding, k the output of layer k - 1.
+        min_forward: fewest tokens that one forward may hold; more than 1 rules out ``decode``.
+        max_forward: most tokens that one forward may hold, beside the sliding window, which always bounds it (the ring
+            of keys is twice the window); ``None`` for no bound of the target's own.
     """
 
     name: str
@@ -45,6 +70,9 @@ class TargetSpec:
     small_config: Mapping[str, Any] | None = None
     max_seq_len: int = 4096
     small_max_seq_len: int = 256
+    taps: Callable[[int], tuple[int, ...]] = default_taps
+    min_forward: int = 1
+    max_forward: int | None = None
 
 
 def _builtin_targets() -> dict[str, TargetSpec]:

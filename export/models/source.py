@@ -37,6 +37,7 @@ class ModelFacts:
     Attributes:
         attention: what each layer's cache must hold, in layer order.
         vocab_size: V of the logits.
+        hidden_size: C of the hidden states between layers.
         max_positions: the longest sequence that the model was made for.
         window: the sliding window, or ``None`` without sliding layers.
         bos_id: id of the token that starts a sequence, if the config says.
@@ -45,13 +46,14 @@ class ModelFacts:
 
     attention: tuple[AttentionShape, ...]
     vocab_size: int
+    hidden_size: int
     max_positions: int
     window: int | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
 
 
-class _EmptyTensorsOnMeta(TorchFunctionMode):
+class EmptyTensorsOnMeta(TorchFunctionMode):
     """Sends ``torch.empty`` to the meta device: weights cost nothing, computed buffers (RoPE) keep their values.
 
     ``torch.device("meta")`` would take the computed, non-persistent buffers too, and no checkpoint restores those.
@@ -93,14 +95,14 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ExportError(f"config.json names a quantised checkpoint ({method}); give the unquantised one")
-    if problem := _wrong_size(fields):
+    if problem := wrong_size(fields):
         raise ExportError(f"not a valid {config_class}: {problem}")
     try:
         config = getattr(transformers, config_class).from_dict(dict(fields))
         # attention layers look this name up whenever they run
         config._attn_implementation = ATTENTION_NAME
         _check_rope(config)
-        with _EmptyTensorsOnMeta():
+        with EmptyTensorsOnMeta():
             model = getattr(transformers, model_class)(config)
     except KeyError as error:  # a name that transformers looks up in one of its tables
         value = error.args[0] if error.args else None
@@ -126,7 +128,7 @@ def _order_sets(model: nn.Module) -> None:
                 setattr(module, name, sorted(value))
 
 
-def _wrong_size(fields: Mapping[str, Any]) -> str | None:
+def wrong_size(fields: Mapping[str, Any]) -> str | None:
     """The first size among a config's fields that no model can have; transformers divides by some of them."""
     for name, least in _LEAST_SIZES.items():
         value = fields.get(name)
@@ -185,9 +187,11 @@ def describe(model: nn.Module) -> ModelFacts:
         attention.append(AttentionShape(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None)))
     config = _untyped(model).config
     eos = config.eos_token_id
+    vocab_size, hidden_size = _untyped(model).get_input_embeddings().weight.shape
     return ModelFacts(
         attention=tuple(attention),
-        vocab_size=_untyped(model).get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
         max_positions=config.max_position_embeddings,
         window=min((shape.window for shape in attention if shape.window is not None), default=None),
         bos_id=config.bos_token_id,

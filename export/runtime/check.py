@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.models.eagle3_plan import DraftPlan
+from flashpte.export.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.runtime.agreement import Agreement, judge
+from flashpte.export.runtime.check_draft import check_draft
 from flashpte.export.runtime.check_plan import Step, plan_walk
 from flashpte.export.runtime.compare import Comparison, compare, worst
 from flashpte.export.runtime.language_model import LanguageModel, RunsMethods
@@ -24,41 +28,13 @@ _SEED = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Choices along a greedy sequence of the eager model, whose tokens are fed whatever the program chooses.
-
-    Attributes:
-        tokens: how many choices.
-        agreeing: how many are the same.
-        tolerance: twice the error that the logits may have: a smaller margin between the reference's first and second
-            choice may turn.
-        above: choices whose margin is above the tolerance.
-        wrong: positions among those where the program chose another token; must be empty.
-        margins: the reference's margins, smallest, median and largest.
-        distinct: different tokens in the sequence.
-    """
-
-    tokens: int
-    agreeing: int
-    tolerance: float
-    above: int
-    wrong: tuple[int, ...]
-    margins: tuple[float, float, float]
-    distinct: int
-
-    @property
-    def passed(self) -> bool:
-        """Whether no clear choice differs."""
-        return not self.wrong
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckReport:
     """What a check found.
 
     Attributes:
         comparisons: of each method's logits, each group's keys and values.
         agreement: along the greedy sequence; ``None`` without a decode method.
+        proposals: of the draft; ``None`` without one.
         weights_equal: tensors that are the model's, byte for byte.
         weights_different: names of those that are not.
         unchecked: methods that are none of a language model's.
@@ -67,6 +43,7 @@ class CheckReport:
 
     comparisons: tuple[Comparison, ...]
     agreement: Agreement | None
+    proposals: Agreement | None
     weights_equal: int
     weights_different: tuple[str, ...]
     unchecked: tuple[str, ...]
@@ -75,18 +52,16 @@ class CheckReport:
     @property
     def passed(self) -> bool:
         """Whether everything that was looked at is within its bounds."""
-        agrees = self.agreement is None or self.agreement.passed
+        agrees = all(found is None or found.passed for found in (self.agreement, self.proposals))
         return all(c.passed for c in self.comparisons) and agrees and not self.weights_different
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
-        agreement = None
-        if self.agreement is not None:
-            agreement = {**dataclasses.asdict(self.agreement), "passed": self.agreement.passed}
         return {
             "passed": self.passed,
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
-            "teacher_forced": agreement,
+            "teacher_forced": _agreement_dict(self.agreement),
+            "proposals": _agreement_dict(self.proposals),
             "weights": {"equal": self.weights_equal, "different": list(self.weights_different)},
             "unchecked_methods": list(self.unchecked),
             "calls": dict(self.calls),
@@ -105,7 +80,10 @@ class CheckReport:
             for row in rows
         ]
         lines.append("calls: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
-        lines += _agreement_lines(self.agreement)
+        if self.agreement is not None:
+            lines += self.agreement.lines("teacher-forced", "greedy tokens")
+        if self.proposals is not None:
+            lines += self.proposals.lines("draft", "proposals")
         if self.weights_equal or self.weights_different:
             lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
         if self.weights_different:
@@ -117,18 +95,8 @@ class CheckReport:
         return lines
 
 
-def _agreement_lines(found: Agreement | None) -> list[str]:
-    if found is None:
-        return []
-    low, middle, high = found.margins
-    lines = [
-        f"teacher-forced: {found.tokens} greedy tokens ({found.distinct} distinct), argmax agrees at {found.agreeing}; "
-        f"{found.above} have a top-2 margin above {found.tolerance:.3g} "
-        f"(margins {low:.3g} .. {middle:.3g} .. {high:.3g})"
-    ]
-    if found.wrong:
-        lines.append(f"teacher-forced: WRONG at {len(found.wrong)} clear choices, first at token {found.wrong[0]}")
-    return lines
+def _agreement_dict(found: Agreement | None) -> dict[str, Any] | None:
+    return None if found is None else {**dataclasses.asdict(found), "passed": found.passed}
 
 
 def check_program(
@@ -146,12 +114,12 @@ def check_program(
 
     Args:
         program: what is checked; its buffers are written to and reset.
-        own: the eager model in the program's dtype, the yardstick.
+        own: the eager model in the program's dtype, the yardstick; with the draft of a program that has one.
         reference: the same in a wider dtype, the truth.
         dtype: the program's.
         window: the sliding window, if the model has one.
         weights: the program's tensors by FQN, to be compared with ``model_weights``.
-        model_weights: the model's ``state_dict()``.
+        model_weights: what they should be, by FQN, see :func:`named_weights`.
         progress: called with a short line at each stage.
 
     Raises:
@@ -167,11 +135,17 @@ def check_program(
     tell(f"walking through {max(step.end for step in steps)} positions in {len(steps)} calls")
     results = _walk(model, tokens, steps)
     end = max(step.end for step in steps)
-    rows = sorted({position for step, logits in results for position in _rows(step, logits)})
+    rows = sorted({position for step, logits, _ in results for position in _rows(step, logits)})
     tell("evaluating the eager model")
     expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
     comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
+    comparisons += _compare_features(results, expected, yardstick, dtype)
     comparisons += _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    proposals = None
+    if DRAFT_DECODE in program.signatures and yardstick.features is not None:
+        tell("walking with the draft")
+        found, proposals = check_draft(program, own, reference, tokens[:end], yardstick.features, dtype)
+        comparisons += found
     agreement = None
     if model.limits.decode:
         tell("following a greedy sequence")
@@ -179,25 +153,38 @@ def check_program(
         comparisons.append(teacher)
     model.reset()
     known = (PREFILL, DECODE, TARGET_VERIFY)
+    checked = known if proposals is None else (*known, DRAFT_DECODE)
     return CheckReport(
         comparisons=tuple(comparisons),
         agreement=agreement,
+        proposals=proposals,
         weights_equal=equal,
         weights_different=different,
-        unchecked=tuple(name for name in program.signatures if name not in known),
+        unchecked=tuple(name for name in program.signatures if name not in checked),
         calls={name: sum(step.method == name for step in steps) for name in program.signatures if name in known},
     )
 
 
-def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> list[tuple[Step, torch.Tensor]]:
+Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M, V]; features [T, C] with a draft
+
+
+def named_weights(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
+    """The weights of a model and its draft by the FQNs that a program has them under."""
+    parts: dict[str, nn.Module] = {"model": model}
+    if draft is not None:
+        parts |= {"feature_fusion": draft.fusion, "draft": draft.head}
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> Results:
     model.reset()
-    results = []
+    results: Results = []
     for step in steps:
         model.move_back(step.start)
         logits = model.call(step.method, tokens[step.start : step.end])
         model.program.synchronize()  # an error of the device belongs to this call
         if step.compared:
-            results.append((step, logits[0].cpu()))
+            results.append((step, logits[0].cpu(), None if model.features is None else model.features[0].cpu()))
     return results
 
 
@@ -207,7 +194,7 @@ def _rows(step: Step, logits: torch.Tensor) -> range:
 
 
 def _compare_logits(
-    results: Sequence[tuple[Step, torch.Tensor]],
+    results: Results,
     rows: Sequence[int],
     expected: Evaluation,
     yardstick: Evaluation,
@@ -215,8 +202,8 @@ def _compare_logits(
 ) -> list[Comparison]:
     at = {position: index for index, position in enumerate(rows)}
     comparisons = []
-    for method in dict.fromkeys(step.method for step, _ in results):
-        mine = [(step, logits) for step, logits in results if step.method == method]
+    for method in dict.fromkeys(step.method for step, _, _ in results):
+        mine = [(step, logits) for step, logits, _ in results if step.method == method]
         indices = [at[position] for step, logits in mine for position in _rows(step, logits)]
         actual = torch.cat([logits for _, logits in mine])
         truth = expected.logits[indices]
@@ -225,6 +212,26 @@ def _compare_logits(
         where = next(s for s, logits in mine if position in _rows(s, logits))
         name = f"at position {position} ({where.count} tokens from {where.start})"
         comparisons.append(compare(f"{method} logits", name, actual, truth, yardstick.logits[indices], dtype))
+    return comparisons
+
+
+def _compare_features(
+    results: Results, expected: Evaluation, yardstick: Evaluation, dtype: torch.dtype
+) -> list[Comparison]:
+    """What the target's methods hand to the draft, by method;."""
+    if expected.features is None or yardstick.features is None:
+        return []
+    calls: dict[str, list[tuple[Step, torch.Tensor]]] = {}
+    for step, _, features in results:
+        if features is not None:
+            calls.setdefault(step.method, []).append((step, features))
+    comparisons = []
+    for method, mine in calls.items():
+        rows = [row for step, _ in mine for row in range(step.start, step.end)]
+        actual, truth = torch.cat([features for _, features in mine]), expected.features[rows]
+        worst_row = rows[int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())]
+        where = f"at position {worst_row}"
+        comparisons.append(compare(f"{method} features", where, actual, truth, yardstick.features[rows], dtype))
     return comparisons
 
 
@@ -283,21 +290,7 @@ def judge_greedy(
 ) -> tuple[Comparison, Agreement]:
     """Compares logits [N, V] along a greedy sequence, and the choices they lead to."""
     comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
-    top = truth.double().topk(2, -1)
-    margins = top.values[:, 0] - top.values[:, 1]
-    tolerance = 2 * comparison.max_allowed
-    same = actual.argmax(-1) == top.indices[:, 0]
-    clear = margins > tolerance
-    wrong = (clear & ~same).nonzero().flatten().tolist()
-    return comparison, Agreement(
-        tokens=len(same),
-        agreeing=int(same.sum()),
-        tolerance=tolerance,
-        above=int(clear.sum()),
-        wrong=tuple(wrong),
-        margins=(float(margins.min()), float(margins.median()), float(margins.max())),
-        distinct=len(top.indices[:, 0].unique()),
-    )
+    return comparison, judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)
 
 
 def _compare_weights(
@@ -306,13 +299,13 @@ def _compare_weights(
     """Byte for byte; a tensor that only one of them has, or in another dtype, is not compared."""
     equal, different = 0, []
     for name, value in model_weights.items():
-        mine = weights.get(f"model.{name}")
+        mine = weights.get(name)
         if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
             continue
         if torch.equal(_bits(mine.cpu()), _bits(value.cpu())):
             equal += 1
         else:
-            different.append(f"model.{name}")
+            different.append(name)
     return equal, tuple(different)
 
 

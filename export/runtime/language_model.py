@@ -132,12 +132,14 @@ class LanguageModel:
         program: runs the methods.
         limits: what they admit.
         position: where the next token is written.
+        features: what the last call returned beside its logits, [1, T, C] in a program with a draft; else ``None``.
     """
 
     def __init__(self, program: RunsMethods):
         self.program = program
         self.limits = read_limits(program.signatures, program.constants)
         self.position = 0
+        self.features: torch.Tensor | None = None
 
     def call(self, method: str, tokens: Sequence[int]) -> torch.Tensor:
         """Runs a method on tokens at the current position.
@@ -154,7 +156,8 @@ class LanguageModel:
                 f"the cache is full: it holds {self.limits.max_seq_len} positions, {method} would write up to {end}"
             )
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
-        (logits,) = self.program.run(method, ids, torch.arange(self.position, end, dtype=torch.int64))
+        logits, *others = self.program.run(method, ids, torch.arange(self.position, end, dtype=torch.int64))
+        self.features = others[0] if others else None
         self.position = end
         return logits
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ from torch import nn
 from flashpte.export.errors import ExportError
 from flashpte.export.runtime.folder import ProgramError
 from flashpte.export.runtime.signature import read_dtype
+
+if TYPE_CHECKING:
+    from flashpte.export.models.eagle3_plan import DraftPlan
+    from flashpte.export.runtime.draft_reference import EagerDraft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,37 +32,56 @@ class Evaluation:
         logits: [R, V], of the rows asked for.
         keys: of each layer, [H_kv, T, D], as the attention gets them.
         values: of each layer, [H_kv, T, D_v].
+        features: [T, C], what a draft reads; ``None`` without one.
     """
 
     logits: torch.Tensor
     keys: tuple[torch.Tensor, ...] = ()
     values: tuple[torch.Tensor, ...] = ()
+    features: torch.Tensor | None = None
 
 
 class EagerModel:
-    """A Hugging Face causal language model with its own attention and cache, without gradients."""
+    """A Hugging Face causal language model with its own attention and cache, without gradients.
 
-    def __init__(self, model: nn.Module, device: torch.device | str):
+    Attributes:
+        draft: a draft that reads its hidden states, if there is one.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str, draft: DraftPlan | None = None):
+        from flashpte.export.runtime.draft_reference import eager_draft
+
         self.device = torch.device(device)
         self._model: Any = model.to(self.device).eval()
+        self.draft: EagerDraft | None = None
+        if draft is not None:
+            untyped: Any = model
+            self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
 
     def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
         """One forward over a whole sequence; logits of the tokens at ``rows``, keys and values of all."""
         from transformers import DynamicCache
 
+        from flashpte.export.models.eagle3_methods import recorded_taps
+
         cache = DynamicCache()  # without a config: sliding layers keep every position, too
-        with torch.no_grad():
+        taps = () if self.draft is None else self.draft.taps
+        features = None
+        with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
             output = self._model(
                 input_ids=torch.tensor([list(tokens)], device=self.device),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=torch.tensor(list(rows), device=self.device),
             )
+            if self.draft is not None:
+                features = self.draft.fuse(tapped)[0].cpu()
         layers: Any = cache.layers
         return Evaluation(
             output.logits[0].cpu(),
             tuple(layer.keys[0].cpu() for layer in layers),
             tuple(layer.values[0].cpu() for layer in layers),
+            features,
         )
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
@@ -132,8 +155,13 @@ def reference_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def eager_pair(model: nn.Module) -> tuple[EagerModel, EagerModel]:
-    """The model in its own dtype, and in the wider one that is the reference; on the GPU where both fit."""
+def eager_pair(model: nn.Module, draft: DraftPlan | None = None) -> tuple[EagerModel, EagerModel]:
+    """The model in its own dtype, and in the wider one that is the reference; on the GPU where both fit.
+
+    Args:
+        model: the target.
+        draft: a draft with its weights, which both get a copy of.
+    """
     own = next(model.parameters()).dtype
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     wider = reference_dtype(own)
@@ -143,4 +171,4 @@ def eager_pair(model: nn.Module) -> tuple[EagerModel, EagerModel]:
         if free > 2 * (size + size * wider.itemsize // own.itemsize):
             device = "cuda"
     wide = copy.deepcopy(model).to(wider)
-    return EagerModel(model, device), EagerModel(wide, device)
+    return EagerModel(model, device, draft), EagerModel(wide, device, draft)

@@ -15,8 +15,8 @@ _HEAD_LEAN = 1.0
 """How much of the embedding of token t - 1 the random head has in row t, beside noise of the same size."""
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    # a stream per tensor: cutting layers or visiting tensors in another order changes no other tensor
+def tensor_generator(seed: int, name: str) -> torch.Generator:
+    """A stream per tensor: cutting layers or visiting tensors in another order changes no other tensor."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -29,7 +29,7 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
     directly, with no float32 copy.
     """
     tensor = torch.empty(shape, dtype=dtype)
-    generator = _generator(seed, name)
+    generator = tensor_generator(seed, name)
     if name.endswith(".bias"):
         return tensor.uniform_(-0.125, 0.125, generator=generator)
     if len(shape) < 2:

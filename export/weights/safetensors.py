@@ -40,7 +40,7 @@ _OTHER_MODALITIES = re.compile(
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
-_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +162,7 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -
                 f"tensor {stored.name} in {stored.file} has shape {list(stored.shape)}, "
                 f"the config asks for {list(shape)}"
             )
-        if stored.dtype not in _DTYPES:
+        if stored.dtype not in FLOAT_DTYPES:
             raise ExportError(
                 f"tensor {stored.name} in {stored.file} has dtype {stored.dtype}; only float checkpoints are read"
             )

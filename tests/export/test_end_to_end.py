@@ -1,6 +1,6 @@
 """`export-model` for real, on a machine without a GPU: a sharded checkpoint of the small Gemma 4 in, a .pte out.
 
-Each export is a process of its own, as a user starts it.
+Each export is a process of its own, as a user starts it. One is plain, the other has an EAGLE-3 draft.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from drafts import draft_tensors, flat_config, write_draft
 
 from flashpte.export.lowering import inspect_pte
 from flashpte.export.lowering.self_check import executorch_kernels, find_avx512, find_build_path
@@ -22,7 +23,19 @@ from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 pytestmark = pytest.mark.lowering
 
-METHODS = {"prefill": "_tiled_kernel", "decode": "_split_k_kernel", "target_verify": "_split_k_kernel"}
+# arch -> method -> the kernel it must have and the number of its attention nodes
+METHODS = {
+    "sm_80": {
+        "prefill": ("_tiled_kernel", 6),
+        "decode": ("_split_k_kernel", 6),
+        "target_verify": ("_split_k_kernel", 6),
+    },
+    "sm_90": {
+        "prefill": ("_tiled_hopper_kernel", 6),
+        "target_verify": ("_split_k_kernel", 6),
+        "draft_decode": ("_tiled_hopper_kernel", 1),
+    },
+}
 COPIES = {"et_copy::_h2d_copy.out", "et_copy::_d2h_copy.out"}
 
 
@@ -40,8 +53,28 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def export(checkpoint: Path, out: Path, arch: str, hash_seed: str = "1") -> subprocess.CompletedProcess:
-    arguments = ["--target", "gemma4-31b", "--checkpoint", checkpoint, "--max-seq-len", "256", "--verify-window", "4"]
+@pytest.fixture(scope="session")
+def draft(tmp_path_factory) -> Path:
+    """A draft head for that checkpoint, without an embedding of its own, in two shards."""
+    config = flat_config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        draft_vocab_size=200,
+    )
+    tensors = {
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+        for name, tensor in draft_tensors(config, target_hidden=256).items()
+    }
+    return write_draft(tmp_path_factory.mktemp("draft"), config, tensors, shards=2)
+
+
+def export(checkpoint: Path, draft: Path, out: Path, arch: str, hash_seed: str = "1") -> subprocess.CompletedProcess:
+    arguments = ["--target", "gemma4-31b", "--checkpoint", checkpoint, "--max-seq-len", "256"]
+    arguments += ["--draft", draft, "--chain", "3"] if "draft_decode" in METHODS[arch] else ["--verify-window", "4"]
     code = "import sys; from flashpte.export.cli import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments, "--arch", arch, "--output-dir", out],
@@ -56,17 +89,19 @@ ARCHS = [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in ("s
 
 
 @pytest.fixture(scope="module", params=ARCHS)
-def exported(request, checkpoint, tmp_path_factory):
+def exported(request, checkpoint, draft, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "model"
-    done = export(checkpoint, out, request.param)
+    done = export(checkpoint, draft, out, request.param)
     assert done.returncode == 0, done.stderr[-2000:]
     return request.param, out, done
 
 
 def test_the_table_names_a_kernel_for_every_attention_node(exported):
-    _, out, done = exported
+    arch, out, done = exported
     routing = json.loads((out / "manifest.json").read_text())["routing"]
-    assert {name: len(report["nodes"]) for name, report in routing.items()} == dict.fromkeys(METHODS, 6)
+    nodes = {name: len(report["nodes"]) for name, report in routing.items()}
+    assert nodes == {name: count for name, (_, count) in METHODS[arch].items()}
+    assert {node["op"] for node in routing["target_verify"]["nodes"]} == {"flashpte::sdpa_verify"}
     for report in routing.values():
         for node in report["nodes"]:
             assert node["op"].startswith("flashpte::sdpa_")
@@ -78,15 +113,14 @@ def test_the_table_names_a_kernel_for_every_attention_node(exported):
 def test_each_method_is_one_library_of_our_kernels_for_the_arch(exported):
     arch, out, _ = exported
     contents = inspect_pte(out / "model.pte")
-    assert set(contents.methods) == set(METHODS)
+    assert set(contents.methods) == set(METHODS[arch])
     foreign = executorch_kernels()
     assert foreign
     for name, method in contents.methods.items():
         assert method.delegates == ("CudaBackend",)
         assert set(method.operators) <= COPIES
         kernels = {kernel for cubin in method.library.cubins for kernel in cubin.kernels}
-        hopper = name == "prefill" and arch == "sm_90"
-        assert ("_tiled_hopper_kernel" if hopper else METHODS[name]) in kernels
+        assert METHODS[arch][name][0] in kernels
         # Both masks are proven: their maps come from positions, and prefill, of dynamic length, holds verify as well.
         assert {"_classify_intervals_kernel", "_compact_kernel"} <= kernels
         assert "_classify_kernel" not in kernels
@@ -122,9 +156,69 @@ def test_caches_are_shared_by_name(exported):
         for name, method in contents.methods.items()
     }
     assert len(caches["prefill"]) == 12
-    assert caches["prefill"] == caches["decode"] == caches["target_verify"]
+    own = caches.pop("draft_decode", set())
+    assert not own
+    assert all(held == caches["prefill"] for held in caches.values())
+    drafts = {
+        name: {e.fqn for e in method.weights if e.fqn.startswith("draft_cache.")}
+        for name, method in contents.methods.items()
+    }
+    assert {name: held for name, held in drafts.items() if held} == (
+        {"draft_decode": {"draft_cache.k_0", "draft_cache.v_0"}} if "draft_decode" in drafts else {}
+    )
     mutable = json.loads(contents.constant_methods["get_mutable_buffer_metadata"])["mutable_buffers"]
-    assert set(mutable) == {fqn for fqn, _ in caches["prefill"]}
+    assert set(mutable) == {fqn for fqn, _ in caches["prefill"]} | drafts.get("draft_decode", set())
+
+
+@pytest.mark.parametrize("exported", ARCHS[1:], indirect=True)
+def test_a_draft_shares_the_targets_embedding_and_keeps_its_own_weights(exported, draft):
+    from safetensors import safe_open
+
+    _, out, _ = exported
+    contents = inspect_pte(out / "model.pte")
+    held = {name: {entry.fqn for entry in method.weights} for name, method in contents.methods.items()}
+    embedding = "model.model.embed_tokens.weight"
+    target = {fqn for fqn in held["draft_decode"] if fqn.startswith(("model.", "kv_cache.", "feature_fusion."))}
+    assert target == {embedding}
+    assert all(embedding in names for names in held.values())
+    seen = set()
+    for shard in draft.glob("*.safetensors"):
+        with safe_open(shard, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (a safe_open is not a mapping)
+                ours = f"draft.{name.replace('midlayer.', 'layer.')}".replace("draft.fc.", "feature_fusion.fc.")
+                for method in (method for method, names in held.items() if ours in names):
+                    assert torch.equal(contents.weight(method, ours), tensors.get_tensor(name)), name
+                    seen.add((method, name))
+    fused = {(method, "fc.weight") for method in ("prefill", "target_verify")}
+    unused = {"fc.weight", "t2d"}
+    names = {n for shard in draft.glob("*.safetensors") for n in safe_open(shard, "pt").keys()}  # noqa: SIM118
+    assert seen == fused | {("draft_decode", name) for name in names - unused}
+
+
+@pytest.mark.parametrize("exported", ARCHS[1:], indirect=True)
+def test_a_runner_finds_what_it_must_know(exported):
+    _, out, _ = exported
+    constants = inspect_pte(out / "model.pte").constant_methods
+    manifest = json.loads((out / "manifest.json").read_text())
+    wanted = {
+        "get_chain_len": 3,
+        "get_verify_window": 4,
+        "get_min_prefill_chunk": 2,
+        "get_max_prefill_chunk": 64,
+        "get_min_draft_tokens": 1,
+        "get_max_draft_tokens": 64,
+        "get_feature_size": 256,
+        "get_draft_vocab_size": 200,
+        "get_max_seq_len": 256,
+        "get_vocab_size": 512,
+        "get_prefill_logits": "last",
+        "get_target_verify_logits": "all",
+    }
+    assert {name: constants[name] for name in wanted} == wanted
+    assert manifest["constant_methods"]["get_taps"] == manifest["draft"]["taps"] == [1, 3, 6]
+    draft = manifest["methods"]["draft_decode"]
+    assert [tensor["shape"] for tensor in draft["inputs"]] == [[1, [1, 64]], [1, [1, 64], 256], [[1, 64]]]
+    assert [tensor["shape"] for tensor in draft["outputs"]] == [[1, 1], [1, 1, 256]]
 
 
 def test_the_manifest_describes_the_files(exported):
@@ -140,8 +234,8 @@ def test_the_manifest_describes_the_files(exported):
 
 
 @pytest.mark.parametrize("exported", ARCHS[1:], indirect=True)
-def test_the_same_input_gives_the_same_bytes(exported, checkpoint, tmp_path):
+def test_the_same_input_gives_the_same_bytes(exported, checkpoint, draft, tmp_path):
     arch, out, _ = exported
     again = tmp_path / "elsewhere"
-    assert export(checkpoint, again, arch, hash_seed="2").returncode == 0
+    assert export(checkpoint, draft, again, arch, hash_seed="2").returncode == 0
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}

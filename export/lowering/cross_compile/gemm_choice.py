@@ -4,13 +4,14 @@ Inductor offers one choice per (tile, stages, warps) of its matrix-multiply temp
 GPU. Here each is given a time by a model, and the smallest wins; equal times go to the earlier choice, so the
 result is the same everywhere. The model takes the larger of
 
-* memory time: the bytes the grid reads and writes (the left operand is reread once per column of tiles, mostly
-  from L2; the right operand once per row of tiles), over the bandwidth reached, which is the GPU's unless too
-  few bytes are in flight (Little's law over the latency below);
-* arithmetic time: the padded problem's operations, over the tensor-core rate scaled by the share of SMs that
-  have work and by how well a tile of that size feeds the tensor cores;
+* memory time: the bytes the grid reads and writes (the right operand once per eight rows of tiles, which the template
+  walks together), over the bandwidth reached, which is the GPU's unless too few bytes are in flight (Little's law over
+  the latency below);
+* arithmetic time: the tiles of the busiest multiprocessor at its share of the tensor-core rate, scaled by how well a
+  tile feeds the tensor cores: its operations per byte, its steps' length and the depth of its pipeline;
 
-and adds 2 % per wave of thread blocks. It has not been fitted to measurements.
+and adds 2 % per wave of thread blocks. How well a tile feeds the tensor cores was fitted to the times of Inductor's own
+choices on an H200; docs/cross-compiling.md says how far the picks are from the best ones.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from typing import Any
 from flashpte.kernels.tuning import GpuArch
 
 _LATENCY_S = 0.8e-6  # of a DRAM access under load
-_L2_REREAD = 0.25  # share of the left operand's rereads that miss L2
+_ROWS_TOGETHER = 8  # GROUP_M of the template
 _COST_PER_WAVE = 0.02
+# Of a tile of 128 by 128: operations per element read, and the share of the peak rate it reaches.
+_BEST_INTENSITY, _BEST_RATE = 64.0, 0.72
+_SHALLOW_PIPELINE = {1: 2.2, 2: 1.6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +67,19 @@ def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> flo
     blocks = problem.batch * rows * columns
     resident = max(1, min(arch.shared_memory_per_sm // max(shared, 1), arch.threads_per_sm // (32 * tile.warps), 16))
     waves = -(-blocks // (arch.sm_count * resident))
-    busy = min(1.0, blocks / arch.sm_count)
+    busiest = -(-blocks // arch.sm_count)
 
-    moved = problem.m * problem.k * columns * _L2_REREAD + problem.k * problem.n * rows + problem.m * problem.n
+    moved = problem.m * problem.k + problem.k * problem.n * -(-rows // _ROWS_TOGETHER) + problem.m * problem.n
     moved *= problem.batch * problem.itemsize
     per_step = (tile.m + tile.n) * tile.k * problem.itemsize
-    per_sm = min(resident, -(-blocks // arch.sm_count)) * max(1, tile.stages - 1) * per_step
-    bandwidth = min(arch.memory_gb_per_s * 1e9 * busy, per_sm * min(blocks, arch.sm_count) / _LATENCY_S)
+    in_flight = min(resident, busiest) * max(1, tile.stages - 1) * per_step * min(blocks, arch.sm_count)
+    busy = min(1.0, blocks / arch.sm_count)
+    bandwidth = min(arch.memory_gb_per_s * 1e9 * busy, in_flight / _LATENCY_S)
 
-    operations = 2.0 * problem.batch * (rows * tile.m) * (columns * tile.n) * problem.k
-    feeding = max(0.1, min(1.0, tile.m / 64) * min(1.0, tile.n / 64) ** 0.5)
-    arithmetic = operations / (arch.bf16_tflops * 1e12 * busy * feeding)
+    operations = 2.0 * busiest * tile.m * tile.n * problem.k
+    feeding = min(1.0, tile.m * tile.n / (tile.m + tile.n) / _BEST_INTENSITY) * (1 + 16 / 64) / (1 + 16 / tile.k)
+    rate = _BEST_RATE * feeding / _SHALLOW_PIPELINE.get(tile.stages, 1.0)
+    arithmetic = operations / (arch.bf16_tflops * 1e12 / arch.sm_count * rate)
     return max(moved / bandwidth, arithmetic) * (1 + _COST_PER_WAVE * waves)
 
 
@@ -118,7 +124,13 @@ def _describe(choice: Any) -> tuple[GemmProblem, GemmTile] | None:
 
 
 def _sizes(sizes: Sequence[Any]) -> list[int]:
-    """Sizes as numbers; a dynamic one counts as the value Inductor optimises for."""
+    """Sizes as numbers; a dynamic one counts as its upper bound, where most of the time is spent."""
     from torch._inductor.virtualized import V
 
-    return [int(V.graph.sizevars.optimization_hint(size, fallback=64)) for size in sizes]
+    def number(size: Any) -> int:
+        upper = V.graph.sizevars.shape_env.bound_sympy(size).upper if hasattr(size, "free_symbols") else size
+        if upper.is_Integer if hasattr(upper, "is_Integer") else isinstance(upper, int):
+            return int(upper)
+        return int(V.graph.sizevars.optimization_hint(size, fallback=64))
+
+    return [number(size) for size in sizes]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import gluon, host_weights
+from flashpte.export.lowering.cross_compile import constants, gluon, host_weights
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
@@ -257,6 +257,11 @@ TABLE: tuple[Override, ...] = (
 )
 
 EXECUTORCH_TABLE: tuple[Override, ...] = (
+    Override(
+        "executorch.exir.program._program:lift_constant_tensor_pass",
+        "numbers constants in each method by itself, and methods share tensors by name",
+        _with_original(constants.lift_by_value),
+    ),
     Override(
         "executorch.backends.aoti.aoti_backend:move_to_device_pass",
         "copies the weights to the GPU",

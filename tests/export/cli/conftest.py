@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import flashpte.export.lowering as lowering
 from flashpte.export.cli import main
 
 
@@ -68,3 +69,24 @@ def write_tokenizer(folder: Path):
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    folder: Path
+
+
+@pytest.fixture
+def lowered(monkeypatch):
+    """Stands in for ``lower``: remembers its arguments and writes one file."""
+    calls = []
+
+    def lower(programs, *, output_dir, progress, **options):
+        calls.append({"programs": programs, "output_dir": output_dir, **options})
+        progress("lower")
+        output_dir.mkdir()
+        (output_dir / "model.pte").write_bytes(bytes(3000))
+        return Lowered(output_dir)
+
+    monkeypatch.setattr(lowering, "lower", lower)
+    return calls

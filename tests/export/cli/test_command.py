@@ -1,39 +1,15 @@
 """What ``export-model`` does when nothing is wrong, up to the call that generates code."""
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import flashpte.export.lowering as lowering
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 SMALL = ("--target", "gemma4-31b", "--small", "--layers", "1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    folder: Path
-
-
-@pytest.fixture
-def lowered(monkeypatch):
-    """Stands in for ``lower``: remembers its arguments and writes one file."""
-    calls = []
-
-    def lower(programs, *, output_dir, progress, **options):
-        calls.append({"programs": programs, "output_dir": output_dir, **options})
-        progress("lower")
-        output_dir.mkdir()
-        (output_dir / "model.pte").write_bytes(bytes(3000))
-        return Lowered(output_dir)
-
-    monkeypatch.setattr(lowering, "lower", lower)
-    return calls
 
 
 def test_help_and_targets_need_no_torch():

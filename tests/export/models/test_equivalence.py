@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from shared_programs import SharedPrograms
 
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
@@ -9,26 +10,6 @@ from flashpte.export.pipeline import export_programs, plan_export, replace_atten
 TOLERANCE = 1e-4
 VERIFY = 4
 LENGTH = 44  # past the window of 8 and twice around the ring of 16
-
-
-class SharedPrograms:
-    """Runs programs of one export on the same caches, as a runtime that shares buffers by name does."""
-
-    def __init__(self, programs):
-        self.modules = {name: program.module() for name, program in programs.items()}
-        caches = {}
-        for module in self.modules.values():
-            for name, buffer in list(module.named_buffers()):
-                if name.startswith("kv_cache."):
-                    shared = caches.setdefault(name, torch.full_like(buffer, 3.0))
-                    owner, _, leaf = name.rpartition(".")
-                    setattr(module.get_submodule(owner), leaf, shared)
-        self.caches = caches
-
-    def __call__(self, method, tokens, start):
-        with torch.no_grad():
-            positions = torch.arange(start, start + tokens.shape[1])
-            return self.modules[method](tokens, positions)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3-sliding", "gemma4"])

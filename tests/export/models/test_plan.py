@@ -1,10 +1,13 @@
 """Lengths and conflicts that are settled before any weight is read."""
 
+import dataclasses
 import json
 
 import pytest
+from drafts import draft_tensors, speculators_config, write_draft
 
 from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.models.registry import get_target
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_model, plan_export
 from flashpte.export.weights.folder import read_json, read_token_ids
@@ -63,6 +66,44 @@ def test_default_lengths(config, target_of, name, changes, options, max_seq_len,
 def test_options_out_of_range(config, options, named):
     with pytest.raises(UsageError, match=named):
         plan_export(ExportOptions("gemma4-31b", config=config("gemma4"), **options))
+
+
+def test_a_target_bounds_its_forwards(monkeypatch, config):
+    """Prefill, decode and verify keep to what one forward of the target may hold."""
+    import flashpte.export.pipeline as pipeline
+
+    def plan(options, **bounds):
+        monkeypatch.setattr(pipeline, "get_target", lambda name: dataclasses.replace(get_target(name), **bounds))
+        return plan_export(ExportOptions("hf", config=config("llama"), random_seed=0, **options))
+
+    bounded = plan({"chain": 4}, min_forward=3, max_forward=6)
+    assert [(m.name, m.min_tokens, m.max_tokens) for m in bounded.methods] == [
+        ("prefill", 3, 6),
+        ("target_verify", 5, 5),
+        ("draft_decode", 1, 6),
+    ]
+    assert [m.name for m in plan({}, min_forward=3).methods] == ["prefill"]
+    with pytest.raises(
+        UsageError, match=r"--chain 6 \(a target_verify of 7 tokens\): must not exceed what target hf takes"
+    ):
+        plan({"chain": 6}, max_forward=6)
+    with pytest.raises(UsageError, match=r"--verify-window 2: must be 3\.\.16"):
+        plan({"verify_window": 2}, min_forward=3)
+    with pytest.raises(UsageError, match=r"--max-prefill-chunk 7: must be 2\.\.6 \(what target hf takes at once\)"):
+        plan({"max_prefill_chunk": 7}, max_forward=6)
+    with pytest.raises(UsageError, match="--verify-window 3: a draft sets it"):
+        plan({"verify_window": 3, "chain": 4})
+
+
+def test_a_drafts_window_bounds_the_calls(config, tmp_path):
+    layer = {"layer_types": ["sliding_attention"], "sliding_window": 6}
+    draft = speculators_config(layer)
+    write_draft(tmp_path / "draft", draft, draft_tensors(draft, taps=2))
+    options = ExportOptions("hf", config=config("llama"), random_seed=0, draft=tmp_path / "draft", chain=5)
+    plan = plan_export(options)
+    assert [m.max_tokens for m in plan.methods] == [6, 6, 6]
+    with pytest.raises(UsageError, match="must not exceed the draft's sliding window, 6"):
+        plan_export(dataclasses.replace(options, chain=6))
 
 
 @pytest.mark.parametrize("also", [{"small": True}, {"random_seed": 0}, {"config": "config.json"}], ids=str)

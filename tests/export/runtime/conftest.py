@@ -11,12 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from flashpte.export.models.gemma4 import GEMMA4_SMALL
+
+VERIFY = ("--verify-window", "5")
 MODELS = {
-    "gemma": ["--target", "gemma4-31b", "--small"],
-    "llama": ["--target", "hf", "--max-prefill-chunk", "512"],
-    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32"],
+    "gemma": ["--target", "gemma4-31b", "--small", *VERIFY],
+    "llama": ["--target", "hf", "--max-prefill-chunk", "512", *VERIFY],
+    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32", *VERIFY],
+    "gemma-draft": ["--target", "gemma4-31b", "--chain", "4", "--with-decode"],
 }
-COMMON = ["--random-weights", "--max-seq-len", "4096", "--verify-window", "5"]
+COMMON = ["--random-weights", "--max-seq-len", "4096"]
+# A head of its own: with random weights, one that is tied to the embedding repeats the last token for ever.
+UNTIED = {**GEMMA4_SMALL, "tie_word_embeddings": False}
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -27,6 +33,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+CONFIGS = {"llama": LLAMA, "gemma-draft": UNTIED}
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +50,8 @@ def model_folder(tmp_path_factory):
 
             folder = tmp_path_factory.mktemp(name)
             config = []
-            if name == "llama":
-                (folder / "config.json").write_text(json.dumps(LLAMA))
+            if name in CONFIGS:
+                (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
                 config = ["--config", str(folder / "config.json")]
             assert main([*MODELS[name], *config, *COMMON, "--output-dir", str(folder / "out"), "-q"]) == 0
             made[name] = folder / "out"

@@ -8,7 +8,7 @@ import torch
 from eager_program import EagerProgram, small_plan
 
 from flashpte.export.runtime import ProgramError
-from flashpte.export.runtime.check import check_program, judge_greedy
+from flashpte.export.runtime.check import check_program, judge_greedy, named_weights
 from flashpte.export.runtime.check_plan import plan_walk
 from flashpte.export.runtime.compare import compare, ulp
 from flashpte.export.runtime.language_model import Limits
@@ -56,7 +56,7 @@ def failed(report):
 def test_a_right_program_passes(plan, eager):
     program = EagerProgram(plan)
     weights = {f"model.{name}": tensor for name, tensor in plan.model.state_dict().items()}
-    report = check(program, plan, eager, weights=weights, model_weights=eager[0].state_dict())
+    report = check(program, plan, eager, weights=weights, model_weights=named_weights(eager[0]))
     assert report.passed, "\n".join(report.lines())
     assert report.weights_equal == len(weights)
     assert {c.what for c in report.comparisons} == {
@@ -85,7 +85,7 @@ def test_a_perturbed_weight(plan, eager):
     try:
         weights = {f"model.{name}": tensor for name, tensor in plan.model.state_dict().items()}
         program = EagerProgram(plan)
-        report = check(program, plan, eager, weights=weights, model_weights=eager[0].state_dict())
+        report = check(program, plan, eager, weights=weights, model_weights=named_weights(eager[0]))
     finally:
         weight.data[:32] = rows
     # It is in the last layer, behind every cache: logits alone can tell.
@@ -96,7 +96,7 @@ def test_a_perturbed_weight(plan, eager):
 def test_one_bit_of_one_weight_is_found_by_comparing_bytes(plan, eager):
     weights = {f"model.{name}": tensor.clone() for name, tensor in plan.model.state_dict().items()}
     weights["model.model.norm.weight"].view(torch.int16)[7] ^= 1
-    report = check(EagerProgram(plan), plan, eager, weights=weights, model_weights=eager[0].state_dict())
+    report = check(EagerProgram(plan), plan, eager, weights=weights, model_weights=named_weights(eager[0]))
     assert not failed(report)
     assert not report.passed
     assert "weights: WRONG, 1 differ: model.model.norm.weight" in report.lines()

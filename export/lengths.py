@@ -1,0 +1,88 @@
+"""How long sequences and forwards may be: defaults, bounds, and what to say when a flag is out of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.models.caches import AttentionShape, cache_bytes
+from flashpte.export.models.eagle3_plan import DraftPlan
+from flashpte.export.models.methods import MIN_PREFILL_CHUNK
+from flashpte.export.models.registry import TargetSpec
+from flashpte.export.models.source import ModelFacts
+from flashpte.export.options import DEFAULT_PREFILL_CHUNK, VERIFY_WINDOW_RANGE, ExportOptions
+
+
+def sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts) -> int:
+    """Positions that the caches hold: the option's, or the target's default, at most what the model was made for."""
+    if options.max_seq_len is None:
+        default = min(spec.small_max_seq_len if options.small else spec.max_seq_len, facts.max_positions)
+        if default < 2:
+            raise ExportError(f"target {spec.name} has a default length of {default}: give --max-seq-len, at least 2")
+        return default
+    if not 2 <= options.max_seq_len <= facts.max_positions:
+        raise UsageError(f"--max-seq-len {options.max_seq_len}: must be 2..{facts.max_positions} for this model")
+    return options.max_seq_len
+
+
+def check_cache_size(layers: Sequence[AttentionShape], max_seq_len: int, dtype: torch.dtype) -> None:
+    """Raises an ExportError if the caches are larger than this machine's memory."""
+    needed = cache_bytes(layers, max_seq_len, dtype)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ExportError(
+            f"--max-seq-len {max_seq_len}: the KV caches take {needed / 1e9:.1f} GB, "
+            f"this machine has {memory / 1e9:.1f} GB of memory"
+        )
+
+
+def forward_bound(spec: TargetSpec, facts: ModelFacts, max_seq_len: int, draft: DraftPlan | None) -> tuple[int, str]:
+    """Most tokens that one forward may hold, and what says so."""
+    bounds = [(max_seq_len, "the sequence length")]
+    if facts.window is not None:
+        bounds.append((facts.window, "the sliding window"))
+    if draft is not None and draft.window is not None:
+        bounds.append((draft.window, "the draft's sliding window"))
+    if spec.max_forward is not None:
+        bounds.append((spec.max_forward, f"what target {spec.name} takes at once"))
+    return min(bounds, key=lambda bound: bound[0])
+
+
+def prefill_chunk(spec: TargetSpec, options: ExportOptions, facts: ModelFacts, limit: int, reason: str) -> int:
+    """Most tokens of one prefill call; ``limit`` and ``reason`` come from :func:`forward_bound`."""
+    least = max(MIN_PREFILL_CHUNK, spec.min_forward)
+    if facts.window is not None and facts.window < least:
+        raise ExportError(f"the model's sliding_window is {facts.window}, must be at least {least}")
+    if limit < least:
+        raise ExportError(f"one prefill call takes at least {least} tokens, and at most {limit} ({reason})")
+    chunk = options.max_prefill_chunk
+    if chunk is None:
+        return min(limit, DEFAULT_PREFILL_CHUNK) if facts.window is None else limit
+    if not least <= chunk <= limit:
+        raise UsageError(f"--max-prefill-chunk {chunk}: must be {least}..{limit} ({reason})")
+    return chunk
+
+
+def check_verify_window(spec: TargetSpec, options: ExportOptions, window: int | None, limit: int, reason: str) -> None:
+    """Checks the tokens of one target_verify call against the target, the draft and the kernel.
+
+    Raises:
+        UsageError: there are too few or too many.
+    """
+    if window is None:
+        return
+    flag = f"--verify-window {window}"
+    if options.speculates:
+        flag = f"--chain {window - 1} (a target_verify of {window} tokens)"
+        if options.verify_window not in (None, window):
+            raise UsageError(f"--verify-window {options.verify_window}: a draft sets it, to its chain plus one")
+    low, high = VERIFY_WINDOW_RANGE
+    low = max(low, spec.min_forward)
+    if not low <= window <= high:
+        raise UsageError(f"{flag}: must be {low}..{high}")
+    if window > limit:
+        bound = {"the sequence length": "--max-seq-len", "the sliding window": "the model's sliding window of"}
+        raise UsageError(f"{flag}: must not exceed {bound.get(reason, reason + ',')} {limit}")

@@ -1,0 +1,188 @@
+"""The methods of a target with an EAGLE-3 draft, and how each becomes an ``ExportedProgram``.
+
+=================  ==============================================  ==============================================
+method             takes                                           returns
+=================  ==============================================  ==============================================
+``prefill``        tokens int64 [1, T], input_pos int64 [T]        logits [1, 1, V] of the last token,
+                                                                   features [1, T, C] of every token
+``target_verify``  tokens int64 [1, K + 1], input_pos [K + 1]      logits [1, K + 1, V], features [1, K + 1, C]
+``draft_decode``   tokens int64 [1, T], features [1, T, C],        proposal int64 [1, 1], a token of the target's
+                   input_pos int64 [T]                             vocabulary; feature [1, 1, C] after it
+=================  ==============================================  ==============================================
+
+K is the chain, V the target's vocabulary, C the draft's hidden size. Features are the fused taps: what the draft reads,
+and a third of the bytes of the hidden states. A row of ``draft_decode`` is the feature of position p and the token at
+p + 1; its ``input_pos`` is p. It returns what follows its last row, so the next step of the chain takes (proposal,
+feature, p + 1). It takes 1 to ``get_max_draft_tokens`` rows: a prompt's, those that a round accepted, or one step's.
+
+``prefill`` and ``target_verify`` share the target's cache (``kv_cache.*``), ``draft_decode`` has its own
+(``draft_cache.*``). The draft proposes its most likely token, no distribution: see :mod:`flashpte.export.speculative`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from flashpte.export.models.caches import FULL, SLIDING, KVCache
+from flashpte.export.models.eagle3 import DraftHead, FeatureFusion
+from flashpte.export.models.eagle3_plan import DraftPlan
+from flashpte.export.models.methods import CausalLMMethod, MethodSpec, example_length, export_method
+from flashpte.export.models.source import decoder_layers
+from flashpte.export.options import DECODE, DRAFT_DECODE
+
+
+@contextlib.contextmanager
+def recorded_taps(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Fills a mapping with hidden states [1, T, C_t] while the model runs.
+
+    Tap 0 is the embedding, k the output of layer k - 1; that of the last layer is taken before the final norm.
+    """
+    found: dict[int, torch.Tensor] = {}
+
+    def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found[0] = args[0] if args else kwargs["hidden_states"]
+
+    def after(tap: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            found[tap] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    layers = decoder_layers(model)
+    handles = []
+    try:
+        for tap in taps:
+            if tap == 0:
+                handles.append(layers[0].register_forward_pre_hook(before_first, with_kwargs=True))
+            else:
+                handles.append(layers[tap - 1].register_forward_hook(after(tap)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class TargetMethod(CausalLMMethod):
+    """A method of the target that also returns what the draft reads."""
+
+    def __init__(
+        self, model: nn.Module, kv_cache: KVCache, fusion: FeatureFusion, taps: Sequence[int], *, all_logits: bool
+    ):
+        super().__init__(model, kv_cache, all_logits=all_logits)
+        self.feature_fusion = fusion
+        self.taps = tuple(taps)
+
+    def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """``tokens`` int64 [1, T], ``input_pos`` int64 [T] -> logits [1, 1 or T, V] and features [1, T, C]."""
+        with recorded_taps(self.model, self.taps) as found:
+            logits = super().forward(tokens, input_pos)
+        return logits, self.feature_fusion([found[tap] for tap in self.taps])
+
+
+class DraftMethod(nn.Module):
+    """One forward of the draft with its cache, as one exportable call.
+
+    Without an embedding of its own the draft reads the target's, under the name that the target's methods store it by.
+    """
+
+    def __init__(self, model: nn.Module, draft: DraftHead, draft_cache: KVCache):
+        super().__init__()
+        self.draft = draft
+        self.draft_cache = draft_cache
+        self.embedding_path: tuple[str, ...] = ()
+        if draft.embed_tokens is None:
+            self.embedding_path = ("model", *_embedding_name(model).split("."))
+            _mirror(self, self.embedding_path, model)
+
+    def forward(
+        self, tokens: torch.Tensor, features: torch.Tensor, input_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens int64 [1, T], features [1, T, C], positions int64 [T] -> proposal int64 [1, 1], feature [1, 1, C]."""
+        masks = self.draft_cache.masks(input_pos)
+        logits, feature = self.draft(
+            tokens,
+            features,
+            input_pos,
+            masks[SLIDING if SLIDING in masks else FULL],
+            self.draft_cache.view(input_pos),
+            self._embedding(),
+        )
+        return self.draft.to_target_ids(logits.argmax(-1)), feature
+
+    def _embedding(self) -> torch.Tensor:
+        if self.draft.embed_tokens is not None:
+            return self.draft.embed_tokens.weight
+        return self.get_submodule(".".join(self.embedding_path)).get_parameter("weight")
+
+
+def _embedding_name(model: nn.Module) -> str:
+    untyped: Any = model
+    embedding = untyped.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
+
+
+def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:
+    """Hangs the target's embedding weight, and nothing else of the target, below ``root`` under its own name."""
+    module = root
+    for name in path:
+        child = nn.Module()
+        module.add_module(name, child)
+        module = child
+    module.register_parameter("weight", model.get_submodule(".".join(path[1:])).get_parameter("weight"))
+
+
+def export_with_draft(
+    model: nn.Module, kv_cache: KVCache, draft: DraftPlan, draft_cache: KVCache, spec: MethodSpec
+) -> ExportedProgram:
+    """Exports one method of a target with a draft; ``decode``, which the draft does not use, is the plain one.
+
+    Args:
+        model: the target, its attention implementation ours.
+        kv_cache: the target's cache.
+        draft: the draft, its weights loaded.
+        draft_cache: the draft's cache, one layer.
+        spec: the method.
+    """
+    if spec.name == DECODE:
+        return export_method(model, kv_cache, spec)
+    if spec.name != DRAFT_DECODE:
+        module = TargetMethod(model, kv_cache, draft.fusion, draft.taps, all_logits=spec.all_logits)
+        return export_method(model, kv_cache, spec, module)
+    length = example_length(spec)
+    dtype = draft.head.norm.weight.dtype
+    inputs = (
+        torch.zeros(1, length, dtype=torch.int64),
+        torch.zeros(1, length, draft.head.hidden_size, dtype=dtype),
+        torch.arange(length, dtype=torch.int64),
+    )
+    rows = Dim("rows", min=spec.min_tokens, max=spec.max_tokens)
+    shapes = {"tokens": {1: rows}, "features": {1: rows}, "input_pos": {0: rows}}
+    with torch.no_grad():
+        return torch.export.export(
+            DraftMethod(model, draft.head, draft_cache).eval(), inputs, dynamic_shapes=shapes, strict=False
+        )
+
+
+def draft_constants(draft: DraftPlan, specs: Sequence[MethodSpec]) -> dict[str, Any]:
+    """Values that a runner reads from a program with a draft, by the name of the method that returns each.
+
+    ``get_chain_len`` K; ``get_taps`` the hidden states that are fused (0 the embedding, k the output of layer k - 1);
+    ``get_feature_size`` C; ``get_draft_vocab_size`` V_d; ``get_max_draft_tokens`` the most rows of ``draft_decode``.
+    """
+    values: dict[str, Any] = {
+        "get_chain_len": draft.chain,
+        "get_taps": list(draft.taps),
+        "get_feature_size": draft.head.hidden_size,
+        "get_draft_vocab_size": draft.config.draft_vocab_size,
+    }
+    for spec in specs:
+        if spec.name == DRAFT_DECODE:
+            values["get_min_draft_tokens"] = spec.min_tokens
+            values["get_max_draft_tokens"] = spec.max_tokens
+    return values

@@ -1,0 +1,13 @@
+"""Speculative decoding with the methods of one program, wherever they run.
+
+:func:`generate` drives ``prefill``, ``target_verify`` and ``draft_decode`` through a function that runs a method: of an
+ExecuTorch program on a GPU, of compiled libraries, of exported programs on a CPU. Its greedy output is what decoding
+with the target alone gives; its sampled output has the target's distribution. The draft decides only how fast.
+"""
+
+from flashpte.export.speculative.acceptance import Acceptance
+from flashpte.export.speculative.choose import Choose, Sampler, greedy
+from flashpte.export.speculative.loop import Generation, Run, generate
+from flashpte.export.speculative.program import SpeculativeProgram
+
+__all__ = ["Acceptance", "Choose", "Generation", "Run", "Sampler", "SpeculativeProgram", "generate", "greedy"]

@@ -1,0 +1,248 @@
+"""The loop of speculative decoding over three methods of one program.
+
+Notation: the sequence so far has n tokens; the last one, the anchor, has no keys in the target's cache yet. One round:
+
+1. ``draft_decode`` takes the features of the positions that the last forward of the target accepted, each with the
+   token after it, and returns a first proposal; one more call for each further proposal feeds back the draft's own.
+2. ``target_verify`` takes the anchor and the proposals: row i gives the logits and the feature after i proposals.
+3. Accepted proposals and the target's next token are appended; that token is the new anchor.
+
+So the target never runs a plain decode: the features of accepted tokens come from ``target_verify``. Going back after a
+rejection is a smaller position in the next call. Keys of rejected tokens stay in the caches, where no row sees them
+before they are overwritten.
+
+Calls have fixed or least lengths. Feeding a token again at its own position writes the same keys again, so a last chunk
+that would be too short begins earlier, and so does a ``target_verify`` that would end beyond the caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import torch
+
+from flashpte.export.errors import UsageError
+from flashpte.export.options import DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.speculative.acceptance import Acceptance
+from flashpte.export.speculative.choose import Choose, greedy
+from flashpte.export.speculative.program import SpeculativeProgram
+
+Run = Callable[..., Sequence[torch.Tensor]]
+"""``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls.
+
+Tokens and positions are given on the CPU, features as they were returned. A result must stay valid until the same
+method runs again; nothing is kept for longer.
+"""
+
+Revise = Callable[[Sequence[int], list[int]], list[int]]
+"""(the sequence so far, what the draft proposes) -> what to verify instead, not longer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What :func:`generate` returns.
+
+    Attributes:
+        tokens: the generated tokens, without the prompt; a stop token is the last of them.
+        acceptance: how much of the draft's proposals was accepted.
+        stopped: why it ended: at a stop token, at the number of tokens asked for, or because the caches are full.
+    """
+
+    tokens: list[int]
+    acceptance: Acceptance
+    stopped: Literal["stop_token", "max_new_tokens", "max_seq_len"]
+
+
+def generate(
+    run: Run,
+    program: SpeculativeProgram,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    choose: Choose = greedy,
+    stop_tokens: Collection[int] = (),
+    chain: int | None = None,
+    forced_acceptance: int | None = None,
+    revise: Revise | None = None,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> Generation:
+    """Continues a prompt.
+
+    Args:
+        run: runs a method of the program.
+        program: its sizes.
+        prompt: token ids, at least one; they start at position 0.
+        max_new_tokens: how many tokens to generate, at least 1.
+        choose: decides what is accepted; :func:`~flashpte.export.speculative.choose.greedy` or a ``Sampler``.
+        stop_tokens: generation ends after one of these.
+        chain: propose at most this many tokens a round; 0 decodes one token a round through ``target_verify``, and
+            never calls the draft. ``None`` for what the program was exported for.
+        forced_acceptance: accept this many proposals in every round, whatever the target says. For timing alone: what
+            is generated is not what the target would say.
+        revise: replaces proposals before they are verified.
+        on_tokens: called with the new tokens of each round.
+
+    Raises:
+        UsageError: the prompt is empty or too long, or a number is out of range.
+    """
+    loop = _Loop(run, program, program.chain_len if chain is None else chain)
+    check_request(program, prompt, max_new_tokens, loop.chain, forced_acceptance)
+    loop.tokens = list(prompt)
+    first = len(prompt)
+    tell = on_tokens or (lambda new: None)
+    stopped: Literal["stop_token", "max_new_tokens", "max_seq_len"] | None = None
+
+    def append(new: list[int]) -> None:
+        nonlocal stopped
+        new = new[: first + max_new_tokens - len(loop.tokens)]
+        end = next((index for index, token in enumerate(new) if token in stop_tokens), None)
+        if end is not None:
+            new, stopped = new[: end + 1], "stop_token"
+        loop.tokens += new
+        tell(new)
+        if stopped is None and len(loop.tokens) == first + max_new_tokens:
+            stopped = "max_new_tokens"
+        elif stopped is None and len(loop.tokens) > program.max_seq_len:
+            stopped = "max_seq_len"
+
+    if len(prompt) >= program.min_prefill_chunk:
+        append([choose(loop.prefill(), [])[1]])
+    while stopped is None:
+        proposals = loop.propose(first + max_new_tokens - len(loop.tokens) - 1)
+        if revise is not None:
+            offered = len(proposals)
+            proposals = revise(loop.tokens, proposals)
+            if len(proposals) > offered:
+                raise UsageError(f"revise returned {len(proposals)} proposals, the draft made {offered}")
+        logits = loop.verify(proposals)
+        if forced_acceptance is None:
+            accepted, following = choose(logits, proposals)
+        else:
+            accepted = min(forced_acceptance, len(proposals))
+            following = choose(logits[accepted : accepted + 1], [])[1]
+        loop.accept(accepted)
+        loop.acceptance.record(len(proposals), accepted)
+        append([*proposals[:accepted], following])
+    return Generation(loop.tokens[first:], loop.acceptance, stopped)
+
+
+class _Loop:
+    """The state between calls.
+
+    Attributes:
+        tokens: the prompt and what was generated.
+        fed: how many of them have keys in the target's cache and features that are known.
+        features: features [1, T, C] that the draft has not read yet, each with its first position.
+    """
+
+    def __init__(self, run: Run, program: SpeculativeProgram, chain: int):
+        self.run = run
+        self.program = program
+        self.chain = chain
+        self.tokens: list[int] = []
+        self.fed = 0
+        self.features: list[tuple[int, torch.Tensor]] = []
+        self.acceptance = Acceptance(chain)
+        self._verified: tuple[int, torch.Tensor] = (0, torch.empty(0))
+
+    def prefill(self) -> torch.Tensor:
+        """Feeds the prompt, and all of it but the last chunk to the draft; returns the logits [1, V] after it."""
+        length = len(self.tokens)
+        logits = torch.empty(0)
+        for start, end in _chunks(length, self.program.min_prefill_chunk, self.program.max_prefill_chunk):
+            logits, features = self.run(PREFILL, _row(self.tokens[start:end]), torch.arange(start, end))
+            if end < length and self.chain:  # the token after the chunk is known: no need to keep its features
+                self._feed_draft(start, features)
+            elif self.chain:
+                self.features.append((start, features))
+        self.fed = length
+        return logits[0, -1:]
+
+    def propose(self, wanted: int) -> list[int]:
+        """At most ``wanted`` proposals for what follows the sequence, as many as the chain, window and caches allow."""
+        length = len(self.tokens)
+        unfed = length - self.fed
+        room = min(self.program.max_seq_len - length, self.program.verify_window - unfed)
+        count = min(self.chain, wanted, room)
+        if count <= 0 or not self.features:
+            return []
+        proposal = feature = torch.empty(0)
+        for start, features in self.features:
+            proposal, feature = self._feed_draft(start, features)
+        self.features = []
+        proposals = [int(proposal)]
+        while len(proposals) < count:
+            # the position of the feature, which is one before that of the token
+            proposal, feature = self._draft(proposals[-1:], feature, length - 2 + len(proposals))
+            proposals.append(int(proposal))
+        return proposals
+
+    def _feed_draft(self, start: int, features: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Feeds features from position ``start`` on, each with the token after it; returns what follows the last."""
+        most = self.program.max_draft_tokens
+        result: Sequence[torch.Tensor] = ()
+        for offset in range(0, features.shape[1], most):
+            part, begin = features[:, offset : offset + most], start + offset
+            result = self._draft(self.tokens[begin + 1 : begin + 1 + part.shape[1]], part, begin)
+        return result
+
+    def _draft(self, tokens: Sequence[int], features: torch.Tensor, start: int) -> Sequence[torch.Tensor]:
+        return self.run(DRAFT_DECODE, _row(tokens), features, torch.arange(start, start + len(tokens)))
+
+    def verify(self, proposals: Sequence[int]) -> torch.Tensor:
+        """Feeds the anchor and the proposals; returns logits [R, V], R one more than there are proposals."""
+        window = self.program.verify_window
+        start = min(self.fed, self.program.max_seq_len - window)
+        row = [*self.tokens[start:], *proposals]
+        anchor = len(self.tokens) - 1 - start
+        row += [row[-1]] * (window - len(row))  # any token will do: its keys are overwritten before a row sees them
+        logits, features = self.run(TARGET_VERIFY, _row(row), torch.arange(start, start + window))
+        self._verified = (start, features)
+        return logits[0, anchor : anchor + len(proposals) + 1]
+
+    def accept(self, accepted: int) -> None:
+        """Keeps the features of the tokens that were fed for the first time and of the accepted proposals."""
+        start, features = self._verified
+        end = len(self.tokens) + accepted
+        if self.chain:  # without a draft nobody would read them
+            self.features.append((self.fed, features[:, self.fed - start : end - start]))
+        self.fed = end
+
+
+def _row(tokens: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([list(tokens)], dtype=torch.int64)
+
+
+def _chunks(length: int, least: int, most: int) -> list[tuple[int, int]]:
+    """Bounds of the calls that feed ``length`` tokens; a last one that is too short begins within the one before."""
+    bounds = [(start, min(start + most, length)) for start in range(0, length, most)]
+    start, end = bounds[-1]
+    bounds[-1] = (min(start, end - least), end)
+    return bounds
+
+
+def check_request(
+    program: SpeculativeProgram, prompt: Sequence[int], max_new_tokens: int, chain: int, forced: int | None
+) -> None:
+    """Checks the arguments of :func:`generate` of the same names; runs nothing.
+
+    Raises:
+        UsageError: the prompt is empty, too long or of a length that no method takes, or a number is out of range.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if len(prompt) > program.max_seq_len:
+        raise UsageError(f"the prompt has {len(prompt)} tokens, the program holds {program.max_seq_len}")
+    if program.verify_window < len(prompt) < program.min_prefill_chunk:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens; one prefill takes at least {program.min_prefill_chunk}, "
+            f"target_verify {program.verify_window}"
+        )
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+    if not 0 <= chain <= program.chain_len:
+        raise UsageError(f"chain {chain}: the program was exported for 0..{program.chain_len}")
+    if forced is not None and not 0 <= forced <= chain:
+        raise UsageError(f"forced_acceptance {forced}: must be 0..{chain}")

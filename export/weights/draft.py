@@ -1,0 +1,186 @@
+"""The weights of an EAGLE-3 draft head: a folder of either family of checkpoints, or random ones that fit a target.
+
+Both families name the same tensors, the layer ``midlayer.*`` (SafeAILab, SpecForge) or ``layers.0.*`` (speculators).
+An embedding that is not there is the target's. ``d2t`` int64 [V_d] holds offsets: draft token d is target token
+d + d2t[d]. ``t2d`` bool [V] marks the target tokens that the draft knows; nothing needs it, so it is only checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flashpte.export.errors import ExportError
+from flashpte.export.models.eagle3_config import DraftConfig, parse_draft_config
+from flashpte.export.weights.folder import CONFIG_FILE, read_json
+from flashpte.export.weights.random import random_tensor, tensor_generator
+from flashpte.export.weights.safetensors import FLOAT_DTYPES, Checkpoint
+
+EMBEDDING, HEAD, MAP, MARKS = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
+
+_LAYER_PREFIXES = ("midlayer.", "layers.0.")
+_UNUSED = frozenset({MAP, MARKS, "verifier_norm.weight", "verifier_lm_head.weight"})  # the last two: training only
+_INTEGERS = {"I64", "I32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftFiles:
+    """An opened draft checkpoint.
+
+    Attributes:
+        folder: the folder.
+        config: its config, checked.
+        checkpoint: its tensors, by their own names.
+    """
+
+    folder: Path
+    config: DraftConfig
+    checkpoint: Checkpoint
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor."""
+        return name in self.checkpoint.tensors
+
+    def vocabulary_map(self, target_vocab_size: int) -> torch.Tensor | None:
+        """``d2t`` as int64 [V_d], or ``None`` where draft and target ids are the same.
+
+        Raises:
+            ExportError: the map is missing, has another length or type, leaves the target's vocabulary, names a token
+                twice, or contradicts ``t2d``.
+        """
+        size = self.config.draft_vocab_size
+        if not self.has(MAP):
+            if size != target_vocab_size:
+                raise ExportError(
+                    f"{self.folder} has no tensor {MAP}, which a draft vocabulary of {size} of "
+                    f"{target_vocab_size} tokens needs"
+                )
+            return None
+        stored = self.checkpoint.tensors[MAP]
+        if stored.shape != (size,) or stored.dtype not in _INTEGERS:
+            raise ExportError(
+                f"tensor {MAP} in {stored.file} is {stored.dtype} {list(stored.shape)}, must be I64 [{size}]"
+            )
+        offsets = self.checkpoint.read(MAP).to(torch.int64)
+        targets = torch.arange(size) + offsets
+        outside = ((targets < 0) | (targets >= target_vocab_size)).nonzero().flatten()
+        if len(outside):
+            first = int(outside[0])
+            raise ExportError(
+                f"tensor {MAP} in {stored.file} maps draft token {first} to {int(targets[first])}, outside of the "
+                f"target's vocabulary of {target_vocab_size} (it holds offsets: target id = draft id + {MAP})"
+            )
+        if len(targets.unique()) != size:
+            raise ExportError(f"tensor {MAP} in {stored.file} maps two draft tokens to one target token")
+        self._check_marks(targets, target_vocab_size)
+        return offsets if bool(offsets.any()) or size != target_vocab_size else None
+
+    def _check_marks(self, targets: torch.Tensor, target_vocab_size: int) -> None:
+        if not self.has(MARKS):
+            return
+        marks = self.checkpoint.read(MARKS).to(torch.bool)
+        expected = torch.zeros(target_vocab_size, dtype=torch.bool)
+        expected[targets] = True
+        if not torch.equal(marks, expected):
+            raise ExportError(f"{MARKS} in {self.folder} does not mark the target tokens that {MAP} leads to")
+
+
+def open_draft(folder: Path) -> DraftFiles:
+    """Opens a draft head's folder and reads its config and the headers of its tensors.
+
+    Raises:
+        ExportError: a file is missing or broken, or the config asks for what is not implemented.
+    """
+    if not folder.is_dir():
+        raise ExportError(f"--draft {folder} is not an existing folder")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ExportError(f"--draft {folder} has no {CONFIG_FILE}: give the folder of an EAGLE-3 draft head")
+    config = parse_draft_config(read_json(path, "draft config"), path)
+    return DraftFiles(folder, config, Checkpoint(folder))
+
+
+def stored_name(name: str, files: DraftFiles) -> str:
+    """The checkpoint's name of one of the modules' tensors (``layer.*``, ``fc.*``, ...)."""
+    if not name.startswith("layer."):
+        return name
+    flat, nested = _LAYER_PREFIXES
+    prefix = flat if any(stored.startswith(flat) for stored in files.checkpoint.tensors) else nested
+    return prefix + name.removeprefix("layer.")
+
+
+def check_draft_tensors(files: DraftFiles, fusion: nn.Module, head: nn.Module) -> None:
+    """Compares the headers with the modules and names the first difference.
+
+    Raises:
+        ExportError: a tensor is missing, has no place, another shape, or a dtype that is not a plain float.
+    """
+    seen = set()
+    for part in (fusion, head):
+        for name, tensor in part.state_dict().items():
+            stored = stored_name(name, files)
+            seen.add(stored)
+            if name == MAP:
+                continue
+            found = files.checkpoint.tensors.get(stored)
+            if found is None:
+                raise ExportError(
+                    f"{files.folder} has no tensor {stored} (shape {list(tensor.shape)}), which its config asks for"
+                )
+            if found.shape != tuple(tensor.shape):
+                raise ExportError(
+                    f"tensor {stored} in {found.file} has shape {list(found.shape)}, "
+                    f"the draft's config and the target ask for {list(tensor.shape)}"
+                )
+            if found.dtype not in FLOAT_DTYPES:
+                raise ExportError(f"tensor {stored} in {found.file} has dtype {found.dtype}; only floats are read")
+    for name, found in files.checkpoint.tensors.items():
+        if name not in seen and name not in _UNUSED:
+            raise ExportError(f"tensor {name} in {found.file} has no place in the draft that its config.json describes")
+
+
+def load_draft(
+    files: DraftFiles, fusion: nn.Module, head: nn.Module, target_vocab_size: int, dtype: torch.dtype
+) -> None:
+    """Puts a checkpoint's tensors, cast to ``dtype``, in the place of the modules' weights; ``d2t`` stays int64.
+
+    Raises:
+        ExportError: see :func:`check_draft_tensors` and :meth:`DraftFiles.vocabulary_map`.
+    """
+    check_draft_tensors(files, fusion, head)
+    for part in (fusion, head):
+        weights = {}
+        for name in part.state_dict():
+            if name == MAP:
+                weights[name] = files.vocabulary_map(target_vocab_size)
+            else:
+                weights[name] = files.checkpoint.read(stored_name(name, files)).to(dtype)
+        part.load_state_dict(weights, assign=True)
+
+
+def fill_random_draft(
+    fusion: nn.Module, head: nn.Module, target_vocab_size: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Random weights, the same for the same seed, and a random map into the target's vocabulary."""
+    for part in (fusion, head):
+        weights = {}
+        for name, tensor in part.state_dict().items():
+            if name == MAP:
+                order = torch.randperm(target_vocab_size, generator=tensor_generator(seed, f"draft.{name}"))
+                weights[name] = order[: len(tensor)].sort().values - torch.arange(len(tensor))
+            else:
+                weights[name] = random_tensor(f"draft.{name}", tensor.shape, dtype, seed)
+        part.load_state_dict(weights, assign=True)
+
+
+def fill_uninitialised_draft(fusion: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
+    """Memory for every weight without touching it: enough to trace, not to run."""
+    for part in (fusion, head):
+        weights = {
+            name: torch.empty(tensor.shape, dtype=torch.int64 if name == MAP else dtype)
+            for name, tensor in part.state_dict().items()
+        }
+        part.load_state_dict(weights, assign=True)
