@@ -51,8 +51,8 @@ def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuAr
             raise SelfCheckError(f"method {name}: {problem}")
         for problem in _weight_problems(contents, name, programs[name]):
             raise SelfCheckError(f"method {name}: {problem}")
-    if problem := shared_name_problem({name: method.weights for name, method in contents.methods.items()}):
-        raise SelfCheckError(problem)
+    if clash := shared_name_problem({name: method.weights for name, method in contents.methods.items()}):
+        raise SelfCheckError(clash)
 
 
 def shared_name_problem(weights: Mapping[str, Sequence[WeightEntry]]) -> str | None:
