@@ -115,6 +115,13 @@ def test_greedy_text_is_that_of_plain_decoding(plan, program):
     assert speculate(program, PROMPT, max_new_tokens=20, chain=0).tokens == found.tokens
 
 
+def test_a_prompt_of_one_token(program):
+    """Too short for prefill: target_verify takes it."""
+    found = speculate(program, [7], max_new_tokens=9)
+    assert not any(method == "prefill" for method, _, _ in program.calls)
+    assert found.tokens == decode_plainly(program, [7], max_new_tokens=9).tokens
+
+
 @pytest.mark.parametrize("forced", [0, 2, 4])
 def test_forced_acceptance(program, forced):
     found = speculate(program, PROMPT, max_new_tokens=1 + 3 * (forced + 1), forced=forced)
