@@ -5,13 +5,13 @@ GPU. Here each is given a time by a model, and the smallest wins; equal times go
 result is the same everywhere. The model takes the larger of
 
 * memory time: the bytes the grid reads and writes (the right operand once per eight rows of tiles, which the template
-  walks together), over the bandwidth reached, which is the GPU's unless too few bytes are in flight (Little's law over
-  the latency below);
+  walks together) over the GPU's bandwidth, longer by the share of the bytes needed in flight (Little's law over the
+  latency below) that the pipelines do not hold, plus a fixed time per step of a block's loop;
 * arithmetic time: the tiles of the busiest multiprocessor at its share of the tensor-core rate, scaled by how well a
   tile feeds the tensor cores: its operations per byte, its steps' length and the depth of its pipeline;
 
-and adds 2 % per wave of thread blocks. How well a tile feeds the tensor cores was fitted to the times of Inductor's own
-choices on an H200; docs/cross-compiling.md says how far the picks are from the best ones.
+and adds 1 % per wave of thread blocks. The constants were fitted to the times of Inductor's own choices on an H200;
+docs/benchmarks.md says how far the picks are from the best ones.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from typing import Any
 
 from flashpte.kernels.tuning import GpuArch
 
-_LATENCY_S = 0.8e-6  # of a DRAM access under load
+_LATENCY_S = 0.4e-6  # of memory, as far as it is not hidden otherwise
+_STEP_S = 0.24e-6  # of one step of a block's loop that waits for memory
 _ROWS_TOGETHER = 8  # GROUP_M of the template
-_COST_PER_WAVE = 0.02
+_COST_PER_WAVE = 0.01
 # Of a tile of 128 by 128: operations per element read, and the share of the peak rate it reaches.
 _BEST_INTENSITY, _BEST_RATE = 64.0, 0.72
 _SHALLOW_PIPELINE = {1: 2.2, 2: 1.6}
@@ -71,16 +72,16 @@ def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> flo
 
     moved = problem.m * problem.k + problem.k * problem.n * -(-rows // _ROWS_TOGETHER) + problem.m * problem.n
     moved *= problem.batch * problem.itemsize
+    bandwidth = arch.memory_gb_per_s * 1e9
     per_step = (tile.m + tile.n) * tile.k * problem.itemsize
     in_flight = min(resident, busiest) * max(1, tile.stages - 1) * per_step * min(blocks, arch.sm_count)
-    busy = min(1.0, blocks / arch.sm_count)
-    bandwidth = min(arch.memory_gb_per_s * 1e9 * busy, in_flight / _LATENCY_S)
+    memory = moved / bandwidth * (1 + bandwidth * _LATENCY_S / in_flight) + problem.k / tile.k * _STEP_S
 
     operations = 2.0 * busiest * tile.m * tile.n * problem.k
     feeding = min(1.0, tile.m * tile.n / (tile.m + tile.n) / _BEST_INTENSITY) * (1 + 16 / 64) / (1 + 16 / tile.k)
     rate = _BEST_RATE * feeding / _SHALLOW_PIPELINE.get(tile.stages, 1.0)
     arithmetic = operations / (arch.bf16_tflops * 1e12 / arch.sm_count * rate)
-    return max(moved / bandwidth, arithmetic) * (1 + _COST_PER_WAVE * waves)
+    return max(memory, arithmetic) * (1 + _COST_PER_WAVE * waves)
 
 
 def make_chooser(arch: GpuArch) -> Callable[[list[Any]], list[Any]]:

@@ -1,5 +1,7 @@
+import json
 import math
 import types
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +46,23 @@ def test_choices_that_are_not_modelled_keep_their_order():
     assert chooser([first, second]) == [first]
     assert chooser([second]) == [second]
     assert chooser([]) == []
+
+
+def test_picks_are_near_the_best_of_an_h200():
+    """Against the recorded times of Inductor's choices; whichever of equal estimates is slowest counts."""
+    recorded = Path(__file__).parents[3] / "docs" / "benchmarks" / "h200-2026-11-20-gemm.json"
+    arch = find_arch("sm_90")
+    ratios = []
+    for case in json.loads(recorded.read_text()):
+        problem = GemmProblem(batch=1, m=case["m"], n=case["n"], k=case["k"], itemsize=2)
+        times = {
+            GemmTile(row["m"], row["n"], row["k"], row["stages"], row["warps"]): row["us"]
+            for row in case["us_by_tile"]
+            if row["us"] is not None
+        }
+        estimates = {tile: estimate_seconds(problem, tile, arch) for tile in times}
+        picked = [tile for tile, estimate in estimates.items() if estimate == min(estimates.values())]
+        ratios.append(max(times[tile] for tile in picked) / min(times.values()))
+    assert len(ratios) == 27
+    assert sum(ratios) / len(ratios) < 1.06
+    assert max(ratios) < 1.27
