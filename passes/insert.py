@@ -34,7 +34,14 @@ def call_before(anchor: Node, op: Any, *args: Any, **kwargs: Any) -> Node:
     Returns:
         The new node, with ``meta["val"]`` set by running ``op`` on fake tensors.
     """
-    return insert_before(anchor, in_dialect(anchor, op), args, fake_result(op, args, kwargs, anchor), kwargs)
+    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
+    # Without a tensor among the arguments, the anchor's mode.
+    fake_mode = detect_fake_mode([*fake_args, anchor.meta.get("val")])
+    if fake_mode is None:
+        raise ValueError(f"the arguments of {op} carry no fake tensors; run the pass on an exported program")
+    with fake_mode:
+        value = op(*fake_args, **kwargs)
+    return insert_before(anchor, _in_dialect(anchor, op), args, value, kwargs)
 
 
 def insert_before(
@@ -43,12 +50,12 @@ def insert_before(
     """Inserts a call of ``target`` as it is before ``anchor``; ``value`` describes its result."""
     with anchor.graph.inserting_before(anchor):
         node = anchor.graph.call_function(target, args, kwargs)
-    inherit(node, anchor)
+    node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
     node.meta["val"] = value
     return node
 
 
-def in_dialect(anchor: Node, op: Any) -> Any:
+def _in_dialect(anchor: Node, op: Any) -> Any:
     """The operator overload as the dialect of ``anchor`` spells it."""
     if not is_edge(anchor):
         return op
@@ -57,26 +64,6 @@ def in_dialect(anchor: Node, op: Any) -> Any:
     op = _EDGE_NAMES.get(op, op)
     namespace, name = op._schema.name.split("::")
     return getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
-
-
-def fake_result(
-    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, anchor: Node | None = None
-) -> Any:
-    """What ``op`` returns for the fake tensors that describe the nodes among ``args``.
-
-    Without any among them, the fake mode of ``anchor`` is used.
-    """
-    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
-    fake_mode = detect_fake_mode([*fake_args, anchor.meta.get("val") if anchor is not None else None])
-    if fake_mode is None:
-        raise ValueError(f"the arguments of {op} carry no fake tensors; run the pass on an exported program")
-    with fake_mode:
-        return op(*fake_args, **(kwargs or {}))
-
-
-def inherit(node: Node, anchor: Node) -> None:
-    """Gives ``node`` the provenance of ``anchor``."""
-    node.meta.update({key: anchor.meta[key] for key in _INHERITED if key in anchor.meta})
 
 
 def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:

@@ -27,7 +27,7 @@ class IntervalNodes:
         self._anchor = call.node
         self._query, self._key = call.query, call.key
         assert call.mask is not None
-        self._device = val(call.mask).device
+        self._integers = {"dtype": torch.int64, "device": val(call.mask).device, "pin_memory": False}
 
     def insert(self, structure: Structure) -> tuple[Node, Node | None]:
         """``(key_bounds, key_values)`` as in :class:`flashpte.kernels.intervals.Intervals`."""
@@ -68,8 +68,7 @@ class IntervalNodes:
         return rows[0] if len(rows) == 1 else self._call(aten.cat.default, rows)
 
     def _constant(self, number: int) -> Node:
-        options = {"dtype": torch.int64, "device": self._device, "pin_memory": False}
-        return self._call(aten.full.default, [1, 1], number, **options)
+        return self._call(aten.full.default, [1, 1], number, **self._integers)
 
     def _bound(self, bound: Bound) -> Node:
         if isinstance(bound, Extreme):
@@ -99,8 +98,7 @@ class IntervalNodes:
 
     def _index(self) -> Node:
         length = size_argument(self._anchor, self._key, 2)
-        options = {"dtype": torch.int64, "device": self._device, "pin_memory": False}
-        return self._call(aten.unsqueeze.default, self._call(aten.arange.start_step, 0, length, 1, **options), 0)
+        return self._call(aten.unsqueeze.default, self._call(aten.arange.start_step, 0, length, 1, **self._integers), 0)
 
     def _vector(self, operand: Operand) -> Node:
         """An operand without the dimensions that only line it up: ``[B or 1, L or 1]``."""

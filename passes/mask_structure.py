@@ -344,8 +344,8 @@ class _Proof:
         start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
         for view in operand.steps:
             # A slice moves the start.
-            first, last_step = view.args[1] if len(view.args) > 1 else 0, view.args[3] if len(view.args) > 3 else 1
-            if view.op is not aten.slice.Tensor or not isinstance(first, int) or first < 0 or last_step != 1:
+            first, stride = view.args[1] if len(view.args) > 1 else 0, view.args[3] if len(view.args) > 3 else 1
+            if view.op is not aten.slice.Tensor or not isinstance(first, int) or first < 0 or stride != 1:
                 return None
             start = start + first if isinstance(start, int) else start
         whole = same_size(operand.value.shape[0], self._kv_len)

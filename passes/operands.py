@@ -169,27 +169,24 @@ class Operand:
         if target in _UNSQUEEZE:
             dim = args[1] % (rank + 1) - (rank - own)
             return self if dim <= 0 else self.then(aten.unsqueeze.default, dim)
-        if target in _SLICE:
-            dim = own_dim(args[1] if len(args) > 1 else 0)
+        if target in _SLICE | _INDEX_SELECT | _INDEX:
+            # What picks entries along one dimension changes nothing where the operand is broadcast.
+            index = args[1] if len(args) > 1 else 0
+            if target in _INDEX:
+                index, picked = next((i, chosen) for i, chosen in enumerate(args[1]) if chosen is not None)
+            dim = own_dim(index)
             if dim < 0 or same_size(self.value.shape[dim], 1):
                 return self
-            return self.then(aten.slice.Tensor, dim, *args[2:])
+            if target in _SLICE:
+                return self.then(aten.slice.Tensor, dim, *args[2:])
+            if target in _INDEX_SELECT:
+                return self.then(aten.index_select.default, dim, args[2])
+            return self.then(aten.index.Tensor, [*[None] * dim, picked])
         if target in _SELECT:
             dim = own_dim(args[1])
             if dim < 0:
                 return self
             return self.then(aten.select.int, dim, 0 if same_size(self.value.shape[dim], 1) else args[2])
-        if target in _INDEX_SELECT:
-            dim = own_dim(args[1])
-            if dim < 0 or same_size(self.value.shape[dim], 1):
-                return self
-            return self.then(aten.index_select.default, dim, args[2])
-        if target in _INDEX:
-            dim = own_dim(next(i for i, index in enumerate(args[1]) if index is not None))
-            if dim < 0 or same_size(self.value.shape[dim], 1):
-                return self
-            index = next(i for i in args[1] if i is not None)
-            return self.then(aten.index.Tensor, [*[None] * dim, index])
         if target in _PERMUTE | _TRANSPOSE | _T:
             order = list(range(rank))
             if target in _PERMUTE:
