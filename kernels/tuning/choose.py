@@ -82,8 +82,7 @@ class HopperConfig:
     """Tiles of the prefill kernel for Hopper: 128 query rows by ``block_n`` keys by ``block_dv`` columns of V.
 
     ``num_stages`` tiles of keys and of values are in shared memory, at least two: the next tile of keys is waited for
-    before the last tile of values is given back. ``consumer_registers`` and ``producer_registers``
-    are per thread.
+    before the last tile of values is given back. ``consumer_registers`` and ``producer_registers`` are per thread.
     """
 
     block_n: int

@@ -1,10 +1,10 @@
 """The manifest and the files it describes, before anything is run."""
 
-import hashlib
 import json
 
 import pytest
 import torch
+from model_folder import write_model_folder
 
 from flashpte.export.runtime import Program, ProgramError, open_folder
 
@@ -23,20 +23,7 @@ FILES = {"model.pte": b"not really a program", "aoti_cuda_blob.ptd": bytes(range
 @pytest.fixture
 def folder(tmp_path):
     """Files that fit their manifest."""
-    for name, data in FILES.items():
-        (tmp_path / name).write_bytes(data)
-    manifest = {
-        "generator": "flashpte",
-        "version": 1,
-        "versions": {"torch": torch.__version__},
-        "arch": "sm_90",
-        "format": "pte",
-        "methods": {"prefill": METHOD},
-        "constant_methods": {"get_max_seq_len": 64},
-        "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in FILES.items()},
-    }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path
+    return write_model_folder(tmp_path, {"prefill": METHOD}, {"get_max_seq_len": 64}, files=FILES)
 
 
 def edit(folder, **changes):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from eager_program import EagerProgram, small_plan
+from model_folder import write_model_folder
 
 import flashpte.export.cli.run_command as command
 from flashpte.export.cli.run_arguments import build_run_parser, check_run_arguments
@@ -24,23 +25,8 @@ def plan():
 @pytest.fixture(scope="module")
 def folder(plan, tmp_path_factory):
     """A folder as export-model writes it, without the compiled code."""
-    folder = tmp_path_factory.mktemp("model")
-    files = {"model.pte": b"code", "aoti_cuda_blob.ptd": b"weights"}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    manifest = {
-        **plan.manifest(),
-        "generator": "flashpte",
-        "version": 1,
-        "versions": {"torch": torch.__version__},
-        "arch": "sm_90",
-        "format": "pte",
-        "methods": {name: describe_method(p) for name, p in export_programs(plan).items()},
-        "constant_methods": plan.constant_methods,
-        "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    methods = {name: describe_method(p) for name, p in export_programs(plan).items()}
+    return write_model_folder(tmp_path_factory.mktemp("model"), methods, plan.constant_methods, plan.manifest())
 
 
 @pytest.fixture

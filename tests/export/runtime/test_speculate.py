@@ -1,12 +1,11 @@
 """``run-model`` with a draft: text, comparisons, statistics and errors, with a program that runs eagerly."""
 
 import dataclasses
-import hashlib
 import json
 
 import pytest
-import torch
 from eager_program import EagerProgram, small_plan
+from model_folder import write_model_folder
 
 import flashpte.export.cli.run_command as command
 from flashpte.export.errors import UsageError
@@ -55,22 +54,8 @@ def described(plan):
 
 def write_folder(plan, methods, folder):
     """A folder as export-model writes it, without the compiled code."""
-    files = {"model.pte": b"code", "aoti_cuda_blob.ptd": b"weights"}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    manifest = {
-        **plan.manifest(),
-        "generator": "flashpte",
-        "version": 1,
-        "versions": {"torch": torch.__version__},
-        "arch": "sm_90",
-        "format": "pte",
-        "methods": {name: methods[name] for name in (spec.name for spec in plan.methods)},
-        "constant_methods": plan.constant_methods,
-        "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()},
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    own = {spec.name: methods[spec.name] for spec in plan.methods}
+    return write_model_folder(folder, own, plan.constant_methods, plan.manifest())
 
 
 @pytest.fixture(scope="module")
