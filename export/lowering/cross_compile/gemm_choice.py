@@ -26,6 +26,8 @@ from flashpte.kernels.tuning import GpuArch
 
 _LATENCY_S = 0.4e-6  # of memory, as far as it is not hidden otherwise
 _STEP_S = 0.24e-6  # of one step of a block's loop that waits for memory
+# A tile's 16 rows all load a product's only row; where multiprocessors are busy, two warps feel that in every step.
+_ONE_ROW_STEP_S = 0.05e-6
 _ROWS_TOGETHER = 8  # GROUP_M of the template
 _COST_PER_WAVE = 0.01
 # Of a tile of 128 by 128: operations per element read, and the share of the peak rate it reaches.
@@ -75,7 +77,9 @@ def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> flo
     bandwidth = arch.memory_gb_per_s * 1e9
     per_step = (tile.m + tile.n) * tile.k * problem.itemsize
     in_flight = min(resident, busiest) * max(1, tile.stages - 1) * per_step * min(blocks, arch.sm_count)
-    memory = moved / bandwidth * (1 + bandwidth * _LATENCY_S / in_flight) + problem.k / tile.k * _STEP_S
+    busy = 2 * blocks > arch.sm_count
+    step = _STEP_S + (_ONE_ROW_STEP_S if problem.m == 1 and tile.warps <= 2 and busy else 0)
+    memory = moved / bandwidth * (1 + bandwidth * _LATENCY_S / in_flight) + problem.k / tile.k * step
 
     operations = 2.0 * busiest * tile.m * tile.n * problem.k
     feeding = min(1.0, tile.m * tile.n / (tile.m + tile.n) / _BEST_INTENSITY) * (1 + 16 / 64) / (1 + 16 / tile.k)
