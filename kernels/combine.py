@@ -3,8 +3,18 @@
 Used by the split-K kernel (:mod:`flashpte.kernels.split_k`), which describes what a split leaves.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
+
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import cdiv
+from flashpte.kernels.primitives import INTERPRETED
 
 
 @triton.jit
@@ -60,6 +70,7 @@ def _combine_kernel(
     GROUP: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAP_BLOCK_M: tl.constexpr,
     MAP_BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -74,9 +85,11 @@ def _combine_kernel(
     m = (row // GROUP).to(tl.int64)
     head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    tile_row = b * stride_tb + (bh % heads_kv) * stride_th
+    tile_row = b * stride_tb + (bh % heads_kv) * stride_th + m // MAP_BLOCK_M
     steps, _ = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
     active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    if active == 1:  # which has written the result
+        return
     row_max = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
     out = tl.zeros([BLOCK_DV], tl.float32)
@@ -100,3 +113,56 @@ def _combine_kernel(
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
+
+
+def launch_combine(
+    acc: torch.Tensor,
+    stats: torch.Tensor,
+    counts: torch.Tensor,
+    map_strides: tuple[int, int],
+    out: torch.Tensor,
+    heads_kv: int,
+    kv_len: int,
+    config: tuning.SplitKConfig | tuning.HopperConfig,
+    num_splits: int | torch.SymInt,
+    enabled: int | torch.SymInt,
+    constants: dict[str, Any],
+) -> None:
+    """Combines what the splits left.
+
+    Args:
+        acc, stats: float32 ``[B * H_kv, num_splits, L_q * H_q / H_kv, D_v]`` and ``[..., 2]``, at least as long.
+        counts, map_strides: of the tile map, and its strides per batch entry and head.
+        out: ``[B, H_q, L_q, D_v]``, written.
+        heads_kv: H_kv, or H_q after a kernel that packs no heads.
+        kv_len: L_kv.
+        config, num_splits: of the kernel that ran.
+        enabled: 0 or 1, may be symbolic.
+        constants: ``MAP_BLOCK_M``, ``MAP_BLOCK_N``, ``CAUSAL``, ``MASK``, ``EXP2_SCALE``; others are left out.
+    """
+    batch, heads_q, q_len, v_head_dim = out.shape
+    group = heads_q // heads_kv
+    block_s = tuning.combine_splits(config)
+    block_dv = tuning.combine_block(block_s, v_head_dim)
+    kernel = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
+    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(v_head_dim, block_dv))](
+        acc,
+        stats,
+        counts,
+        out,
+        *out.stride(),
+        *map_strides,
+        heads_kv,
+        q_len,
+        kv_len,
+        num_splits,
+        config.short_splits,
+        GROUP=group,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_N=config.block_n,
+        LONG_KEYS=config.long_keys,
+        BLOCK_S=block_s,
+        BLOCK_DV=block_dv,
+        **{name: constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
+        num_warps=4,
+    )

@@ -16,6 +16,7 @@ Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +24,8 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import _combine_kernel, active_splits, key_steps
+from flashpte.kernels.combine import active_splits, key_steps, launch_combine
+from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
@@ -95,6 +97,7 @@ def _split_k_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MAP_BLOCK_M: tl.constexpr,  # holds all rows
     MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
@@ -115,7 +118,9 @@ def _split_k_kernel(
     h = (bh % heads_kv).to(tl.int64)
     tile_row = b * stride_tb + h * stride_th
     steps, full_steps = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    active = 1
+    if not SINGLE_SPLIT:
+        active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
     if split >= active:
         return
     n_rows = q_len * GROUP
@@ -203,7 +208,7 @@ def _split_k_kernel(
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
-    if SINGLE_SPLIT:
+    if active == 1:
         out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]
         out = normalise(acc, row_sum).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + dv[None, :] * stride_od, out, mask=store_ok)
@@ -224,7 +229,7 @@ def launch_split_k(
     is_causal: bool,
     scale: float,
     dim_order: Sequence[int],
-    config: tuning.SplitKConfig | None = None,
+    config: tuning.SplitKConfig | tuning.HopperConfig | None = None,
     intervals: Intervals | None = None,
     out: torch.Tensor | None = None,
     enabled: int | torch.SymInt = 1,
@@ -243,7 +248,7 @@ def launch_split_k(
         is_causal: top-left aligned.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions, outermost first.
-        config: tile choice; by default :func:`tuning.choose_split_k`'s for the current arch.
+        config: tile choice, which also says which kernel; by default the current arch's.
         intervals: a mask in another form, instead of ``mask``.
         out: where to write the result; allocated here when ``None``.
         map_block_n: keys per tile of the map, where it is not :data:`tuning.SPLIT_K_MAP_BLOCK_N`.
@@ -259,9 +264,9 @@ def launch_split_k(
     if static_rows is not None and static_rows > MAX_ROWS:
         raise ValueError(f"the split-K kernel takes at most {MAX_ROWS} query rows, got {static_rows}")
     group = heads_q // heads_kv
-    if config is None:
-        config = tuning.choose_split_k(attention_shape(query, key, value, mask), tuning.current_arch(query.device))
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
+    if config is None:
+        config = _choose(query, key, value, mask, is_causal, scale)
     if out is None:
         out = empty_output(query, v_head_dim, dim_order)
     if tiles is None and intervals is not None:
@@ -270,7 +275,8 @@ def launch_split_k(
         tiles, counts = launch_tile_map(mask, q_len, kv_len, MAX_ROWS, map_block_n, group, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
     counts_or_any = query if counts is None else counts
-    tile_strides = [0] * 3 if tiles is None else map_strides(tiles)
+    tiles_or_any = query if tiles is None else tiles
+    tile_strides = (0, 0, 0) if tiles is None else map_strides(tiles)
     n_rows = q_len * group
     single = config.num_splits == 1
     if single:
@@ -282,80 +288,88 @@ def launch_split_k(
         acc = query.new_empty((*partial_shape, v_head_dim), dtype=torch.float32)
         stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
     exp2_scale = exponent_scale(query.dtype, mask)
-    split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
-    split_k[(cdiv(n_rows, config.block_rows), batch * heads_kv, config.num_splits * enabled)](
-        query,
-        key,
-        value,
-        *mask_tensors,
-        query if tiles is None else tiles,
-        counts_or_any,
-        out,
-        acc,
-        stats,
-        query.stride(0),
-        query.stride(1),
-        query.stride(2),
-        key.stride(0),
-        key.stride(1),
-        key.stride(2),
-        value.stride(0),
-        value.stride(1),
-        value.stride(2),
-        *mask_strides,
-        *out.stride(),
-        *tile_strides,
-        *interval_strides,
-        heads_kv,
-        q_len,
-        kv_len,
-        scale,
-        config.short_splits,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        V_HEAD_DIM=v_head_dim,
-        BLOCK_D=tuning.padded_head_dim(head_dim),
-        BLOCK_DV=tuning.padded_head_dim(v_head_dim),
-        BLOCK_R=config.block_rows,
-        BLOCK_N=config.block_n,
-        MAP_BLOCK_N=map_block_n,
-        CAUSAL=is_causal,
+    constants: dict[str, Any] = {
+        "MAP_BLOCK_M": MAX_ROWS,
+        "MAP_BLOCK_N": map_block_n,
+        "CAUSAL": is_causal,
         **mask_flags,
-        SINGLE_SPLIT=single,
-        SEPARATE_FULL=config.separate_full,
-        LONG_KEYS=tuning.LONG_KEYS,
-        EXP2_SCALE=exp2_scale,
-        EXACT=query.dtype == torch.float32,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    if not single:
-        block_s = tuning.combine_splits(config)
-        block_dv = tuning.combine_block(block_s, v_head_dim)
-        combine = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
-        combine[(n_rows * enabled, batch * heads_kv, cdiv(v_head_dim, block_dv))](
-            acc,
-            stats,
+        "EXP2_SCALE": exp2_scale,
+    }
+    if isinstance(config, tuning.HopperConfig):
+        launch_hopper(
+            config,
+            *(query, key, value),
+            *(mask_tensors, mask_strides, interval_strides),
+            *(tiles_or_any, counts_or_any, tile_strides),
+            *(out, acc, stats),
+            scale,
+            group,
+            config.num_splits,
+            enabled,
+            constants,
+        )
+    else:
+        split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
+        split_k[(cdiv(n_rows, config.block_rows), batch * heads_kv, config.num_splits * enabled)](
+            query,
+            key,
+            value,
+            *mask_tensors,
+            tiles_or_any,
             counts_or_any,
             out,
+            acc,
+            stats,
+            query.stride(0),
+            query.stride(1),
+            query.stride(2),
+            key.stride(0),
+            key.stride(1),
+            key.stride(2),
+            value.stride(0),
+            value.stride(1),
+            value.stride(2),
+            *mask_strides,
             *out.stride(),
-            *tile_strides[:2],
+            *tile_strides,
+            *interval_strides,
             heads_kv,
             q_len,
             kv_len,
-            config.num_splits,
+            scale,
             config.short_splits,
             GROUP=group,
+            HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
+            BLOCK_D=tuning.padded_head_dim(head_dim),
+            BLOCK_DV=tuning.padded_head_dim(v_head_dim),
+            BLOCK_R=config.block_rows,
             BLOCK_N=config.block_n,
-            MAP_BLOCK_N=map_block_n,
-            CAUSAL=is_causal,
-            MASK=mask_flags["MASK"],
-            LONG_KEYS=tuning.LONG_KEYS,
-            BLOCK_S=block_s,
-            BLOCK_DV=block_dv,
-            EXP2_SCALE=exp2_scale,
-            num_warps=4,
+            **constants,
+            SINGLE_SPLIT=single,
+            SEPARATE_FULL=config.separate_full,
+            LONG_KEYS=config.long_keys,
+            EXACT=query.dtype == torch.float32,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
+    if not single:
+        splits = (config, config.num_splits)
+        launch_combine(acc, stats, counts_or_any, tile_strides[:2], out, heads_kv, kv_len, *splits, enabled, constants)
     return out
+
+
+def _choose(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuning.SplitKConfig | tuning.HopperConfig:
+    """The current arch's kernel and tile."""
+    shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
+    # The kernel for Hopper counts the keys of a causal tile of rows, the combining kernel those of all rows.
+    hopper = None if is_causal or not serves(query, key, value, scale) else tuning.choose_hopper_split_k(shape, arch)
+    return tuning.choose_split_k(shape, arch) if hopper is None else hopper

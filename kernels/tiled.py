@@ -12,6 +12,7 @@ Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,17 +22,17 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.hopper import _tiled_hopper_kernel
+from flashpte.kernels.combine import launch_combine
+from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
     broadcast_stride,
     cdiv,
     check_attention,
-    copies_in_16_bytes,
     empty_output,
     exponent_scale,
-    takes_gluon,
+    static_int,
     with_unit_stride,
 )
 from flashpte.kernels.primitives import (
@@ -267,51 +268,57 @@ def launch_tiled(
     elif tiles is None and mask is not None:
         tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
     mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
-    arguments = [
-        query,
-        key,
-        value,
-        *mask_tensors,
-        query if tiles is None else tiles,
-        query if counts is None else counts,
-        out,
-        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
-        *mask_strides,
-        *out.stride(),
-        *([0] * 3 if tiles is None else map_strides(tiles)),
-        *interval_strides,
-        q_len,
-        kv_len,
-        scale,
-    ]
+    tiles_or_any, counts_or_any = (query, query) if tiles is None or counts is None else (tiles, counts)
+    tile_strides = (0, 0, 0) if tiles is None else map_strides(tiles)
     constants: dict[str, Any] = {
-        "GROUP": heads_q // heads_kv,
-        "HEAD_DIM": head_dim,
-        "V_HEAD_DIM": v_head_dim,
         "MAP_BLOCK_M": map_m,
         "MAP_BLOCK_N": map_n,
         "CAUSAL": is_causal,
         **mask_flags,
         "EXP2_SCALE": exponent_scale(query.dtype, mask),
     }
-    row_tiles = cdiv(q_len, config.block_m)
     if isinstance(config, tuning.HopperConfig):
-        wrap_triton(_tiled_hopper_kernel)[(row_tiles * cdiv(v_head_dim, config.block_dv) * enabled, heads_q, batch)](
-            *arguments,
-            **constants,
-            BLOCK_D=max(64, tuning.padded_head_dim(head_dim)),
-            BLOCK_DV=config.block_dv,
-            BLOCK_N=config.block_n,
-            STAGES=config.num_stages,
-            CONSUMER_REGISTERS=config.consumer_registers,
-            PRODUCER_REGISTERS=config.producer_registers,
-            num_warps=4,
+        num_splits = 1 if is_causal else _splits(config, query, v_head_dim)
+        acc, stats = _scratch(config, num_splits, out)
+        launch_hopper(
+            config,
+            *(query, key, value),
+            *(mask_tensors, mask_strides, interval_strides),
+            *(tiles_or_any, counts_or_any, tile_strides),
+            *(out, acc, stats),
+            scale,
+            1,
+            num_splits,
+            enabled,
+            constants,
         )
+        if static_int(num_splits) != 1:
+            several = enabled * torch.sym_min(1, num_splits - 1)
+            splits = (config, num_splits)
+            launch_combine(
+                acc, stats, counts_or_any, tile_strides[:2], out, heads_q, kv_len, *splits, several, constants
+            )
         return out
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(row_tiles * enabled, heads_q, batch)](
-        *arguments,
-        **constants,
+    kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
+        query,
+        key,
+        value,
+        *mask_tensors,
+        tiles_or_any,
+        counts_or_any,
+        out,
+        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
+        *mask_strides,
+        *out.stride(),
+        *tile_strides,
+        *interval_strides,
+        q_len,
+        kv_len,
+        scale,
+        GROUP=heads_q // heads_kv,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
         BLOCK_D=tuning.padded_head_dim(head_dim),
         BLOCK_DV=tuning.padded_head_dim(v_head_dim),
         BLOCK_M=config.block_m,
@@ -320,10 +327,34 @@ def launch_tiled(
         STAGES=config.num_stages,
         EDGE_BLOCK_N=config.edge_block_n,
         EDGE_STAGES=config.edge_stages,
+        **constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
+
+
+def _splits(config: tuning.HopperConfig, query: torch.Tensor, v_head_dim: int) -> int | torch.SymInt:
+    """Into how many splits the keys are cut at most, so that programs fill the GPU."""
+    batch, heads_q, q_len, _ = query.shape
+    programs = cdiv(q_len, config.block_m) * cdiv(v_head_dim, config.columns) * heads_q * batch
+    return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // programs))
+
+
+def _scratch(
+    config: tuning.HopperConfig, num_splits: int | torch.SymInt, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where splits leave what they computed: float32 accumulators, maxima and sums of every row; ``out`` for one split.
+
+    Of a symbolic number of splits as much as there can be: no more rows than ``fill`` programs have.
+    """
+    if static_int(num_splits) == 1:
+        return out, out
+    static = [static_int(size) for size in (num_splits, *out.shape[:3])]
+    rows = config.fill * config.block_m if None in static else math.prod(size for size in static if size is not None)
+    # Several programs may share the columns of V: then there are fewer rows.
+    acc = out.new_empty(rows * (config.block_dv if None in static else out.shape[3]), dtype=torch.float32)
+    return acc, out.new_empty((rows, 2), dtype=torch.float32)
 
 
 def _choose(
@@ -331,9 +362,5 @@ def _choose(
 ) -> tuning.TiledConfig | tuning.HopperConfig:
     """The current arch's kernel and tile."""
     shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
-    # The kernel for Hopper takes the maximum of the scores before it scales them.
-    if scale > 0 and takes_gluon(query) and all(map(copies_in_16_bytes, (query, key, value))):
-        hopper = tuning.choose_hopper(shape, arch)
-        if hopper is not None:
-            return hopper
-    return tuning.choose_tiled(shape, arch)
+    hopper = tuning.choose_hopper(shape, arch) if serves(query, key, value, scale) else None
+    return tuning.choose_tiled(shape, arch) if hopper is None else hopper

@@ -14,7 +14,7 @@ FLASHPTE_KERNELS = frozenset(
         "_split_k_kernel",
         "_combine_kernel",
         "_tiled_kernel",
-        "_tiled_hopper_kernel",
+        "_hopper_kernel",
         "_classify_kernel",
         "_classify_intervals_kernel",
         "_compact_kernel",

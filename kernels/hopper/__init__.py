@@ -13,6 +13,7 @@ Copies do not use TMA: its descriptors do not go through AOTInductor. They need 
 of 16 bytes; :func:`flashpte.kernels.tiled.launch_tiled` decides.
 """
 
-from flashpte.kernels.hopper.kernel import _tiled_hopper_kernel
+from flashpte.kernels.hopper.kernel import _hopper_kernel
+from flashpte.kernels.hopper.launch import launch_hopper, serves
 
-__all__ = ["_tiled_hopper_kernel"]
+__all__ = ["_hopper_kernel", "launch_hopper", "serves"]

@@ -1,4 +1,4 @@
-"""The warps that compute: scores, softmax and output of 64 query rows for each of two warp groups."""
+"""The warps that compute: each of two warp groups has 64 query rows, and all columns of V or half of them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -79,10 +79,12 @@ def _step(
     n_steps,
     state,  # acc, p, row_max, row_sum
     q_smem,
-    smem,
+    k_smem,
+    v_smem,
     barriers,
     mask,
     tiles,
+    first_step,
     kv_len,
     qk_scale,
     S_LAYOUT: gl.constexpr,
@@ -99,13 +101,12 @@ def _step(
 ):
     """Scores and softmax of tile ``step`` beside ``P V`` of the tile before it."""
     acc, p, row_max, row_sum = state
-    _, _, k_smem, v_smem = smem
     _, k_full, v_full, k_empty, v_empty = barriers
     dtype: gl.constexpr = k_smem.dtype
     slot = step % STAGES
     previous = (step - 1) % STAGES
     if EDGE:
-        start = start_of(tiles, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+        start = start_of(tiles, first_step, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     # Copies write shared memory as ordinary stores do, matrix instructions read it through another proxy.
     fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -128,19 +129,40 @@ def _step(
 
 
 @gluon.jit
+def _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT: gl.constexpr, PACK: gl.constexpr):
+    """Stores ``acc / row_sum`` as rows ``r`` of the result; a row that saw nothing is 0, whatever it did not see."""
+    out_ptr, stride_om, stride_oh, stride_od = out
+    empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+    total = gl.convert_layout(row_sum, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
+    acc = gl.where(empty, 0.0, acc / gl.where(empty, 1.0, total))
+    out_rows = out_ptr + (r // PACK).to(gl.int64) * stride_om
+    if PACK > 1:
+        out_rows += r % PACK * stride_oh
+    gl.store(out_rows[:, None] + (dv * stride_od)[None, :], acc.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@gluon.jit
 def consumer(
-    rows,  # first_row, q_len
-    out,  # out_ptr, stride_om, stride_od
-    mask,  # mask_ptr, stride_mm, stride_mn, side_stride, values_ptr, values_stride
+    rows,  # first_row, n_rows
+    out,  # out_ptr, stride_om, stride_oh, stride_od
+    partial,  # acc_ptr, stats_ptr: of the first row, as split_k leaves them
+    active,  # splits; one writes the result
+    mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
     q_smem,
-    smem,
+    k_smem,
+    v_smem,
     barriers,
     tiles,
+    first_step,
     n_full,
     n_listed,
     kv_len,
     qk_scale,
     v_width,
+    STATS: gl.constexpr,
+    PACK: gl.constexpr,
+    SINGLE_SPLIT: gl.constexpr,
+    V_HEAD_DIM: gl.constexpr,
     BLOCK_DV: gl.constexpr,
     BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
@@ -155,18 +177,20 @@ def consumer(
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    first_row, q_len = rows
-    mask_ptr, stride_mm, stride_mn, side_stride, values_ptr, values_stride = mask
-    _, _, k_smem, v_smem = smem
+    first_row, n_rows = rows
+    mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride = mask
     q_full, k_full, v_full, k_empty, _ = barriers
     dtype: gl.constexpr = k_smem.dtype
 
-    m = first_row + gl.arange(0, 64, layout=ROWS)
+    row = first_row + gl.arange(0, 64, layout=ROWS)
     # Rows past the end repeat the last one, so that the pointers stay in range.
-    safe_m = gl.minimum(m, q_len - 1)
+    safe_row = gl.minimum(row, n_rows - 1)
+    m = row // PACK
     index_lower = m
     index_upper = m
-    mask_rows = mask_ptr + safe_m.to(gl.int64) * stride_mm
+    mask_rows = mask_ptr + (safe_row // PACK).to(gl.int64) * stride_mm
+    if PACK > 1:
+        mask_rows += safe_row % PACK * stride_mh
     if MASK == 3 and INDEX_TERM:
         # In 32 bits, which hold every index of a key: what they cut off changes nothing.
         lower = gl.load(mask_rows)
@@ -182,7 +206,7 @@ def consumer(
     if MASK != 0:
         # Where there is nothing to see, one tile of it is looked at.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(tiles, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    start = start_of(tiles, first_step, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
@@ -205,10 +229,12 @@ def consumer(
             n_steps,
             state,
             q_smem,
-            smem,
+            k_smem,
+            v_smem,
             barriers,
             seen,
             tiles,
+            first_step,
             kv_len,
             qk_scale,
             S_LAYOUT,
@@ -229,10 +255,12 @@ def consumer(
             n_steps,
             state,
             q_smem,
-            smem,
+            k_smem,
+            v_smem,
             barriers,
             seen,
             tiles,
+            first_step,
             kv_len,
             qk_scale,
             S_LAYOUT,
@@ -254,11 +282,15 @@ def consumer(
     # The rows are waited for so that their addresses are not computed, and spilled, before the loops.
     acc, p, r = warpgroup_mma_wait(0, deps=[acc, p, r])
 
-    out_ptr, stride_om, stride_od = out
-    empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-    total = gl.convert_layout(row_sum, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-    # A row that saw nothing is 0, whatever the values it did not see hold.
-    acc = gl.where(empty, 0.0, acc / gl.where(empty, 1.0, total))
     dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, ACC_LAYOUT))
-    out_ptrs = out_ptr + (r.to(gl.int64) * stride_om)[:, None] + (dv * stride_od)[None, :]
-    gl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(r < q_len)[:, None] & (dv < v_width)[None, :])
+    ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
+    if SINGLE_SPLIT:  # noqa: SIM114 (known when compiling; the other is not)
+        _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT, PACK)
+    elif active == 1:
+        _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT, PACK)
+    else:
+        acc_ptr, stats_ptr = partial
+        gl.store(acc_ptr + (r.to(gl.int64) * V_HEAD_DIM)[:, None] + dv[None, :], acc, mask=ok)
+        if STATS:
+            gl.store(stats_ptr + row * 2, row_max, mask=row < n_rows)
+            gl.store(stats_ptr + row * 2 + 1, row_sum, mask=row < n_rows)

@@ -29,26 +29,46 @@ def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr,
 
 
 @gluon.jit
-def start_of(tiles, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
-    """First key of the ``step``-th tile that is visited; 0 or the like from ``n_listed`` on."""
+def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: gl.constexpr, CHECK_COLS: gl.constexpr):
+    """Copies 64 packed rows to ``smem [64, cols]``: row ``r`` is position ``r // PACK`` of head ``r % PACK``."""
+    CHUNK: gl.constexpr = 16
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    for chunk in gl.static_range(64 // CHUNK):
+        row = first + chunk * CHUNK + gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LAYOUT))
+        ok = (row < limit)[:, None]
+        if CHECK_COLS:
+            ok = ok & (cols < width)[None, :]
+        start = (row // PACK).to(gl.int64) * stride_m + row % PACK * stride_h
+        async_load(smem.slice(chunk * CHUNK, CHUNK, 0), ptr + start[:, None] + cols[None, :], mask=ok)
+
+
+@gluon.jit
+def start_of(tiles, first_step, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """First key of a program's ``step``-th tile, which is tile ``first_step + step`` of those that are visited.
+
+    0 or the like from ``n_listed`` on, the number of the program's tiles.
+    """
+    at = first_step + step
     if MAPPED:
         SUB: gl.constexpr = MAP_BLOCK_N // BLOCK_N
-        start = gl.load(tiles + step // SUB, mask=step < n_listed, other=0) * MAP_BLOCK_N + step % SUB * BLOCK_N
+        start = gl.load(tiles + at // SUB, mask=step < n_listed, other=0) * MAP_BLOCK_N + at % SUB * BLOCK_N
     else:
         # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
-        start = gl.minimum(step * BLOCK_N, n_listed * BLOCK_N)
+        start = gl.minimum(at, first_step + n_listed) * BLOCK_N
     return start
 
 
 @gluon.jit
 def producer(
-    rows,  # q_ptr, stride_qm, first_row, q_len
+    rows,  # q_ptr, stride_qm, stride_qh, first_row, n_rows
     keys,  # k_ptr, stride_kn, v_ptr, stride_vn, kv_len
-    smem,  # q0, q1, k, v
+    smem,  # q0, q1, k, v0, v1
     barriers,  # q_full, k_full, v_full, k_empty, v_empty
     tiles,
+    first_step,
     n_listed,
     v_width,
+    PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr,
     BLOCK_DV: gl.constexpr,
@@ -56,12 +76,13 @@ def producer(
     BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
     MAPPED: gl.constexpr,
+    SHARE_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Copies the query rows once, then every visited tile of keys and values as soon as its slot is free."""
-    q_ptr, stride_qm, first_row, q_len = rows
+    q_ptr, stride_qm, stride_qh, first_row, n_rows = rows
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
-    q0, q1, k_smem, v_smem = smem
+    q0, q1, k_smem, v0_smem, v1_smem = smem
     q_full, k_full, v_full, k_empty, v_empty = barriers
     COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
     d = gl.arange(0, BLOCK_D, layout=COLS)
@@ -70,19 +91,24 @@ def producer(
     if MAPPED:
         # Where there is nothing to see, one tile of it is looked at.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(tiles, 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
-    _copy_rows(q0, q_ptr, stride_qm, first_row, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
-    _copy_rows(q1, q_ptr, stride_qm, first_row + 64, q_len, d, HEAD_DIM, 64, BLOCK_D != HEAD_DIM)
+    start = start_of(tiles, first_step, 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+    CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
+    _copy_query(q0, q_ptr, stride_qm, stride_qh, first_row, n_rows, d, HEAD_DIM, PACK, CHECK_D)
+    if not SHARE_ROWS:
+        _copy_query(q1, q_ptr, stride_qm, stride_qh, first_row + 64, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     async_copy.mbarrier_arrive(q_full, increment_count=False)
     for step in range(n_steps):
         # Read ahead: the copies would wait for it.
-        after = start_of(tiles, step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        after = start_of(tiles, first_step, step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
         slot = step % STAGES
         free = ((step // STAGES) & 1) ^ 1
         mbarrier.wait(k_empty.index(slot), free)
-        _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, BLOCK_D != HEAD_DIM)
+        _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, CHECK_D)
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
         mbarrier.wait(v_empty.index(slot), free)
-        _copy_rows(v_smem.index(slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
+        _copy_rows(v0_smem.index(slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
+        if SHARE_ROWS:
+            second = v_ptr + BLOCK_DV
+            _copy_rows(v1_smem.index(slot), second, stride_vn, start, kv_len, dv, v_width - BLOCK_DV, BLOCK_N, CHECK_DV)
         async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
         start = after

@@ -31,9 +31,9 @@ METHODS = {
         "target_verify": ("_split_k_kernel", 6),
     },
     "sm_90": {
-        "prefill": ("_tiled_hopper_kernel", 6),
+        "prefill": ("_hopper_kernel", 6),
         "target_verify": ("_split_k_kernel", 6),
-        "draft_decode": ("_tiled_hopper_kernel", 1),
+        "draft_decode": ("_hopper_kernel", 1),
     },
 }
 COPIES = {"et_copy::_h2d_copy.out", "et_copy::_d2h_copy.out"}

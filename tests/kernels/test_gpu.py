@@ -69,6 +69,19 @@ def test_prefill_by_the_kernel_of_other_archs(case, monkeypatch):
     check(*run(case))
 
 
+@pytest.mark.parametrize("case", random_cases(100, (1, 2, 5, 8, 16), 5), ids=str)
+def test_few_rows_by_the_kernel_of_other_archs(case, monkeypatch):
+    monkeypatch.setattr(tuning, "choose_hopper_split_k", lambda shape, arch: None)
+    check(*run(case))
+
+
+@pytest.mark.parametrize("kv_len", [2047, 2048, 5000])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("mask", ["none", "bool_context", "bool_window", "float_min_rows"])
+def test_prefill_of_few_rows_splits_the_keys(kv_len, head_dim, mask):
+    check(*run(Case(200, kv_len, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask=mask)))
+
+
 REAL_SHAPES = {
     "gemma-full": dict(heads_q=32, heads_kv=4, head_dim=512, scale=0.06),
     "gemma-sliding": dict(heads_q=32, heads_kv=16, head_dim=256, scale=0.08),
@@ -163,6 +176,10 @@ HOPPER_TILES = (
     tuning.HopperConfig(32, 64, 4),
     tuning.HopperConfig(64, 64, 3),
 )
+HOPPER_TILES_OF_FEW_ROWS = tuple(
+    tuning.HopperConfig(n, 64, stages, share_rows=True, num_splits=splits, short_splits=splits)
+    for n, stages, splits in ((64, 4, 1), (64, 2, 7), (32, 3, 16), (16, 4, 100))
+)
 
 
 def test_results_do_not_depend_on_the_tiles():
@@ -171,6 +188,7 @@ def test_results_do_not_depend_on_the_tiles():
         tuning.SplitKConfig(64, 64, 1, 8, 2),
         tuning.SplitKConfig(16, 16, 5, 4, 1),
         tuning.SplitKConfig(64, 32, 100, 4, 3),
+        *HOPPER_TILES_OF_FEW_ROWS,
     ):
         check(
             p, split_k.launch_split_k(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config)

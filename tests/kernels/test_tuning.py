@@ -62,6 +62,25 @@ def test_hopper_tiles_divide_the_map_and_fit():
                 assert 128 * (2 * config.consumer_registers + config.producer_registers) <= 65536
 
 
+def test_hopper_tiles_of_few_rows_divide_the_map_and_fit():
+    served = 0
+    for shape in SHAPES:
+        for arch in ARCHS:
+            limits = tuning.limits(arch)
+            config = tuning.choose_hopper_split_k(shape, limits)
+            if config is None:
+                continue
+            served += 1
+            assert arch == "sm_90"
+            assert tuning.SPLIT_K_MAP_BLOCK_N % config.block_n == 0
+            assert config.columns == tuning.padded_head_dim(shape.v_head_dim)
+            stage = config.block_n * (tuning.padded_head_dim(shape.head_dim) + config.columns) * 2
+            queries = config.block_m * tuning.padded_head_dim(shape.head_dim) * 2
+            assert queries + config.num_stages * stage + 1024 <= limits.shared_memory_per_block
+            assert 128 * (2 * config.consumer_registers + config.producer_registers) <= 65536
+    assert served
+
+
 def test_choices_are_frozen_and_repeatable():
     shape, arch = SHAPES[0], tuning.limits("sm_90")
     choice = tuning.choose_split_k(shape, arch)
@@ -95,7 +114,8 @@ def test_unknown_archs():
     ("q_len", "group", "head_dim", "mask"),
     [
         (16, 8, 512, "bool_context"),
-        (1, 8, 128, "none"),
+        (1, 4, 128, "none"),
+        (1, 8, 256, "none"),
         (300, 2, 256, "bool_window"),
         (5, 2, 512, "intervals"),
         (300, 2, 512, "intervals"),
@@ -112,7 +132,7 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
     with compiling_for(arch) as compiled:
         p = problem
         launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, intervals=intervals)
-    main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_tiled_hopper_kernel"))
-    assert (main.name == "_tiled_hopper_kernel") == (arch == "sm_90" and q_len > 16)
+    main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel"))
+    assert (main.name == "_hopper_kernel") == (arch == "sm_90" and q_len * group > 4)
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
     assert "mma" in main.ptx  # on the matrix units, not element by element

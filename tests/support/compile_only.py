@@ -11,7 +11,8 @@ from triton.compiler import compiler as triton_compiler
 from triton.runtime import driver
 
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
-from flashpte.kernels import intervals, split_k, tile_map, tiled, tuning
+from flashpte.kernels import combine, intervals, split_k, tile_map, tiled, tuning
+from flashpte.kernels.hopper import launch as hopper_launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
             return compile_
 
     with contextlib.ExitStack() as stack:
-        for module in (split_k, tiled, tile_map, intervals):
+        for module in (combine, hopper_launch, split_k, tiled, tile_map, intervals):
             stack.callback(setattr, module, "wrap_triton", module.wrap_triton)
             module.wrap_triton = CompileOnly
         for module in (split_k.tuning,):

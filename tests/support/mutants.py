@@ -19,7 +19,7 @@ def mutant(folder: Path, file: str, old: str, new: str, module: str) -> ModuleTy
 
     Args:
         folder: where to put the copy.
-        file: name of the changed file, such as ``"primitives.py"``.
+        file: path of the changed file in the package, such as ``"primitives.py"``.
         old: text that must occur in it; every occurrence is replaced.
         new: its replacement.
         module: which module of the copy to import, such as ``"split_k"``.
@@ -30,7 +30,7 @@ def mutant(folder: Path, file: str, old: str, new: str, module: str) -> ModuleTy
     (package / "__init__.py").write_text("")
     for path in package.rglob("*.py"):
         text = path.read_text().replace("flashpte.kernels", name).replace("flashpte::", f"{name}::")
-        if path.name == file:
+        if path == package / file:
             assert old in text, f"{file} no longer contains {old!r}: update the mutation"
             text = text.replace(old, new)
         path.write_text(text)

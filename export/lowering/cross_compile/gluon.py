@@ -18,8 +18,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from flashpte.kernels.hopper import _tiled_hopper_kernel
-from flashpte.kernels.tiled import _tiled_kernel
+from flashpte.kernels.hopper import _hopper_kernel
+from flashpte.kernels.split_k import _split_k_kernel
 
 
 def source_code(original: Callable[..., str]) -> Callable[..., str]:
@@ -45,7 +45,8 @@ def _add_dependencies(function: JITFunction[Any], imports: list[str], functions:
         seen.add(name)
         value = function.fn.__globals__[name]
         if isinstance(value, JITFunction):
-            functions.append(f"@gluon.jit\n{value.src}")
+            decorator = "@gluon.jit" if isinstance(value, GluonJITFunction) else "@triton.jit"
+            functions.append(f"{decorator}\n{value.src}")
             _add_dependencies(value, imports, functions, seen)
         elif isinstance(value, types.ModuleType):
             imports.append(f"import {value.__name__} as {name}\n")
@@ -72,21 +73,22 @@ def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
     def of_twin(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:
         # A launch that names the number of warps comes as a list of one configuration.
         inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-        if inner is not _tiled_hopper_kernel:
+        if inner is not _hopper_kernel:
             return original(kernel, kwargs, *args)
-        given = dict(kwargs)
-        del given["CONSUMER_REGISTERS"], given["PRODUCER_REGISTERS"]
-        tile = {"BLOCK_M": 128, "EXACT": False, "EDGE_BLOCK_N": given["BLOCK_N"], "EDGE_STAGES": 1}
-        return original(_twin(), {**given, **tile}, *args)
+        twin = _twin()
+        names = {parameter.name for parameter in twin.params}
+        given = {name: value for name, value in kwargs.items() if name in names}
+        own = {"heads_kv": kwargs["heads"], "BLOCK_R": 16, "SEPARATE_FULL": True, "EXACT": False}
+        return original(twin, {**given, **own}, *args)
 
     return of_twin
 
 
 @functools.cache
 def _twin() -> JITFunction[Any]:
-    """The tiled kernel under the name of Hopper's, which is how Inductor looks for it."""
-    fn = _tiled_kernel.fn
-    name = _tiled_hopper_kernel.fn.__name__
+    """The split-K kernel, which writes the same arguments, under the name of Hopper's: Inductor looks for that."""
+    fn = _split_k_kernel.fn
+    name = _hopper_kernel.fn.__name__
     renamed = types.FunctionType(fn.__code__, fn.__globals__, name, fn.__defaults__, fn.__closure__)
     renamed.__annotations__, renamed.__module__, renamed.__qualname__ = fn.__annotations__, fn.__module__, name
     return triton.jit(renamed)

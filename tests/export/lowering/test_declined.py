@@ -29,4 +29,4 @@ def test_declined_attention_still_lowers(tmp_path):
     (method,) = inspect_pte(tmp_path / "out" / "model.pte").methods.values()
     kernels = {kernel for cubin in method.library.cubins for kernel in cubin.kernels}
     assert kernels
-    assert not kernels & (executorch_kernels() | {"_tiled_kernel", "_tiled_hopper_kernel", "_split_k_kernel"})
+    assert not kernels & (executorch_kernels() | {"_tiled_kernel", "_hopper_kernel", "_split_k_kernel"})

@@ -67,7 +67,7 @@ def test_decode(compiled):
 @pytest.mark.lowering
 def test_prefill(compiled):
     config = tuning.choose_hopper(shape(300), tuning.limits("sm_90"))
-    constants, warps = compiled["_tiled_hopper_kernel"]
+    constants, warps = compiled["_hopper_kernel"]
     assert (constants["BLOCK_N"], constants["BLOCK_DV"], constants["STAGES"], constants["CONSUMER_REGISTERS"]) == (
         config.block_n,
         config.block_dv,

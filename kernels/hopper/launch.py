@@ -1,0 +1,102 @@
+"""Launching the kernel for Hopper, for prefill and for split-K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.library import wrap_triton
+
+from flashpte.kernels import tuning
+from flashpte.kernels.hopper.kernel import _hopper_kernel
+from flashpte.kernels.launch import broadcast_stride, cdiv, copies_in_16_bytes, static_int, takes_gluon
+
+
+def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
+    """Whether the kernel takes these tensors: Gluon can be launched, copies are aligned, and the scale is positive.
+
+    (It takes the maximum of the scores before it scales them.)
+    """
+    return scale > 0 and takes_gluon(query) and all(map(copies_in_16_bytes, (query, key, value)))
+
+
+def launch_hopper(
+    config: tuning.HopperConfig,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_tensors: list[torch.Tensor],
+    mask_strides: list[int],
+    interval_strides: list[int],
+    tiles: torch.Tensor,
+    counts: torch.Tensor,
+    map_strides: tuple[int, int, int],
+    out: torch.Tensor,
+    acc: torch.Tensor,
+    stats: torch.Tensor,
+    scale: float,
+    pack: int,
+    num_splits: int | torch.SymInt,
+    enabled: int | torch.SymInt,
+    constants: dict[str, Any],
+) -> None:
+    """Launches the kernel.
+
+    Args:
+        config: its tiles.
+        query, key, value: ``[B, H_q, L_q, D]``, ``[B, H_kv, L_kv, D]``, ``[B, H_kv, L_kv, D_v]``.
+        mask_tensors, mask_strides, interval_strides: what :func:`flashpte.kernels.intervals.mask_arguments` returns.
+        tiles, counts, map_strides: the tile map; anything where there is none.
+        out: ``[B, H_q, L_q, D_v]``, written if there is one split.
+        acc, stats: float32 ``[B * H_q / pack, splits, L_q * pack, D_v]`` and ``[..., 2]``, written if there are more.
+        scale: factor of the scores.
+        pack: how many consecutive query heads share the rows of a tile: 1, or H_q / H_kv.
+        num_splits: how many there are, :attr:`tuning.HopperConfig.num_splits` or fewer.
+        enabled: 0 or 1, may be symbolic: with 0, at run time no program is launched.
+        constants: ``MAP_BLOCK_M``, ``MAP_BLOCK_N``, ``CAUSAL``, ``MASK``, ``TERMS``, ``INDEX_TERM``, ``EXP2_SCALE``.
+
+    Raises:
+        ValueError: the config's tiles do not divide the map's.
+    """
+    if constants["MASK"] and constants["MAP_BLOCK_N"] % config.block_n:
+        raise ValueError(f"tiles of {config.block_n} keys do not divide the map's {constants['MAP_BLOCK_N']}")
+    batch, heads_q, q_len, head_dim = query.shape
+    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
+    slices = cdiv(v_head_dim, config.columns)
+    grid = (cdiv(q_len * pack, config.block_m) * slices * enabled, heads_q // pack * batch, num_splits)
+    wrap_triton(_hopper_kernel)[grid](
+        query,
+        key,
+        value,
+        *mask_tensors,
+        tiles,
+        counts,
+        out,
+        acc,
+        stats,
+        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
+        *mask_strides,
+        *out.stride(),
+        *map_strides,
+        *interval_strides,
+        heads_q // pack,
+        q_len,
+        kv_len,
+        scale,
+        config.short_splits,
+        GROUP=heads_q // heads_kv,
+        PACK=pack,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_D=max(64, tuning.padded_head_dim(head_dim)),
+        BLOCK_DV=config.block_dv,
+        BLOCK_N=config.block_n,
+        SHARE_ROWS=config.share_rows,
+        SINGLE_SPLIT=static_int(num_splits) == 1,
+        LONG_KEYS=config.long_keys,
+        STAGES=config.num_stages,
+        CONSUMER_REGISTERS=config.consumer_registers,
+        PRODUCER_REGISTERS=config.producer_registers,
+        **constants,
+        num_warps=4,
+    )
