@@ -8,6 +8,8 @@ from flashpte.export.lowering.manifest import describe_method
 from flashpte.export.runtime import Program, ProgramError, open_folder
 from flashpte.export.runtime.libraries import load_package
 
+pytestmark = pytest.mark.xdist_group("package")
+
 SLOTS, WIDTH = 16, 8
 
 
