@@ -18,6 +18,23 @@ import torch
 from torch.fx import Node
 
 from flashpte.passes.insert import call_before, size_argument
+from flashpte.passes.mask_operators import (
+    ADD,
+    AND,
+    ARANGES,
+    COMPARISONS,
+    FILL,
+    INTEGERS,
+    MUL,
+    NOT,
+    OR,
+    SUB,
+    TRIL,
+    TRIU,
+    WHERE,
+    compared_exactly,
+    constant_of,
+)
 from flashpte.passes.mask_terms import Between, Bound, Extreme, Flag, Structure, Sum
 from flashpte.passes.operands import (
     BATCH_AXIS,
@@ -40,68 +57,6 @@ MAX_TERMS = 3
 
 class ProofFailed(Exception):
     """The mask has a part that is no constraint of the form looked for; says which."""
-
-
-_AND = {aten.bitwise_and.Tensor, aten.logical_and.default, aten.mul.Tensor, aten.__and__.Tensor}
-_OR = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.__or__.Tensor}
-_NOT = {aten.bitwise_not.default, aten.logical_not.default}
-_COMPARISONS = {
-    aten.le.Tensor: "le",
-    aten.le.Scalar: "le",
-    aten.lt.Tensor: "lt",
-    aten.lt.Scalar: "lt",
-    aten.ge.Tensor: "ge",
-    aten.ge.Scalar: "ge",
-    aten.gt.Tensor: "gt",
-    aten.gt.Scalar: "gt",
-    aten.eq.Tensor: "eq",
-    aten.eq.Scalar: "eq",
-}
-_WHERE = {aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
-_FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
-_ADD = {aten.add.Tensor, aten.add.Scalar}
-_SUB = {aten.sub.Tensor, aten.sub.Scalar}
-_MUL = {aten.mul.Tensor, aten.mul.Scalar}
-_ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-_TRIL, _TRIU = {aten.tril.default}, {aten.triu.default}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_CONSTANTS = {
-    aten.full.default: lambda n: n.args[1],
-    aten.full_like.default: lambda n: n.args[1],
-    aten.new_full.default: lambda n: n.args[2],
-    aten.scalar_tensor.default: lambda n: n.args[0],
-    aten.zeros.default: lambda n: 0,
-    aten.zeros_like.default: lambda n: 0,
-    aten.new_zeros.default: lambda n: 0,
-    aten.ones.default: lambda n: 1,
-    aten.ones_like.default: lambda n: 1,
-    aten.new_ones.default: lambda n: 1,
-}
-
-
-def constant_of(value: Any, looked_at: set[Node]) -> int | float | bool | None:
-    """The number that every entry of an argument has, if the graph says so; adds the nodes that say it."""
-    chain = []
-    while isinstance(value, Node) and aten_target(value) not in _CONSTANTS:
-        if view_source(value) is None and not is_cast(value):
-            return None
-        chain.append(value)
-        value = value.args[0]
-    if not isinstance(value, Node):
-        return value if isinstance(value, (int, float, bool)) and not chain else None
-    number = _CONSTANTS[aten_target(value)](value)
-    if not isinstance(number, (int, float, bool)):
-        return None
-    chain.append(value)
-    looked_at.update(chain)
-    try:
-        # A dtype may change the number: 300 is 44 as uint8, and True as bool.
-        tensor = torch.full((), number, dtype=val(chain[-1]).dtype)
-    except RuntimeError:
-        return None
-    for node in reversed(chain):
-        tensor = tensor.to(val(node).dtype)
-    return tensor.item()
 
 
 def prove(mask: Node, kv_len: int | torch.SymInt) -> Structure | str:
@@ -170,17 +125,17 @@ class _Proof:
         constant = self._constant(node)
         if constant == 0:
             return []
-        if target in _WHERE:
+        if target in WHERE:
             chosen, other = self._constant(args[1]), self._constant(args[2])
             if other == float("-inf"):
                 return self.of_bool(args[0], path, False) + self._addend(args[1], path)
             if chosen == float("-inf"):
                 return self.of_bool(args[0], path, True) + self._addend(args[2], path)
-        if target in _FILL and self._constant(args[2]) == float("-inf"):
+        if target in FILL and self._constant(args[2]) == float("-inf"):
             return self._addend(args[0], path) + self.of_bool(args[1], path, True)
-        if target in _TRIL | _TRIU and self._constant(args[0]) == float("-inf"):
+        if target in TRIL | TRIU and self._constant(args[0]) == float("-inf"):
             return [self._triangle(node, path, True)]
-        if target in _ADD and len(args) == 2 and not node.kwargs:
+        if target in ADD and len(args) == 2 and not node.kwargs:
             return self._addend(args[0], path) + self._addend(args[1], path)
         source = view_source(node)
         if source is not None:
@@ -222,22 +177,22 @@ class _Proof:
 
     def _of_bool_operator(self, node: Node, path: tuple[Node, ...], negated: bool) -> list[Between | Flag]:
         target, args = aten_target(node), arguments(node)
-        if target in _NOT:
+        if target in NOT:
             return self.of_bool(args[0], path, not negated)
-        if target in _AND or target in _OR:
+        if target in AND or target in OR:
             both = [self.of_bool(argument, path, negated) for argument in args[:2]]
             # By De Morgan a negated "or" is an "and".
-            return both[0] + both[1] if (target in _AND) != negated else _either(*both)
-        if target in _COMPARISONS:
-            return [self._comparison(_COMPARISONS[target], args[0], args[1], path, negated)]
-        if target in _TRIL | _TRIU:
+            return both[0] + both[1] if (target in AND) != negated else _either(*both)
+        if target in COMPARISONS:
+            return [self._comparison(COMPARISONS[target], args[0], args[1], path, negated)]
+        if target in TRIL | TRIU:
             if self._constant(args[0]) == 1:
                 return [self._triangle(node, path, negated)]
             if not negated:
                 return [*self.of_bool(args[0], path, False), self._triangle(node, path, False)]
-        if target in _WHERE and not negated and self._constant(args[2]) == 0:
+        if target in WHERE and not negated and self._constant(args[2]) == 0:
             return self.of_bool(args[0], path, False) + self.of_bool(args[1], path, False)
-        if target in _FILL and not negated and self._constant(args[2]) == 0:
+        if target in FILL and not negated and self._constant(args[2]) == 0:
             return self.of_bool(args[0], path, False) + self.of_bool(args[1], path, True)
         source = view_source(node)
         if source is not None:
@@ -256,7 +211,7 @@ class _Proof:
     def _comparison(self, name: str, a: Any, b: Any, path: tuple[Node, ...], negated: bool) -> Between:
         if name in ("ge", "gt"):
             a, b, name = b, a, {"ge": "le", "gt": "lt"}[name]
-        if not _compared_exactly(a, b):
+        if not compared_exactly(a, b):
             raise ProofFailed("it compares integers of different types")
         difference = self._sum(a, path) + self._sum(b, path).times(-1)
         if negated:
@@ -286,7 +241,7 @@ class _Proof:
             return Sum((), int(value))
         if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
             raise ProofFailed(f"it compares with {value}")
-        if val(value).dtype not in _INTEGERS:
+        if val(value).dtype not in INTEGERS:
             raise ProofFailed(f"it compares {val(value).dtype}")
         constant = self._constant(value)
         if constant is not None:
@@ -312,15 +267,15 @@ class _Proof:
     def _sum_of_operator(self, node: Node, path: tuple[Node, ...]) -> Sum:
         target, args = aten_target(node), arguments(node)
         arithmetic = not node.kwargs and val(node).dtype == torch.int64
-        if target in _ADD and arithmetic and len(args) == 2:
+        if target in ADD and arithmetic and len(args) == 2:
             return self._sum(args[0], path) + self._sum(args[1], path)
-        if target in _SUB and arithmetic and len(args) == 2:
+        if target in SUB and arithmetic and len(args) == 2:
             return self._sum(args[0], path) + self._sum(args[1], path).times(-1)
         if target is aten.rsub.Scalar and arithmetic and len(args) == 2:
             return self._sum(args[1], path) + self._sum(args[0], path).times(-1)
         if target is aten.neg.default and arithmetic:
             return self._sum(args[0], path).times(-1)
-        if target in _MUL and arithmetic and isinstance(factor := self._constant(args[1]), int):
+        if target in MUL and arithmetic and isinstance(factor := self._constant(args[1]), int):
             return self._sum(args[0], path).times(factor)
         source = view_source(node)
         if source is not None:
@@ -339,7 +294,7 @@ class _Proof:
         # A narrower arange may wrap.
         if val(node).dtype not in (torch.int64, torch.int32):
             return None
-        if target not in _ARANGES or operand is None or operand.value.dim() != 1:
+        if target not in ARANGES or operand is None or operand.value.dim() != 1:
             return None
         start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
         for view in operand.steps:
@@ -360,23 +315,8 @@ class _Proof:
         numbers = [call_before(node, aten.arange.start_step, 0, size, 1, **options) for size in sizes]
         rows = call_before(node, aten.unsqueeze.default, numbers[0], 1)
         offset = call_before(node, aten.add.Tensor, rows, diagonal)
-        comparison = "le" if aten_target(node) in _TRIL else "ge"
+        comparison = "le" if aten_target(node) in TRIL else "ge"
         return self._comparison(comparison, numbers[1], offset, path, negated)
-
-
-def _compared_exactly(a: Any, b: Any) -> bool:
-    """Whether a comparison's common dtype holds every value of both sides."""
-    values = [val(v) if isinstance(v, Node) and isinstance(v.meta.get("val"), torch.Tensor) else v for v in (a, b)]
-    if any(isinstance(v, Node) for v in values):
-        return False
-    common = torch.result_type(*values)
-    if common == torch.int64 or common not in _INTEGERS:
-        return True  # what is no integer is rejected where it is read
-    limits = torch.iinfo(common)
-    return all(
-        value.dtype == common if isinstance(value, torch.Tensor) else limits.min <= value <= limits.max
-        for value in values
-    )
 
 
 def _part_order(part: tuple[Operand | KeyIndex, int]) -> tuple[str, int]:

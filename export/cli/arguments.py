@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from flashpte.export.cli.parser import Parser, nonempty_path
+from flashpte.export.cli.parser import add_verbosity, check_least, new_parser, nonempty_path
 from flashpte.export.cli.report import check_report_path
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.models.registry import get_target
@@ -61,13 +61,7 @@ def _dtype(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``export-model``."""
-    parser = Parser(
-        prog="export-model",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("export-model", _DESCRIPTION, _EPILOG)
 
     model = parser.add_argument_group("model")
     model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
@@ -168,8 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--report", type=nonempty_path, metavar="FILE", help="write the routing of every attention node as JSON"
     )
-    output.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
-    output.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    add_verbosity(output)
     return parser
 
 
@@ -261,14 +254,14 @@ def _check_lengths(args: argparse.Namespace) -> None:
     if args.chain is not None and not low <= args.chain <= high:
         rows = f"target_verify takes one token more, its kernel {high + 1} rows"
         raise UsageError(f"--chain {args.chain}: must be {low}..{high} ({rows})")
-    for flag, value, least in (
-        ("--max-seq-len", args.max_seq_len, 2),
-        ("--max-prefill-chunk", args.max_prefill_chunk, 2),
-        ("--layers", args.layers, 1),
-        ("--seed", args.seed, 0),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: must be at least {least}")
+    check_least(
+        (
+            ("--max-seq-len", args.max_seq_len, 2),
+            ("--max-prefill-chunk", args.max_prefill_chunk, 2),
+            ("--layers", args.layers, 1),
+            ("--seed", args.seed, 0),
+        )
+    )
     if args.max_seq_len is not None:
         for flag, value in (("--verify-window", args.verify_window), ("--max-prefill-chunk", args.max_prefill_chunk)):
             if value is not None and value > args.max_seq_len:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,34 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and close:
             message = f"unknown flag {unknown}; did you mean {close[0]}?"
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def new_parser(prog: str, description: str, epilog: str) -> Parser:
+    """A parser whose texts are printed as they are, and whose flags must be written out."""
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_verbosity(group: argparse._ArgumentGroup) -> None:
+    """The flags ``--verbose`` and ``--quiet``."""
+    group.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
+    group.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+
+
+def check_least(flags: Iterable[tuple[str, int | None, int]]) -> None:
+    """Checks ``(flag, value, least)`` of each flag that was given.
+
+    Raises:
+        UsageError: a value is below the least.
+    """
+    for flag, value, least in flags:
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value}: must be at least {least}")
 
 
 def nonempty_path(text: str) -> Path:

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from flashpte.export.cli.parser import Parser, nonempty_path
+from flashpte.export.cli.parser import add_verbosity, check_least, new_parser, nonempty_path
 from flashpte.export.errors import ExportError, UsageError
 
 DEFAULT_NEW_TOKENS = 128
@@ -101,13 +101,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def build_run_parser() -> argparse.ArgumentParser:
     """The parser of ``run-model``."""
-    parser = Parser(
-        prog="run-model",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("run-model", _DESCRIPTION, _EPILOG)
     parser.add_argument("model_dir", type=nonempty_path, metavar="MODEL_DIR", help="folder that export-model wrote")
 
     text = parser.add_argument_group("generate")
@@ -172,8 +166,7 @@ def build_run_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--unverified", action="store_true", help="run files whose hash is not the one in manifest.json")
     run.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
-    run.add_argument("-v", "--verbose", action="store_true", help="show warnings and, on an error, the traceback")
-    run.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    add_verbosity(run)
     return parser
 
 
@@ -195,13 +188,13 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         raise UsageError("--seed belongs to --temperature T, which is 0")
     if args.verbose and args.quiet:
         raise UsageError("--verbose and --quiet cannot be combined: they are opposites")
-    for flag, value, least in (
-        ("--max-new-tokens", args.max_new_tokens, 1),
-        ("--seed", args.seed, 0),
-        ("--prefill", args.prefill, 1),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: must be at least {least}")
+    check_least(
+        (
+            ("--max-new-tokens", args.max_new_tokens, 1),
+            ("--seed", args.seed, 0),
+            ("--prefill", args.prefill, 1),
+        )
+    )
     if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature >= 0):
         raise UsageError(f"--temperature {args.temperature}: must be 0 or more")
     if args.contexts is not None and 0 in args.contexts:

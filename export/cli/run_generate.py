@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO
@@ -46,6 +47,19 @@ class _Output:
             print(piece, end="", file=self._out, flush=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A prompt to continue; ``load_s`` is what opening the program took."""
+
+    options: RunOptions
+    progress: StageLog
+    program: RunsMethods
+    prompt: list[int]
+    stop: frozenset[int]
+    output: _Output
+    load_s: float
+
+
 def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: Opened) -> int:
     """Continues the prompt and prints text and statistics, or one JSON document.
 
@@ -83,7 +97,7 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
     stop = frozenset() if options.ignore_eos else stop_ids(folder.constants.get("get_eos_ids", ()), tokenizer)
     output = _Output(StreamingText(tokenizer) if tokenizer is not None else None, out, silent=options.json)
     run = _speculate if drafted else _decode
-    tokens, stopped, statistics = run(options, progress, program, prompt, stop, output, load_s)
+    tokens, stopped, statistics = run(_Job(options, progress, program, prompt, stop, output, load_s))
     if options.json:
         document = {
             "prompt_tokens": prompt,
@@ -103,76 +117,60 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
     return EXIT_OK
 
 
-def _decode(
-    options: RunOptions,
-    progress: StageLog,
-    program: RunsMethods,
-    prompt: list[int],
-    stop: frozenset[int],
-    output: _Output,
-    load_s: float,
-) -> tuple[tuple[int, ...], str, Any]:
+def _decode(job: _Job) -> tuple[tuple[int, ...], str, Any]:
     from flashpte.export.runtime.generate import generate
     from flashpte.export.runtime.language_model import LanguageModel
     from flashpte.export.runtime.statistics import Statistics
 
-    _say_generating(options, progress)
+    _say_generating(job.options, job.progress)
     result = generate(
-        LanguageModel(program),
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        stop=stop,
-        on_token=output.show,
+        LanguageModel(job.program),
+        job.prompt,
+        max_new_tokens=job.options.max_new_tokens,
+        temperature=job.options.temperature,
+        seed=job.options.seed,
+        stop=job.stop,
+        on_token=job.output.show,
     )
-    output.finish()
+    job.output.finish()
     statistics = Statistics(
-        load_s=load_s,
-        prompt_tokens=len(prompt),
+        load_s=job.load_s,
+        prompt_tokens=len(job.prompt),
         prefill_s=result.prefill_s,
         first_token_s=result.first_token_s,
         decode_s=result.decode_s,
-        peak_bytes=_peak_bytes(program),
-        captured=getattr(program, "captured", ()),
+        peak_bytes=_peak_bytes(job.program),
+        captured=getattr(job.program, "captured", ()),
     )
     return result.tokens, result.stopped, statistics
 
 
-def _speculate(
-    options: RunOptions,
-    progress: StageLog,
-    program: RunsMethods,
-    prompt: list[int],
-    stop: frozenset[int],
-    output: _Output,
-    load_s: float,
-) -> tuple[tuple[int, ...], str, Any]:
+def _speculate(job: _Job) -> tuple[tuple[int, ...], str, Any]:
     from flashpte.export.options import DECODE
     from flashpte.export.runtime.speculate import SpeculativeStatistics, decode_plainly, speculate
 
-    chosen: dict[str, Any] = {"temperature": options.temperature, "seed": options.seed}
-    count, compares = options.max_new_tokens, DECODE in program.signatures or options.force_accept
+    chosen: dict[str, Any] = {"temperature": job.options.temperature, "seed": job.options.seed}
+    count, compares = job.options.max_new_tokens, DECODE in job.program.signatures or job.options.force_accept
     if compares:  # kernels are loaded by their first call, which a comparison of rates must not count
-        progress("warming up")
-        speculate(program, prompt, max_new_tokens=min(8, count), **chosen)
-    _say_generating(options, progress)
-    runs = [speculate(program, prompt, max_new_tokens=count, stop=stop, on_token=output.show, **chosen)]
-    output.finish()
-    if DECODE in program.signatures:
-        progress("decoding plainly")
-        decode_plainly(program, prompt, max_new_tokens=min(8, count), **chosen)
-        runs.append(decode_plainly(program, prompt, max_new_tokens=count, stop=stop, **chosen))
-    for accepted in options.force_accept:
-        progress(f"accepting {accepted} of every round")
-        runs.append(speculate(program, prompt, max_new_tokens=count, forced=accepted, **chosen))
+        job.progress("warming up")
+        speculate(job.program, job.prompt, max_new_tokens=min(8, count), **chosen)
+    _say_generating(job.options, job.progress)
+    runs = [speculate(job.program, job.prompt, max_new_tokens=count, stop=job.stop, on_token=job.output.show, **chosen)]
+    job.output.finish()
+    if DECODE in job.program.signatures:
+        job.progress("decoding plainly")
+        decode_plainly(job.program, job.prompt, max_new_tokens=min(8, count), **chosen)
+        runs.append(decode_plainly(job.program, job.prompt, max_new_tokens=count, stop=job.stop, **chosen))
+    for accepted in job.options.force_accept:
+        job.progress(f"accepting {accepted} of every round")
+        runs.append(speculate(job.program, job.prompt, max_new_tokens=count, forced=accepted, **chosen))
     statistics = SpeculativeStatistics(
-        load_s=load_s,
-        prompt_tokens=len(prompt),
+        load_s=job.load_s,
+        prompt_tokens=len(job.prompt),
         runs=tuple(runs),
-        sampled=options.temperature > 0,
-        peak_bytes=_peak_bytes(program),
-        captured=getattr(program, "captured", ()),
+        sampled=job.options.temperature > 0,
+        peak_bytes=_peak_bytes(job.program),
+        captured=getattr(job.program, "captured", ()),
     )
     return runs[0].tokens, runs[0].stopped, statistics
 

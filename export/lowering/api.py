@@ -106,8 +106,7 @@ def lower(
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
     tell = progress or (lambda stage: None)
-    # Before compiling, which may narrow the ranges of dynamic sizes in the programs as well: a guard on how it lays out
-    # a tensor, not on which sizes the code is right for.
+    # Before compiling, which may set guards on dynamic sizes in the programs as well.
     methods = {name: describe_method(program) for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"

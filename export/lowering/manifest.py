@@ -39,11 +39,13 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
     """A method's inputs and outputs, in calling order, with dtypes and shapes.
 
     A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound, and equal
-    expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer.
+    expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer,
+    and says so where one does not start as zeros.
     """
     mutable = mutated_buffers([program])
     by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
     buffers = {fqn: by_name[name] for name, fqn in program.graph_signature.inputs_to_buffers.items()}
+    initial = {**program.constants, **program.state_dict}
     inputs = [
         _describe_value(spec.arg, by_name, program)
         for spec in program.graph_signature.input_specs
@@ -58,10 +60,14 @@ def describe_method(program: ExportedProgram) -> dict[str, Any]:
         "inputs": inputs,
         "outputs": outputs,
         "mutable_buffers": list(mutable),
-        "buffers": {
-            fqn: {"dtype": _dtype_name(buffers[fqn].dtype), "shape": list(buffers[fqn].shape)} for fqn in mutable
-        },
+        "buffers": {fqn: _describe_buffer(buffers[fqn], initial.get(fqn)) for fqn in mutable},
     }
+
+
+def _describe_buffer(value: torch.Tensor, initial: Any) -> dict[str, Any]:
+    described = {"dtype": _dtype_name(value.dtype), "shape": list(value.shape)}
+    zeros = not isinstance(initial, torch.Tensor) or not bool(initial.any())
+    return described if zeros else {**described, "starts_as_zeros": False}
 
 
 def _describe_value(argument: Any, by_name: Mapping[str, Any], program: ExportedProgram) -> dict[str, Any]:

@@ -140,8 +140,14 @@ def load_package(folder: ModelFolder, device: torch.device) -> tuple[Call, dict[
     """Loads a ``.pt2`` of one method; the buffers that it writes to are returned, and start as zeros.
 
     Raises:
-        ProgramError: the package cannot be loaded.
+        ProgramError: the package cannot be loaded, or a buffer starts as something else, which a package does not tell.
     """
+    for fqn, entry in folder.buffers.items():
+        if not entry.get("starts_as_zeros", True):
+            raise ProgramError(
+                f"{folder.model_file} writes to {fqn}, which does not start as zeros: export a .pte, or run the "
+                "package with torch._inductor.aoti_load_package"
+            )
     try:
         loader = torch._C._aoti.AOTIModelPackageLoader(
             str(folder.model_file), "model", True, 1, device.index if device.index is not None else -1

@@ -6,48 +6,38 @@ import pytest
 import torch
 import transformers
 
+_SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "max_position_embeddings": 128}
 TINY = {
     "llama": {
+        **_SIZES,
         "model_type": "llama",
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
     },
     "qwen3": {
+        **_SIZES,
         "model_type": "qwen3",
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "max_position_embeddings": 128,
     },
     # full attention below, sliding above
     "qwen3-sliding": {
+        **_SIZES,
         "model_type": "qwen3",
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "head_dim": 16,
-        "max_position_embeddings": 128,
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 1,
     },
     "gemma4": {
+        **_SIZES,
         "model_type": "gemma4_text",
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
         "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -58,7 +48,6 @@ TINY = {
         "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 30.0,
-        "max_position_embeddings": 128,
     },
 }
 

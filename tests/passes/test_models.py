@@ -7,9 +7,13 @@ import copy
 import pytest
 import torch
 from programs import calls, check_maps, exported
+from small_models import SMALL, hugging_face
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
+
+# Gemma 4: sliding layers, and full ones of other heads.
+GLOBAL_LAYERS = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "sliding_window": 8}
 
 
 def executorch_gemma4(layers: int):
@@ -17,26 +21,14 @@ def executorch_gemma4(layers: int):
     from executorch.examples.models.gemma4_31b.model import Gemma4_31B, Gemma4_31BConfig
 
     torch.manual_seed(0)
-    config = Gemma4_31BConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_global_key_value_heads=1,
-        global_head_dim=32,
-        sliding_window=8,
-        max_seq_len=64,
-    )
-    return Gemma4_31B(config).eval()
+    sizes = {**SMALL, **GLOBAL_LAYERS, "num_hidden_layers": layers, "max_seq_len": 64}
+    return Gemma4_31B(Gemma4_31BConfig(**sizes)).eval()
 
 
-@pytest.mark.parametrize("rows", [1, 5, None])
-def test_executorch_gemma4_has_two_masks_in_60_layers(rows):
-    """Both proven: one map for 50 sliding layers, one for 10 full ones, and no mask tensor."""
-    model, length = executorch_gemma4(60), rows or 6
+@pytest.mark.parametrize(("rows", "layers"), [(1, 12), (5, 12), (None, 60)])
+def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
+    """Both proven: one map for the sliding layers, one for each sixth, which is full, and no mask tensor."""
+    model, length = executorch_gemma4(layers), rows or 6
     shapes = None
     if rows is None:
         dim = Dim("rows", min=2, max=8)
@@ -44,12 +36,12 @@ def test_executorch_gemma4_has_two_masks_in_60_layers(rows):
     example = (torch.zeros(1, length, dtype=torch.int64), torch.arange(length), torch.ones(1))
     program = exported(model, example, shapes)
     new, report = replace_sdpa(program)
-    assert len(report.replaced) == 60
+    assert len(report.replaced) == layers
     assert len(calls(new, "interval_map")) == 2
     assert not calls(new, "tile_map")
     assert sorted({(n.mask, n.mask_form, n.map_users) for n in report.nodes}) == [
-        ("causal", "positions", 10),
-        ("window", "positions", 50),
+        ("causal", "positions", layers // 6),
+        ("window", "positions", layers - layers // 6),
     ]
     assert len({n.args[9] for n in calls(new, "sdpa_")}) == 2
     for start in (0, 3, 30):
@@ -59,7 +51,7 @@ def test_executorch_gemma4_has_two_masks_in_60_layers(rows):
             torch.manual_seed(1)  # the model samples
             results.append(copy.deepcopy(module)(*args))
         assert torch.equal(*results)
-    assert check_maps(new, args) == 60
+    assert check_maps(new, args) == layers
 
 
 def dynamic_rows(arguments: int):
@@ -76,35 +68,12 @@ class Tokens(torch.nn.Module):
         return self.model(input_ids=tokens, attention_mask=attention_mask, use_cache=False).logits
 
 
-def hugging_face(name: str, **fields):
-    """A small random model with stock ``sdpa`` attention."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **fields,
-    )
-    config._attn_implementation = "sdpa"
-    return Tokens(getattr(transformers, f"{name}ForCausalLM")(config)).eval()
-
-
 def test_hugging_face_gemma4_has_two_masks_in_60_layers():
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma4TextConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=60, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, global_head_dim=32, num_global_key_value_heads=1, sliding_window=8,
-        attention_k_eq_v=True, hidden_size_per_layer_input=0, num_kv_shared_layers=0, vocab_size_per_layer_input=64,
+    gemma4 = hugging_face(
+        "Gemma4", "Gemma4Text", **GLOBAL_LAYERS, num_hidden_layers=60, attention_k_eq_v=True,
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, vocab_size_per_layer_input=64,
     )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    model = Tokens(Gemma4ForCausalLM(config)).eval()
+    model = Tokens(gemma4)
     tokens = torch.randint(64, (1, 30), generator=torch.Generator().manual_seed(0))
     new, report = replace_sdpa(exported(model, (tokens,), dynamic_rows(1)))
     assert len(report.replaced) == 60
@@ -125,7 +94,7 @@ WINDOWED = dict(sliding_window=8)
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_hugging_face_models_as_they_are(name, fields, masks, padded):
-    model = hugging_face(name, **fields)
+    model = Tokens(hugging_face(name, **fields))
     tokens = torch.randint(64, (2, 30), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 30, dtype=torch.int64)
     mask[0, :7] = 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import calls, exported, qkv
+from small_models import hugging_face
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
@@ -107,14 +108,7 @@ def test_dynamic_lengths():
 
 
 def test_stock_hugging_face_attention():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = hugging_face("Llama", hidden_size=64, num_hidden_layers=2)
 
     class Logits(torch.nn.Module):
         def __init__(self):

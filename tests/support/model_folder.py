@@ -17,6 +17,7 @@ def write_model_folder(
     constant_methods: Mapping[str, Any],
     described: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    package: str = "pte",
 ) -> Path:
     """Writes ``files`` and their manifest into ``folder`` and returns it; ``described`` is what a plan adds to it."""
     files = files or {"model.pte": b"code", "aoti_cuda_blob.ptd": b"weights"}
@@ -28,7 +29,7 @@ def write_model_folder(
         "version": 1,
         "versions": {"torch": torch.__version__},
         "arch": "sm_90",
-        "format": "pte",
+        "format": package,
         "methods": dict(methods),
         "constant_methods": dict(constant_methods),
         "files": {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.export import ExportedProgram
 
-from flashpte.export.lowering.cross_compile import cross_compile, find_arch
+from flashpte.export.lowering.cross_compile import cross_compile, find_arch, overrides
 from flashpte.export.lowering.executorch import write_pte
 
 
@@ -28,6 +29,28 @@ def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool 
 
     arch = find_arch("sm_90")
     with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", restore_views, keep):
+        write_pte({"forward": program}, scratch, "flashpte", {})
+    if not sources:
+        raise stopped.value
+    return sources[0]
+
+
+def kernel_sources(program: ExportedProgram, scratch: Path, patch: pytest.MonkeyPatch) -> str:
+    """The Triton source of the kernels that Inductor writes for a program on sm_90; none is compiled."""
+    sources = []
+
+    def make(target, original):
+        def keep(wrapper):
+            sources.append(wrapper.kernel_autotune_defs.getvalue())
+            raise HaveSource
+
+        return keep
+
+    name = "generate_and_run_autotune_block"
+    table = [dataclasses.replace(o, make=make) if o.name.endswith(name) else o for o in overrides.TABLE]
+    patch.setattr(overrides, "TABLE", tuple(table))
+    arch = find_arch("sm_90")
+    with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", True, lambda source: None):
         write_pte({"forward": program}, scratch, "flashpte", {})
     if not sources:
         raise stopped.value

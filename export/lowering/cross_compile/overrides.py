@@ -218,6 +218,13 @@ TABLE: tuple[Override, ...] = (
         "cannot make intermediate code of Gluon: all arguments would count as written, and be copied",
         lambda target, original: gluon.generate_ttir(original),
     ),
+    # Dynamic sizes.
+    Override(
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv._refine_ranges",
+        "a question that the example answers, such as whether 8 rows are one tile of 128, would narrow the range that "
+        "the method declares, and indices be 32 bits wide where longer calls need 64",
+        lambda target, original: lambda self, expr: None,
+    ),
     # Layouts.
     Override(
         "torch._inductor.lowering:constrain_to_fake_tensor",

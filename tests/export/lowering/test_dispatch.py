@@ -14,7 +14,7 @@ from flashpte.export.lowering.cross_compile import overrides
 from flashpte.export.lowering.manifest import describe_method
 from flashpte.passes import replace_sdpa
 
-pytestmark = pytest.mark.lowering
+pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("dispatch")]
 cond = torch.ops.higher_order.cond
 LAYERS = 2
 

@@ -9,7 +9,7 @@ from flashpte.export.lowering.pte_contents import read_library
 from flashpte.export.lowering.self_check import find_avx512, find_build_path
 from flashpte.passes import replace_sdpa
 
-pytestmark = pytest.mark.lowering
+pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("pt2")]
 
 
 @pytest.fixture(scope="module")

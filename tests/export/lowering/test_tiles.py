@@ -8,6 +8,8 @@ from flashpte.export.lowering.cross_compile import overrides
 from flashpte.kernels import tuning
 from flashpte.passes import replace_sdpa
 
+pytestmark = pytest.mark.xdist_group("tiles")
+
 KEYS, HEADS, HEADS_KV, HEAD_DIM = 4096, 8, 2, 64
 
 

@@ -7,6 +7,8 @@ from shared_programs import SharedPrograms
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
 
+pytestmark = pytest.mark.xdist_group("equivalence")
+
 TOLERANCE = 1e-4
 VERIFY = 4
 LENGTH = 44  # past the window of 8 and twice around the ring of 16

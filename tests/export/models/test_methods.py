@@ -8,6 +8,8 @@ from flashpte.export.models.methods import MethodSpec, constant_methods, plan_me
 from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export
 
+pytestmark = pytest.mark.xdist_group("methods")
+
 
 @pytest.fixture(scope="module")
 def small():

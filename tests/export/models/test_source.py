@@ -91,8 +91,8 @@ def test_text_config_that_is_no_object():
         gemma4.build({"model_type": "gemma4", "text_config": "gemma4_text"})
 
 
-def test_the_trace_does_not_depend_on_the_hash_seed(tmp_path):
-    """Iterating a set of strings would: each seed is a process of its own."""
+def test_the_trace_does_not_depend_on_the_hash_seed():
+    """Iterating a set of strings would: this process has a seed of its own."""
     import os
     import subprocess
     import sys
@@ -101,16 +101,16 @@ def test_the_trace_does_not_depend_on_the_hash_seed(tmp_path):
         "from flashpte.export.options import ExportOptions\n"
         "from flashpte.export.pipeline import export_programs, plan_export\n"
         "options = ExportOptions(target='gemma4-31b', small=True, random_seed=0, method='decode')\n"
-        "print(export_programs(plan_export(options), trace_only=True)['decode'].graph)\n"
+        "graph = export_programs(plan_export(options), trace_only=True)['decode'].graph\n"
     )
-    graphs = set()
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        graphs.add(done.stdout)
-    assert len(graphs) == 1
+    here = {}
+    exec(code, here)
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code + "print(graph)"],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{here['graph']}\n"

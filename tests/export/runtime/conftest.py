@@ -19,6 +19,7 @@ MODELS = {
     "llama": ["--target", "hf", "--max-prefill-chunk", "512", *VERIFY],
     "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32", *VERIFY],
     "gemma-draft": ["--target", "gemma4-31b", "--chain", "4", "--with-decode"],
+    "llama-pt2": ["--target", "hf", "--max-prefill-chunk", "512", "--method", "prefill", "--format", "pt2"],
 }
 COMMON = ["--random-weights", "--max-seq-len", "4096"]
 # A head of its own: with random weights, one that is tied to the embedding repeats the last token for ever.
@@ -33,7 +34,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
-CONFIGS = {"llama": LLAMA, "gemma-draft": UNTIED}
+CONFIGS = {"llama": LLAMA, "llama-pt2": LLAMA, "gemma-draft": UNTIED}
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from flashpte.export.runtime.draft_reference import eager_draft, rebuild_draft
 from flashpte.export.runtime.reference import eager_pair, rebuild
 from flashpte.export.weights.draft import load_draft, open_draft
 
+pytestmark = pytest.mark.xdist_group("check draft")
+
 LENGTH = 160  # the window is 64, a ring has 128 slots
 
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from gpu_models import follow, tampered
 
 from flashpte.export.runtime import InputError, Program
-from flashpte.export.runtime.compare import compare
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
 from flashpte.export.runtime.reference import eager_pair, rebuild
 
@@ -30,17 +30,6 @@ def sequence():
     return torch.randint(0, 512, (LENGTH,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def follow(case, tokens, logits):
-    """Asserts that logits [1, 1, V] are those of the last token."""
-    _, own, reference = case
-    row = [len(tokens) - 1]
-    expected, yardstick = (eager.evaluate(tokens, row).logits for eager in (reference, own))
-    found = compare("logits", f"after {len(tokens)}", logits[0, -1:].cpu(), expected, yardstick, torch.bfloat16)
-    # One row has fewer numbers than a whole check, so its own largest error is a less certain yardstick.
-    assert found.max_error <= 2 * found.max_allowed, found
-    assert found.relative_error <= 2 * found.relative_allowed, found
-
-
 @pytest.mark.parametrize("length", [1, 5, 500, 3000])
 def test_prompts_of_every_length(case, sequence, length):
     model = LanguageModel(case[0])
@@ -48,7 +37,7 @@ def test_prompts_of_every_length(case, sequence, length):
     logits = model.prefill(sequence[:length])
     assert model.position == length
     assert logits.shape == (1, 1, 512)
-    follow(case, sequence[:length], logits)
+    follow(*case[1:], sequence[:length], logits)
 
 
 def test_to_the_last_slot_and_no_further(case, sequence):
@@ -58,7 +47,7 @@ def test_to_the_last_slot_and_no_further(case, sequence):
     model.prefill(sequence[:-40])
     for token in sequence[-40:-1]:
         model.decode(token)
-    follow(case, sequence, model.decode(sequence[-1]))
+    follow(*case[1:], sequence, model.decode(sequence[-1]))
     assert model.position == LENGTH
     before = {name: tensor.clone() for name, tensor in program.buffers.items()}
     for call in (lambda: model.decode(7), lambda: model.prefill([1, 2]), lambda: model.call("target_verify", [1] * 5)):
@@ -157,14 +146,6 @@ def test_a_full_cache_is_an_error(model_folder, run_model_process):
     assert done.code == 1
     assert "the cache is full: 4096 positions hold the prompt and 2 new tokens, 9 were asked for" in done.error
     assert len(json.loads(done.out)["tokens"]) == 3
-
-
-def tampered(good, out):
-    shutil.copytree(good, out)
-    data = bytearray((out / "model.pte").read_bytes())
-    data[len(data) // 2] ^= 1
-    (out / "model.pte").write_bytes(data)
-    return out
 
 
 def without_weights(good, out):

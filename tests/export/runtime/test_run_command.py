@@ -16,6 +16,8 @@ from flashpte.export.cli.run_arguments import build_run_parser, check_run_argume
 from flashpte.export.lowering.manifest import describe_method
 from flashpte.export.pipeline import export_programs
 
+pytestmark = pytest.mark.xdist_group("run command")
+
 
 @pytest.fixture(scope="module")
 def plan():

@@ -22,6 +22,8 @@ from flashpte.export.runtime.speculate import (
     speculate,
 )
 
+pytestmark = pytest.mark.xdist_group("speculate")
+
 LENGTH, CHAIN = 48, 4
 PROMPT = [5, 6, 7, 300, 41]
 

@@ -12,6 +12,8 @@ from flashpte.export.options import TARGET_VERIFY, ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
 from flashpte.export.speculative import SpeculativeProgram, generate, greedy
 
+pytestmark = pytest.mark.xdist_group("lossless")
+
 CHAINS = (1, 3, 4, 7)
 WINDOW, RING, CHUNK, LENGTH = 8, 16, 8, 48
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]

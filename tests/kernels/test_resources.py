@@ -1,0 +1,89 @@
+"""Registers and shared memory of every kind of tile in the tables, from cubins: spills are those listed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from compile_only import Compiled, compiling_for
+
+from flashpte.kernels import tuning
+from flashpte.kernels.intervals import Intervals
+from flashpte.kernels.split_k import launch_split_k
+from flashpte.kernels.tiled import launch_tiled
+
+ARCHES = ("sm_80", "sm_89", "sm_90")
+LIKE_SM_89 = ("sm_86", "sm_120")  # as little shared memory
+HEAD_DIMS = (64, 128, 256, 512)
+KEYS, HEADS_KV = 4096, 2
+MAIN = ("_split_k_kernel", "_tiled_kernel", "_tiled_hopper_kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A launcher, query rows and query heads per key/value head: together they choose a tile."""
+
+    launch: Callable[..., torch.Tensor]
+    q_len: int
+    group: int
+
+
+CALLS = {
+    "decode": Call(launch_split_k, 1, 8),
+    "verify 5": Call(launch_split_k, 5, 8),
+    "verify 16": Call(launch_split_k, 16, 8),
+    "prefill 33": Call(launch_tiled, 33, 2),  # fewer rows than the kernel for Hopper takes
+    "prefill": Call(launch_tiled, 512, 2),
+}
+CASES = [
+    *itertools.product(ARCHES, HEAD_DIMS, CALLS, ["positions"]),
+    *itertools.product(ARCHES, HEAD_DIMS, ["decode", "verify 16", "prefill"], ["tensor"]),
+    *itertools.product(LIKE_SM_89, HEAD_DIMS[2:], ["decode", "verify 16", "prefill"], ["positions"]),
+]
+
+FEW = (64, "a value or two, outside of the loop over full tiles")
+ONE_READ = "the accumulator alone is 128 registers a thread; with half the rows every key would be read twice"
+WIDE = "the accumulator alone is 128 registers a thread, and a tile that is partly masked needs its bounds as well"
+# (kernel, D, call) -> bytes of local memory per thread that may be there, and why; the most of Triton 3.6 and 3.7.
+SPILLS = {
+    ("_split_k_kernel", 128, "verify 16"): FEW,
+    ("_split_k_kernel", 256, "verify 5"): FEW,
+    ("_split_k_kernel", 256, "verify 16"): (640, ONE_READ),
+    ("_split_k_kernel", 512, "verify 5"): (384, ONE_READ),
+    ("_split_k_kernel", 512, "verify 16"): (384, ONE_READ),
+    ("_tiled_kernel", 256, "prefill"): (400, WIDE),
+    ("_tiled_kernel", 512, "prefill 33"): (160, WIDE),
+    ("_tiled_kernel", 512, "prefill"): (320, WIDE),
+    ("_tiled_hopper_kernel", 64, "prefill"): FEW,
+    ("_tiled_hopper_kernel", 128, "prefill"): FEW,
+}
+
+
+def masks(q_len: int) -> dict[str, tuple[torch.Tensor | None, Intervals | None]]:
+    """What the passes hand to kernels: bounds of the keys' indices, a tensor."""
+    bounds = torch.zeros(2, 1, q_len, dtype=torch.int64)
+    dense = torch.ones(1, 1, q_len, KEYS, dtype=torch.bool)
+    return {"positions": (None, Intervals(bounds, None)), "tensor": (dense, None)}
+
+
+def compiled(arch: str, head_dim: int, call: Call, mask: str) -> list[Compiled]:
+    heads = HEADS_KV * call.group
+    query = torch.empty(1, call.q_len, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
+    key, value = (torch.empty(1, HEADS_KV, KEYS, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    dense, intervals = masks(call.q_len)[mask]
+    with compiling_for(arch) as kernels:
+        call.launch(query, key, value, dense, None, None, False, 0.1, (0, 2, 1, 3), intervals=intervals)
+    return kernels
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "name", "mask"), CASES)
+def test_no_spills_but_those_listed_and_no_more_shared_memory_than_there_is(arch, head_dim, name, mask):
+    kernels = compiled(arch, head_dim, CALLS[name], mask)
+    assert sum(kernel.name in MAIN for kernel in kernels) == 1
+    for kernel in kernels:
+        assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
+        found, (allowed, _) = 4 * kernel.spilled, SPILLS.get((kernel.name, head_dim, name), (0, ""))
+        assert found <= allowed, f"{kernel.name} spills {found} bytes of a thread, {allowed} are known"

@@ -1,0 +1,24 @@
+"""Hugging Face models of a size for tests that look at graphs, with stock attention and random weights."""
+
+from __future__ import annotations
+
+import torch
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def hugging_face(name: str, config: str | None = None, **fields) -> torch.nn.Module:
+    """``{name}ForCausalLM`` of a ``{config or name}Config`` of :data:`SMALL` sizes; ``fields`` go before."""
+    import transformers
+
+    torch.manual_seed(0)
+    described = getattr(transformers, f"{config or name}Config")(**{**SMALL, **fields})
+    described._attn_implementation = "sdpa"
+    return getattr(transformers, f"{name}ForCausalLM")(described).eval()
