@@ -1,9 +1,10 @@
 """Compiles everything beforehand, in processes side by side, so that the timed process finds it in caches.
 
-    python -m harness.prepare JOB
+    python -m harness.prepare
 
-is one such process: it calls a runner once for each case and prints a line of JSON for each. Triton, Inductor and
-FlashInfer keep what they compile on disk. What was not prepared in time is not compiled again where it is timed.
+is one such process: it reads jobs as lines of JSON, calls their runner once for each case, and prints a line of JSON
+for each. Triton, Inductor and FlashInfer keep what they compile on disk. What was not prepared in time is not compiled
+again where it is timed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from harness.cases import SHAPES, Case, Shape
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = "sweep"  # tiles of our own kernels, beside the runners
 SWEEP_PARTS = 4
+FINISHED = "finished\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Job:
     runner: str
     cases: tuple[Case, ...]
     part: tuple[int, int] = (0, 1)
+
+    @property
+    def name(self) -> str:
+        return f"{self.runner}: {self.cases[0].key} {self.part[0] + 1}/{self.part[1]}"
 
     def to_json(self) -> str:
         shapes = {case.shape_name: dataclasses.asdict(case.shape) for case in self.cases}
@@ -54,79 +61,121 @@ class Outcome:
 
 
 def plan(runners, cases: list[Case], sweeps: list[Case]) -> list[Job]:
-    """Jobs for what the runners compile, those that take longest first."""
+    """Jobs for what the runners compile: the slowest compilers first, then our own, then everybody else's."""
     jobs = []
     for runner in runners:
         for group in runner.groups(cases):
             jobs += [Job(runner.label, tuple(group), (i, runner.parts)) for i in range(runner.parts)]
     jobs += [Job(SWEEP, (case,), (i, SWEEP_PARTS)) for case in sweeps for i in range(SWEEP_PARTS)]
-    # Compilers of C++ first: they are processes of many seconds that no cache shortens.
-    order = {"flashinfer": 0, "flashpte aoti": 1, "executorch": 2, "executorch causal": 2}
-    return sorted(jobs, key=lambda job: (order.get(job.runner, 3), -len(job.cases)))
+    order = {"flashinfer": 0, "flashpte aoti": 1, SWEEP: 4}
+    ours = {runner.label for runner in runners if runner.ours}
+    return sorted(jobs, key=lambda job: (order.get(job.runner, 2 if job.runner in ours else 3), -len(job.cases)))
 
 
 def run_jobs(jobs: list[Job], limit: float, workers: int | None = None) -> Outcome:
     """Runs the jobs side by side; when ``limit`` seconds have passed, what still runs is ended."""
     outcome = Outcome({}, {})
-    workers = workers or max(1, (os.cpu_count() or 2) - 1)
-    waiting, running = list(jobs), {}
-    start = time.monotonic()
-    # Every process would start a pool of compilers of its own.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    while waiting or running:
-        late = time.monotonic() - start > limit
-        while waiting and not late and len(running) < workers:
-            job = waiting.pop(0)
-            out = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            command = [sys.executable, "-W", "ignore", "-m", "harness.prepare", job.to_json()]
-            process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-            running[process] = job, out, time.monotonic()
-        for process, (job, out, began) in list(running.items()):
-            if process.poll() is None and not late:
-                continue
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its compilers too
-                process.wait()
-            del running[process]
-            name = f"{job.runner}: {job.cases[0].key} {job.part[0] + 1}/{job.part[1]}"
-            outcome.seconds[name] = round(time.monotonic() - began, 1)
-            out.seek(0)
-            _collect(job, out.read(), "not prepared in time" if late else "", outcome)
-        if late:
-            for job in waiting:
-                _collect(job, "", "not prepared in time", outcome)
-            waiting = []
-        time.sleep(0.1)
+    waiting = queue.SimpleQueue[Job]()
+    for job in jobs:
+        waiting.put(job)
+    pool = [Worker() for _ in range(min(len(jobs), workers or max(1, (os.cpu_count() or 2) - 1)))]
+    threads = [threading.Thread(target=worker.work, args=(waiting, outcome), daemon=True) for worker in pool]
+    deadline = time.monotonic() + limit
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for worker in pool:
+        worker.stop()
+    for thread in threads:
+        thread.join()
     return outcome
 
 
-def _collect(job: Job, printed: str, reason: str, outcome: Outcome) -> None:
+class Worker:
+    """A process that is given one job after the other, and started again if one ends it."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.stopped = False
+        self.lock = threading.Lock()
+
+    def start(self) -> subprocess.Popen[str] | None:
+        """The process, running, or ``None`` if there is no time for it."""
+        with self.lock:
+            if self.stopped:
+                return None
+            if self.process is None or self.process.poll() is not None:
+                path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+                # Every process would start a pool of compilers of its own.
+                single = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+                self.process = subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", "harness.prepare"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=os.environ | single,
+                    start_new_session=True,
+                )
+            return self.process
+
+    def stop(self) -> None:
+        """Ends the process and the compilers that it started."""
+        with self.lock:
+            self.stopped = True
+            if self.process is not None and self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def work(self, waiting: queue.SimpleQueue[Job], outcome: Outcome) -> None:
+        """Takes jobs until there are none; those that are left when time is up count as failed."""
+        while True:
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                break
+            begin, printed, process = time.monotonic(), [], self.start()
+            if process is not None and process.stdin is not None and process.stdout is not None:
+                try:
+                    process.stdin.write(job.to_json() + "\n")
+                    process.stdin.flush()
+                except OSError:
+                    printed.append("its process ended")
+                for line in process.stdout:
+                    if line == FINISHED:
+                        break
+                    printed.append(line)
+                else:
+                    process.wait()
+                outcome.seconds[job.name] = round(time.monotonic() - begin, 1)
+            _collect(job, printed, "not prepared in time" if self.stopped else "", outcome)
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+
+
+def _collect(job: Job, printed: list[str], reason: str, outcome: Outcome) -> None:
     """Takes note of the cases of a job that did not succeed."""
     said: dict[str, str] = {}
-    for line in printed.splitlines():
+    for line in printed:
         if line.startswith('{"prepared"'):
             entry = json.loads(line)
             said[entry["prepared"]] = entry["error"]
-    last = (printed.strip().splitlines() or ["nothing printed"])[-1]
+    last = (printed or ["nothing printed"])[-1].strip()
     for case in job.cases:
         error = said.get(case.key, reason or f"preparing ended: {last}")
         if error:
             outcome.failed.setdefault((job.runner, case.key), error[:300])
 
 
-def main() -> None:
+def do(job: Job) -> None:
+    """Calls the job's runner once for each case and prints what came of it."""
     import torch
 
     from harness import sweep
     from harness.inputs import Inputs
     from harness.runners import RUNNERS
 
-    job = Job.from_json(sys.argv[1])
-    torch.manual_seed(0)
-    for number, case in enumerate(job.cases):
+    for case in job.cases:
         error = ""
         try:
             inputs = Inputs.make(case, 1)
@@ -134,14 +183,22 @@ def main() -> None:
                 sweep.compile_part(inputs, *job.part)
             else:
                 runner = RUNNERS[job.runner]
-                if number == 0 and job.part[1] > 1:
-                    runner.part(*job.part)
+                runner.part(*job.part)
                 for variant in runner.variants(inputs).values():
                     variant.result()
             torch.cuda.synchronize()
         except Exception as caught:
             error = describe(caught)
         print(json.dumps({"prepared": case.key, "error": error}), flush=True)
+    torch.cuda.synchronize()  # an error that stays ends this process, and another takes over
+    torch.cuda.empty_cache()
+
+
+def main() -> None:
+    for line in sys.stdin:
+        job = Job.from_json(line)
+        do(job)
+        print(FINISHED, end="", flush=True)
 
 
 def describe(error: BaseException) -> str:

@@ -46,25 +46,28 @@ def _fits(block_n: int, stages: int, dim: int, arch: tuning.GpuArch) -> bool:
     return stages * block_n * 2 * tuning.padded_head_dim(dim) * 2 <= arch.shared_memory_per_block
 
 
-def _split_k_tiles(case: Case, arch: tuning.GpuArch) -> Iterator[tuning.SplitKConfig]:
+def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[tuning.SplitKConfig]:
     base, dim = tuning.choose_split_k(attention_shape(case), arch), case.shape.head_dim
-    for block_n, warps, stages in itertools.product((16, 32, 64), (2, 4, 8), (2, 3, 4)):
+    sizes = ((16, 32, 64), (2, 4, 8), (2, 3, 4)) if wide else ((32, 64), (4, 8), (2, 3, 4))
+    for block_n, warps, stages in itertools.product(*sizes):
         # 128 registers of a thread for the accumulator.
         crowded = base.block_rows * tuning.padded_head_dim(dim) > warps * 32 * 128
         if _fits(block_n, stages, dim, arch) and not crowded:
             yield dataclasses.replace(base, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
-def _prefill_tiles(case: Case, arch: tuning.GpuArch) -> Iterator[Config]:
+def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Config]:
     shape, dim = attention_shape(case), case.shape.head_dim
     map_n = tuning.tiled_map_block(dim, dim)[1]
     hopper = tuning.choose_hopper(shape, arch)
     if hopper is not None:
-        for block_n, stages in itertools.product((32, 64, 128), (2, 3, 4)):
+        for block_n, stages in itertools.product((32, 64, 128) if wide else (64, 128), (2, 3, 4)):
             if map_n % block_n == 0 and _fits(block_n, stages, dim, arch):
                 yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages)
     base = tuning.choose_tiled(shape, arch)
-    for rows, block_n, stages in itertools.product((64, 128), (32, 64, 128), (2, 3)):
+    for rows, block_n, stages in itertools.product(
+        (64, 128) if wide else (128,), (32, 64, 128) if wide else (64, 128), (2, 3)
+    ):
         if (
             map_n % block_n == 0
             and rows * tuning.padded_head_dim(dim) <= 128 * 256
@@ -75,8 +78,9 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch) -> Iterator[Config]:
 
 
 def tiles(case: Case, arch: tuning.GpuArch) -> list[Config]:
-    """Everything that has to be compiled for a sweep, the table's choice first."""
-    more = _prefill_tiles(case, arch) if case.prefills else _split_k_tiles(case, arch)
+    """What has to be compiled for a sweep, the table's choice first; less in the benchmark than for tuning."""
+    each = _prefill_tiles if case.prefills else _split_k_tiles
+    more = each(case, arch, wide=case.suite != "other")
     return list(dict.fromkeys([table_choice(case, arch), *more]))
 
 
