@@ -69,7 +69,6 @@ def compare(document: results.Document, other: results.Document) -> None:
 def prepare_all(runners, cases: list[Case], args: argparse.Namespace, document: results.Document) -> dict:
     """Compiles for all cases; returns what is not prepared, with reasons."""
     import torch
-
     from harness.prepare import plan, run_jobs
 
     torch.cuda.empty_cache()

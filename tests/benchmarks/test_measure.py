@@ -103,3 +103,54 @@ def test_jobs_say_why_they_failed():
     assert "preparing ended" not in reason
     late = prepare.run_jobs([job], limit=-1, workers=1)
     assert late.failed == {("flashpte", CASES[0].key): "not prepared in time"}
+
+
+@pytest.fixture
+def command(on_cpu, monkeypatch, tmp_path):
+    """Runs the command with two cases and our own operator alone; ``command(...)`` returns the document."""
+    import attention
+    from harness import results, runners
+
+    monkeypatch.setattr(attention, "choose", lambda suites, substring: CASES[:2])
+    monkeypatch.setattr(runners, "chosen", lambda wanted: [ours.RUNNERS[0]])
+    monkeypatch.setattr(attention, "ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(results, "new_document", lambda limits: {"rows": [], "left_out": [], "ceilings": limits})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    path = tmp_path / "results.json"
+
+    def run(*arguments):
+        return attention.run(attention.parse(["--json", str(path), "--no-prepare", *arguments]))
+
+    return run
+
+
+def test_the_command_stops_in_time_and_goes_on(command):
+    first = command("--time-limit", "0")
+    assert first["rows"] == []
+    assert first["left_out"] == [case.key for case in CASES[:2]]
+    second = command("--resume")
+    assert [row["case"] for row in second["rows"]] == [case.name for case in CASES[:2]]
+    assert second["left_out"] == []
+
+
+def test_a_case_that_loses_the_gpu_is_tried_twice(command, monkeypatch):
+    import attention
+
+    alive = measure.device_is_alive
+    restarted = []
+    monkeypatch.setattr(measure, "device_is_alive", lambda: False)
+    monkeypatch.setattr(attention, "start_again", lambda args, spent: restarted.append(1))
+    assert [row["lost"] for row in command()["rows"]] == [1]
+    assert [row["lost"] for row in command("--resume")["rows"]] == [2]
+    monkeypatch.setattr(measure, "device_is_alive", alive)
+    rows = command("--resume")["rows"]
+    assert [(row["case"], "lost" in row) for row in rows] == [(CASES[0].name, True), (CASES[1].name, False)]
+    assert len(restarted) == 2
+
+
+def test_an_error_of_a_case_is_not_the_end(command, monkeypatch):
+    def fails(case, *rest):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(measure, "measure", fails)
+    assert command()["left_out"] == [f"{case.key} (MemoryError: too large)" for case in CASES[:2]]
