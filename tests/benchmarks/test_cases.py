@@ -80,3 +80,18 @@ def test_sweeps_contain_the_tables_choice(case):
             if isinstance(split, tuning.SplitKConfig):
                 assert tuning.SPLIT_K_MAP_BLOCK_N % split.block_n == 0
                 assert split.num_splits * split.block_n <= case.live
+
+
+def test_executorchs_tiles_are_split_without_loss():
+    pytest.importorskip("executorch.backends.cuda.triton.kernels")
+    from harness import peers
+
+    everything = [list(tuner.configs) for tuner in peers._tuners()]
+    shares = []
+    for i in range(3):
+        peers._compile_part(i, 3)
+        shares.append([list(tuner.configs) for tuner in peers._tuners()])
+    for number, configs in enumerate(everything):
+        assert sorted(map(str, configs)) == sorted(str(c) for share in shares for c in share[number])
+    peers._compile_part(0, 1)
+    assert [tuner.configs for tuner in peers._tuners()] == everything

@@ -148,6 +148,16 @@ def test_a_case_that_loses_the_gpu_is_tried_twice(command, monkeypatch):
     assert len(restarted) == 2
 
 
+def test_an_error_while_timing_that_leaves_no_gpu_is_told_apart(on_cpu, monkeypatch):
+    def dies(candidates):
+        monkeypatch.setattr(measure, "device_is_alive", lambda: False)
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(measure, "graph_times", dies)
+    with pytest.raises(measure.DeviceLost):
+        run(CASES[0], ours.RUNNERS[0])
+
+
 def test_an_error_of_a_case_is_not_the_end(command, monkeypatch):
     def fails(case, *rest):
         raise MemoryError("too large")

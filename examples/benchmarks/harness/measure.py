@@ -73,6 +73,21 @@ def measure(case: Case, runners: Sequence[Runner], failed: Failed, ceilings: dic
         DeviceLost: a runner made the GPU unusable.
     """
     row: dict[str, Any] = {**case.describe(), "floor": case.floor(ceilings), "layers": case.shape.layers, "times": {}}
+    try:
+        _fill(row, case, runners, failed)
+    except Exception as error:
+        if device_is_alive():
+            raise
+        raise DeviceLost(row) from error
+    gc.collect()
+    torch.cuda.empty_cache()
+    if not device_is_alive():
+        raise DeviceLost(row)
+    return row
+
+
+def _fill(row: dict[str, Any], case: Case, runners: Sequence[Runner], failed: Failed) -> None:
+    """Checks and times everybody."""
     inputs = Inputs.make(case)
     variants: dict[tuple[str, str], Variant] = {}
     plain_only = {runner.label for runner in runners if runner.plain_only}
@@ -106,12 +121,6 @@ def measure(case: Case, runners: Sequence[Runner], failed: Failed, ceilings: dic
             row["sweep"] = sweep(inputs)
         except Exception as error:
             row["sweep"] = {"failed": describe(error)}
-    if not device_is_alive():
-        raise DeviceLost(row)
-    del inputs, variants
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
 
 
 def _note(times: dict[str, Any], label: str, name: str, mode: str, time: float | Exception) -> None:

@@ -7,6 +7,7 @@ Every peer gets what it runs best on: no mask where the context is the whole buf
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -118,9 +119,8 @@ def flex(inputs: Inputs) -> dict[str, Variant]:
 
 @functools.cache
 def _executorch():
-    from executorch.backends.cuda.triton.kernels import sdpa
-
-    return sdpa
+    # The package holds an operator of the module's name.
+    return importlib.import_module("executorch.backends.cuda.triton.kernels.sdpa")
 
 
 def _tuners() -> list:

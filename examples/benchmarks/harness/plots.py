@@ -16,7 +16,7 @@ COLOURS = {
     "executorch causal": "#d9a441",
     "flex": "#7a9e9f",
 }
-MARKERS = {"flashinfer": "s", "fa3": "^", "torch cudnn": "D", "executorch": "v", "executorch causal": "v", "flex": "P"}
+MARKERS = {"flashinfer": "s", "fa3": "^", "torch cudnn": "D", "executorch": "v", "executorch causal": "X", "flex": "P"}
 
 
 def speeds(row: Row) -> dict[str, float]:
@@ -46,7 +46,7 @@ def _draw(suite: str, document: Document, path: Path) -> Path:
     rows = [row for row in document["rows"] if row["suite"] == suite]
     found = [speeds(row) for row in rows]
     labels = [OURS, *dict.fromkeys(label for each in found for label in each if label != OURS)]
-    figure = Figure(figsize=(8.0, 1.4 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8.0, 1.8 + 0.3 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = range(len(rows))
     for label in reversed(labels):
@@ -60,11 +60,11 @@ def _draw(suite: str, document: Document, path: Path) -> Path:
             axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=label)
     axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     axis.set_yticks(places, [row["case"] for row in rows], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(0, 1.1)
     axis.set_xlabel("speed over the floor's (1 = the measured ceiling), CUDA graphs")
     axis.set_title(f"{suite}, {document['gpu']}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
     return path
