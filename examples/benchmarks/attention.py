@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -146,6 +147,7 @@ def run(args: argparse.Namespace) -> results.Document:
         tell(case.key)
     document["seconds"] = round(document.get("seconds", 0.0) + time.monotonic() - start, 1)
     results.save(document, args.json)
+    shutil.rmtree(package_folder(), ignore_errors=True)
     return document
 
 

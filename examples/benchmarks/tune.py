@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768], help="of decode and verify")
     parser.add_argument("--prefill-lengths", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--prepare-limit", type=float, default=1800.0, metavar="SECONDS")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the result says what is left")
     parser.add_argument("--workers", type=int, help="processes that compile side by side (default: the cores but one)")
     parser.add_argument("--json", type=Path, help="write raw numbers to this file, after every shape")
     return parser.parse_args(arguments)
@@ -66,6 +67,9 @@ def main() -> None:
     document = results.new_document(ceilings())
     document["prepare"] = run_jobs(plan([], [], cases), args.prepare_limit, args.workers).seconds
     for case in cases:
+        if args.time_limit is not None and time.monotonic() - start > args.time_limit:
+            document["left_out"].append(case.name)
+            continue
         row = {**case.describe(), "floor": case.floor(document["ceilings"]), "layers": 1, "times": {}}
         try:
             row["sweep"] = sweep(Inputs.make(case))
@@ -75,7 +79,10 @@ def main() -> None:
         results.save(document, args.json)
         torch.cuda.empty_cache()
         print(f"[{time.monotonic() - start:6.1f} s] {case.name}", file=sys.stderr, flush=True)
+    results.save(document, args.json)
     print("\n".join(table.sweep_lines(document["rows"])))
+    if document["left_out"]:
+        print(f"left out: {', '.join(document['left_out'])}")
 
 
 if __name__ == "__main__":

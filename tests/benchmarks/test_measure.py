@@ -45,6 +45,13 @@ def test_ours_and_pytorchs_agree(on_cpu, case):
     assert ("graph" in row["times"]["flashpte is_causal"]) == square
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], *CASES[4:]], ids=lambda case: case.name)
+def test_flex_has_the_same_mask(on_cpu, monkeypatch, case):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    given = inputs.Inputs.make(case, 1)
+    assert given.error(peers.flex(given)[""].result) < inputs.LARGEST_ERROR
+
+
 def test_a_peer_that_fails_or_is_wrong_ends_nothing(on_cpu):
     def breaks(given):
         raise RuntimeError("no kernel\nimage")

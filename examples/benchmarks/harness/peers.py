@@ -111,7 +111,7 @@ def flex(inputs: Inputs) -> dict[str, Variant]:
 
     block_mask = None
     if case.rows > 1:
-        block_mask = create_block_mask(visible, None, None, case.rows, case.live, device="cuda")
+        block_mask = create_block_mask(visible, None, None, case.rows, case.live, device=inputs.mask.device)
     compiled = torch.compile(flex_attention, dynamic=False)
     options = {"block_mask": block_mask, "scale": case.shape.scale, "enable_gqa": True}
     return {"": Variant([lambda s=s: compiled(*s, **options) for s in inputs.live_sets])}
