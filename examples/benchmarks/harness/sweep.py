@@ -90,8 +90,9 @@ def with_splits(case: Case, config: Config, arch: tuning.GpuArch) -> list[Config
         return [config]
     packed = -(-case.rows * case.shape.group // config.block_rows)
     fill = arch.sm_count / (case.batch * case.shape.heads_kv * packed)
-    counts = {max(2, int(fill * times)) for times in (0.5, 1, 2, 3, 4)}
-    counts = {count for count in counts if count * config.block_n <= case.live and count <= 512}
+    most = min(512, case.live // config.block_n)
+    # A single split is another kernel.
+    counts = {max(2, min(most, int(fill * times))) for times in (0.5, 1, 2, 3, 4)}
     return [dataclasses.replace(config, num_splits=n, short_splits=n) for n in sorted(counts)]
 
 
@@ -105,13 +106,15 @@ def launcher(inputs: Inputs) -> Callable[[Any, Config], torch.Tensor]:
 
 def compile_part(inputs: Inputs, i: int, n: int) -> None:
     """Compiles this process's share of the tiles; those that do not compile are left to the sweep to skip."""
-    call = launcher(inputs)
-    for config in tiles(inputs.case, tuning.current_arch(torch.device("cuda")))[i::n]:
+    call, arch = launcher(inputs), tuning.current_arch(torch.device("cuda"))
+    for tile in tiles(inputs.case, arch)[i::n]:
         try:
-            call(inputs.sets[0], config)
+            # What combines the splits is compiled for their number.
+            for config in (tile, *with_splits(inputs.case, tile, arch)):
+                call(inputs.sets[0], config)
             torch.cuda.synchronize()
         except Exception as error:
-            print(f"{config}: {type(error).__name__}", flush=True)
+            print(f"{tile}: {type(error).__name__}", flush=True)
 
 
 def sweep(inputs: Inputs, budget_us: float = 2e3) -> dict[str, Any]:
