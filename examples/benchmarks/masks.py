@@ -12,23 +12,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Callable
 
 import torch
-from attention import DIM_ORDER, L2_BYTES, SHAPES, checked, print_table, random, time_us
+from harness.cases import SHAPES
+from harness.inputs import LARGEST_ERROR, ROTATED_BYTES, forms, random
+from harness.ours import DIM_ORDER
+from harness.table import print_table
+from harness.timing import require_gpu, time_us
 
 import flashpte.kernels as kernels
 from flashpte.kernels import tuning
 
-LEAST = torch.iinfo(torch.int64).min
 CONTEXT, BUFFER = 4096, 131072
 
 
-def forms(positions: torch.Tensor, keys: int, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """A causal (windowed) mask as a dense tensor ``[1, 1, L_q, L_kv]`` and as bounds ``[2, 1, L_q]``."""
-    index = torch.arange(keys, device="cuda")
-    lower = torch.full_like(positions, LEAST) if window is None else positions - window + 1
-    dense = (index <= positions[:, None]) & (index >= lower[:, None])
-    return dense[None, None], torch.stack([lower, positions])[:, None]
+def checked(call: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+    """Whether a call's result is attention."""
+    return bool((call().float() - expected).norm() / expected.norm() <= LARGEST_ERROR)
 
 
 def filled_cache(shape, length: int) -> list[torch.Tensor]:
@@ -44,7 +45,7 @@ def context_case(name: str, rows: int) -> dict:
     shape = SHAPES[name]
     op = kernels.sdpa_decode if rows == 1 else kernels.sdpa_verify
     group = shape.heads_q // shape.heads_kv
-    count = max(2, int(L2_BYTES / (2 * shape.heads_kv * CONTEXT * shape.head_dim * 2)))
+    count = max(2, int(ROTATED_BYTES / (2 * shape.heads_kv * CONTEXT * shape.head_dim * 2)))
     q = random(1, shape.heads_q, rows, shape.head_dim)
     positions = torch.arange(rows, device="cuda") + CONTEXT - rows
     block_n = tuning.SPLIT_K_MAP_BLOCK_N
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--suite", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--json", help="also write raw numbers to this file")
     arguments = parser.parse_args()
+    require_gpu()
     torch.manual_seed(0)
     gpu = torch.cuda.get_device_name()
     results: dict = {"date": datetime.date.today().isoformat(), "gpu": gpu, "torch": torch.__version__}

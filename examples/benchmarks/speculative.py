@@ -195,7 +195,7 @@ def main() -> int:
     tell(f"exported {', '.join(folders)}")
     if not folders:
         return 1
-    from attention import ceilings
+    from harness.timing import ceilings
 
     read = ceilings()["read_bytes_per_us"]
     # the last tokens of a call must find a slot

@@ -1,0 +1,20 @@
+"""The attention benchmark in parts: what is measured, who is measured, how, and what is made of the numbers.
+
+============ ==================================================================
+module       holds
+============ ==================================================================
+cases        shapes and cases of each suite, floors (data; no GPU)
+inputs       tensors of a case, masks, the float32 reference
+timing       CUDA-graph and plain timing, ceilings
+ours         the operators as the pass emits them
+peers        PyTorch's backends, FlexAttention, ExecuTorch
+external     FlashInfer, FlashAttention 3
+runners      all of them by name
+prepare      compiles everything beforehand, in processes side by side
+measure      one case: check, then time
+sweep        all tiles of a shape against the table's
+results      the JSON document
+targets      what is wanted of the numbers, and whether it is met
+table, plots the document as text and as pictures
+============ ==================================================================
+"""

@@ -1,0 +1,139 @@
+"""Our operators, exactly as the pass emits them.
+
+For a mask that the pass has proven it emits bounds of positions (``flashpte``), for any other the mask and its tile map
+(``flashpte, mask as tensor``). The map is made once for all layers that share the mask and is timed on its own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import flashpte.kernels as kernels
+from flashpte.kernels import tuning
+from harness.cases import Case
+from harness.inputs import Inputs
+from harness.runner import Runner, Variant
+
+DIM_ORDER = [0, 2, 1, 3]
+POSITIONS, TENSOR, CAUSAL, AOTI = "flashpte", "flashpte, mask as tensor", "flashpte is_causal", "flashpte aoti"
+
+Map = tuple[torch.Tensor, torch.Tensor]
+
+
+def operator(case: Case) -> Callable[..., torch.Tensor]:
+    """The operator that the pass picks for a number of rows."""
+    if case.prefills:
+        return kernels.sdpa_prefill
+    return kernels.sdpa_decode if case.rows == 1 else kernels.sdpa_verify
+
+
+def map_makers(inputs: Inputs) -> dict[str, Callable[[], Map]]:
+    """How the tile map of a case is made, by runner."""
+    case, ops = inputs.case, torch.ops.flashpte
+    if case.prefills:
+        tile = tuning.tiled_map_block(case.shape.head_dim, case.shape.head_dim)
+        return {
+            POSITIONS: lambda: ops.interval_map(inputs.bounds, None, case.length, *tile),
+            TENSOR: lambda: ops.tile_map(inputs.mask, case.rows, case.length, *tile, 1),
+        }
+    tile, group = (16, tuning.SPLIT_K_MAP_BLOCK_N), case.shape.group
+    return {
+        POSITIONS: lambda: ops.interval_map(inputs.bounds, None, case.length, *tile, 1),
+        TENSOR: lambda: ops.tile_map(inputs.mask, case.rows, case.length, *tile, group, 1),
+    }
+
+
+def by_positions(inputs: Inputs) -> dict[str, Variant]:
+    """As emitted for a proven mask."""
+    op, (tiles, counts), bounds = operator(inputs.case), map_makers(inputs)[POSITIONS](), inputs.bounds
+    given = (None, tiles, counts, False, inputs.case.shape.scale, DIM_ORDER, bounds)
+    return {"": Variant([lambda s=s: op(*s, *given) for s in inputs.sets])}
+
+
+def by_tensor(inputs: Inputs) -> dict[str, Variant]:
+    """As emitted for any other mask."""
+    op, (tiles, counts), mask = operator(inputs.case), map_makers(inputs)[TENSOR](), inputs.mask
+    given = (mask, tiles, counts, False, inputs.case.shape.scale, DIM_ORDER)
+    return {"": Variant([lambda s=s: op(*s, *given) for s in inputs.sets])}
+
+
+def by_flag(inputs: Inputs) -> dict[str, Variant]:
+    """As emitted for ``is_causal``."""
+    given = (None, None, None, True, inputs.case.shape.scale, DIM_ORDER)
+    return {"": Variant([lambda s=s: kernels.sdpa_prefill(*s, *given) for s in inputs.sets])}
+
+
+class _Layer(torch.nn.Module):
+    """One call of the operator, as a program."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.op, self.scale = operator(case), case.shape.scale
+
+    def forward(self, q, k, v, tiles, counts, bounds):
+        return self.op(q, k, v, None, tiles, counts, False, self.scale, DIM_ORDER, bounds)
+
+
+def package_folder() -> Path:
+    """Where compiled programs are kept: for this benchmark's processes, which inherit the variable."""
+    folder = os.environ.get("FLASHPTE_BENCH_PACKAGES")
+    if folder is None:
+        folder = os.environ["FLASHPTE_BENCH_PACKAGES"] = tempfile.mkdtemp(prefix="flashpte-bench-")
+    return Path(folder)
+
+
+def compiled(inputs: Inputs) -> dict[str, Variant]:
+    """The operator in a library that AOTInductor made: what a program pays for a launch without a CUDA graph."""
+    case = inputs.case
+    tiles, counts = map_makers(inputs)[POSITIONS]()
+    path = package_folder() / (case.key.replace(" ", "_") + ".pt2")
+    if not path.exists():
+        arguments = (*inputs.sets[0], tiles, counts, inputs.bounds)
+        with torch.no_grad():
+            program = torch.export.export(_Layer(case), arguments)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    # The loader itself: its Python front end parses the program's call convention in every call.
+    loader = torch._inductor.aoti_load_package(str(path)).loader
+
+    def call(s) -> object:
+        return loader.boxed_run([*s, tiles, counts, inputs.bounds])
+
+    return {"": Variant([lambda s=s: call(s) for s in inputs.sets], lambda result: result[0])}
+
+
+def _few_with_tensor(case: Case) -> str | None:
+    return None if case.prefills or case.length in (4096, 131072) else "shown at 4,096 and 131,072 keys"
+
+
+def _causal_alone(case: Case) -> str | None:
+    return None if case.rows == case.length and case.window is None else "needs a square causal mask"
+
+
+def _few_compiled(case: Case) -> str | None:
+    few = case.rows in (1, 8) and case.length == 4096
+    return None if few else "compiled at 4,096 keys, 1 and 8 rows"
+
+
+def _not_swept(case: Case) -> str | None:
+    return "not in this suite" if case.suite == "other" else None
+
+
+def _unless_swept(refuses: Callable[[Case], str | None]) -> Callable[[Case], str | None]:
+    return lambda case: _not_swept(case) or refuses(case)
+
+
+def _by_rows(case: Case) -> object:
+    return case.suite, case.shape_name, case.rows if case.suite == "verify" else None
+
+
+RUNNERS = (
+    Runner(POSITIONS, lambda case: None, by_positions, ours=True, group=_by_rows),
+    Runner(TENSOR, _unless_swept(_few_with_tensor), by_tensor, ours=True, group=_by_rows),
+    Runner(CAUSAL, _unless_swept(_causal_alone), by_flag, ours=True),
+    Runner(AOTI, _unless_swept(_few_compiled), compiled, ours=True, group=lambda case: case.key, plain_only=True),
+)
