@@ -77,6 +77,7 @@ def _combine_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     LONG_KEYS: tl.constexpr,
+    ALONE_WRITES: tl.constexpr,  # whether a split that is alone has written the result
     EXP2_SCALE: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -88,7 +89,7 @@ def _combine_kernel(
     tile_row = b * stride_tb + (bh % heads_kv) * stride_th + m // MAP_BLOCK_M
     steps, _ = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
     active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-    if active == 1:  # which has written the result
+    if ALONE_WRITES and active == 1:
         return
     row_max = tl.full([], float("-inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -161,6 +162,7 @@ def launch_combine(
         V_HEAD_DIM=v_head_dim,
         BLOCK_N=config.block_n,
         LONG_KEYS=config.long_keys,
+        ALONE_WRITES=isinstance(config, tuning.HopperConfig),
         BLOCK_S=block_s,
         BLOCK_DV=block_dv,
         **{name: constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},

@@ -118,9 +118,7 @@ def _split_k_kernel(
     h = (bh % heads_kv).to(tl.int64)
     tile_row = b * stride_tb + h * stride_th
     steps, full_steps = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
-    active = 1
-    if not SINGLE_SPLIT:
-        active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
+    active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
     if split >= active:
         return
     n_rows = q_len * GROUP
@@ -208,7 +206,7 @@ def _split_k_kernel(
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
-    if active == 1:
+    if SINGLE_SPLIT:
         out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]
         out = normalise(acc, row_sum).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + dv[None, :] * stride_od, out, mask=store_ok)

@@ -19,7 +19,7 @@ ARCHES = ("sm_80", "sm_89", "sm_90")
 LIKE_SM_89 = ("sm_86", "sm_120")  # as little shared memory
 HEAD_DIMS = (64, 128, 256, 512)
 KEYS, HEADS_KV = 4096, 2
-MAIN = ("_split_k_kernel", "_tiled_kernel", "_tiled_hopper_kernel")
+MAIN = ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ CASES = [
 FEW = (64, "a value or two, outside of the loop over full tiles")
 ONE_READ = "the accumulator alone is 128 registers a thread; with half the rows every key would be read twice"
 WIDE = "the accumulator alone is 128 registers a thread, and a tile that is partly masked needs its bounds as well"
+SPLIT = "where partial results go is kept through the loops; with one split, as in most prefills, nothing spills"
+FULL = "128 registers of accumulator and the operands of two products; any other division between its warps is slower"
 # (kernel, D, call) -> bytes of local memory per thread that may be there, and why; the most of Triton 3.6 and 3.7.
 SPILLS = {
     ("_split_k_kernel", 128, "verify 16"): FEW,
@@ -57,8 +59,12 @@ SPILLS = {
     ("_tiled_kernel", 256, "prefill"): (400, WIDE),
     ("_tiled_kernel", 512, "prefill 33"): (160, WIDE),
     ("_tiled_kernel", 512, "prefill"): (320, WIDE),
-    ("_tiled_hopper_kernel", 64, "prefill"): FEW,
-    ("_tiled_hopper_kernel", 128, "prefill"): FEW,
+    ("_hopper_kernel", 64, "prefill"): FEW,
+    ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
+    ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
+    ("_hopper_kernel", 512, "decode"): (144, FULL),
+    ("_hopper_kernel", 512, "verify 5"): (144, FULL),
+    ("_hopper_kernel", 512, "verify 16"): (144, FULL),
 }
 
 

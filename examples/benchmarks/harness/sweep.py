@@ -37,7 +37,7 @@ def table_choice(case: Case, arch: tuning.GpuArch) -> Config:
     """The tile that the launcher picks."""
     shape = attention_shape(case)
     if not case.prefills:
-        return tuning.choose_split_k(shape, arch)
+        return tuning.choose_hopper_split_k(shape, arch) or tuning.choose_split_k(shape, arch)
     return tuning.choose_hopper(shape, arch) or tuning.choose_tiled(shape, arch)
 
 
@@ -46,8 +46,16 @@ def _fits(block_n: int, stages: int, dim: int, arch: tuning.GpuArch) -> bool:
     return stages * block_n * 2 * tuning.padded_head_dim(dim) * 2 <= arch.shared_memory_per_block
 
 
-def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[tuning.SplitKConfig]:
+def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Config]:
     base, dim = tuning.choose_split_k(attention_shape(case), arch), case.shape.head_dim
+    width = tuning.padded_head_dim(dim)
+    if arch.capability == (9, 0) and width >= 128:
+        for block_n, stages in itertools.product((16, 32, 64) if wide else (32, 64), (2, 3, 4)):
+            left = arch.shared_memory_per_block - 1024 - 64 * width * 2
+            if stages * block_n * 2 * width * 2 <= left:
+                registers = (216, 72) if width > 256 else (224, 56)
+                splits = {"num_splits": base.num_splits, "short_splits": base.short_splits}
+                yield tuning.HopperConfig(block_n, width // 2, stages, *registers, share_rows=True, **splits)
     sizes = ((16, 32, 64), (2, 4, 8), (2, 3, 4)) if wide else ((32, 64), (4, 8), (2, 3, 4))
     for block_n, warps, stages in itertools.product(*sizes):
         # 128 registers of a thread for the accumulator.
@@ -86,9 +94,10 @@ def tiles(case: Case, arch: tuning.GpuArch) -> list[Config]:
 
 def with_splits(case: Case, config: Config, arch: tuning.GpuArch) -> list[Config]:
     """Tiles with other numbers of splits, which take no compiling."""
-    if not isinstance(config, tuning.SplitKConfig):
+    if case.prefills:
         return [config]
-    packed = -(-case.rows * case.shape.group // config.block_rows)
+    rows = config.block_m if isinstance(config, tuning.HopperConfig) else config.block_rows
+    packed = -(-case.rows * case.shape.group // rows)
     fill = arch.sm_count / (case.batch * case.shape.heads_kv * packed)
     most = min(512, case.live // config.block_n)
     # A single split is another kernel.
