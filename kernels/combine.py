@@ -51,6 +51,40 @@ def active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_K
 
 
 @triton.jit
+def _add_splits(
+    state,
+    acc_ptr,
+    stats_ptr,
+    first_partial,
+    rows,
+    s,
+    stored,
+    active,
+    dv,
+    V_HEAD_DIM: tl.constexpr,
+    EXP2_SCALE: tl.constexpr,
+):
+    """Adds splits ``s`` to ``state``: accumulator ``[DV]``, maximum, sum. Of ``stored`` there is memory to read."""
+    out, row_max, total = state
+    partial = first_partial + s * rows
+    split_max = tl.load(stats_ptr + partial * 2, mask=s < stored, other=float("-inf"))
+    split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s < stored, other=0.0)
+    acc_ok = (s < stored)[:, None] & (dv < V_HEAD_DIM)[None, :]
+    acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
+    # What lies behind the active splits is anything.
+    split_max = tl.where(s < active, split_max, float("-inf"))
+    split_sum = tl.where(s < active, split_sum, 0.0)
+    new_max = tl.maximum(row_max, tl.max(split_max, 0))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weight = tl.exp2((split_max - base) * EXP2_SCALE)
+    rescale = tl.exp2((row_max - base) * EXP2_SCALE)
+    # What a split holds that saw no key does not count: it may be 0 * inf, from values that do not count either.
+    out = out * rescale + tl.sum(tl.where((weight > 0.0)[:, None], acc * weight[:, None], 0.0), 0)
+    total = total * rescale + tl.sum(split_sum * weight, 0)
+    return out, new_max, total
+
+
+@triton.jit
 def _combine_kernel(
     acc_ptr,
     stats_ptr,
@@ -89,31 +123,25 @@ def _combine_kernel(
     tile_row = b * stride_tb + (bh % heads_kv) * stride_th + m // MAP_BLOCK_M
     steps, _ = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
     active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-    if ALONE_WRITES and active == 1:
-        return
-    row_max = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    out = tl.zeros([BLOCK_DV], tl.float32)
-    for first in range(0, active, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        s_ok = s < active
-        partial = (bh.to(tl.int64) * num_splits + s) * (q_len * GROUP) + row
-        split_max = tl.load(stats_ptr + partial * 2, mask=s_ok, other=float("-inf"))
-        split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s_ok, other=0.0)
-        new_max = tl.maximum(row_max, tl.max(split_max, 0))
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight = tl.exp2((split_max - base) * EXP2_SCALE)
-        rescale = tl.exp2((row_max - base) * EXP2_SCALE)
-        # Loaded without waiting for the weights. What a split that saw no visible key holds does not count: it may be
-        # 0 * inf, from values that do not count either.
-        acc_ok = s_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
-        acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
-        out = out * rescale + tl.sum(tl.where((weight > 0.0)[:, None], acc * weight[:, None], 0.0), 0)
-        total = total * rescale + tl.sum(split_sum * weight, 0)
-        row_max = new_max
+    rows = q_len * GROUP
+    first_partial = bh.to(tl.int64) * num_splits * rows + row
+    state = (tl.zeros([BLOCK_DV], tl.float32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32))
+    # The first are read, as far as they are in memory, before it is known how many work: that takes as long.
+    s = tl.arange(0, BLOCK_S)
+    state = _add_splits(
+        state, acc_ptr, stats_ptr, first_partial, rows, s, num_splits, active, dv, V_HEAD_DIM, EXP2_SCALE
+    )
+    for first in range(BLOCK_S, active, BLOCK_S):
+        state = _add_splits(
+            state, acc_ptr, stats_ptr, first_partial, rows, first + s, active, active, dv, V_HEAD_DIM, EXP2_SCALE
+        )
+    out, _, total = state
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=dv < V_HEAD_DIM)
+    ok = dv < V_HEAD_DIM
+    if ALONE_WRITES:
+        ok = ok & (active > 1)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def launch_combine(

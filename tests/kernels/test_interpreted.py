@@ -256,8 +256,8 @@ MUTATIONS = {
     "split_k without the rescale": ("primitives.py", RESCALE, "acc", "split_k"),
     "more splits combined than worked": (
         "combine.py",
-        "s_ok = s < active",
-        "s_ok = s < active + 1",
+        "tl.where(s < active",
+        "tl.where(s < active + 1",
         "split_k",
     ),
     "combine without the weights": ("combine.py", "split_sum * weight, 0", "split_sum, 0", "split_k"),
