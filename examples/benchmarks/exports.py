@@ -31,6 +31,11 @@ def write_config(folder: Path, *, small: bool, vocabulary: int) -> Path:
     return path
 
 
+def recorded(args: argparse.Namespace) -> dict[str, str]:
+    """Arguments as a result holds them: those that say what was measured, not where files lie."""
+    return {name: str(value) for name, value in vars(args).items() if not isinstance(value, Path) and value is not None}
+
+
 def export_side_by_side(
     work_dir: Path, arguments: Mapping[str, Sequence[str]], methods: Mapping[str, Collection[str]] | None = None
 ) -> dict[str, Path]:

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exports import export_side_by_side, profile_export, write_config
+from exports import export_side_by_side, profile_export, recorded, write_config
 
 OURS, PLAIN = "flashpte", "no-midm-sdpa"
 METHODS = {OURS: ("target_verify", "decode"), PLAIN: ("target_verify",)}
@@ -216,7 +216,7 @@ def main() -> int:
         manifest = manifests.get(OURS, manifests[kind])
         rows = summarise(reports, manifest, read)
         document = {
-            "arguments": {name: str(value) for name, value in vars(args).items()},
+            "arguments": recorded(args),
             "versions": manifest["versions"],
             "read_bytes_per_us": read,
             "weight_bytes": weight_bytes(manifest),

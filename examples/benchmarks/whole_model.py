@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from exports import export_side_by_side, profile_export, write_config
+from exports import export_side_by_side, profile_export, recorded, write_config
 
 KINDS = {"flashpte": [], "executorch": ["--no-replace", "executorch"], "math": ["--no-replace", "math"]}
 
@@ -67,7 +67,7 @@ def main() -> int:
         print(f"[{time.monotonic() - start:6.1f} s] measured {kind}", file=sys.stderr)
         print(f"{kind}\n" + "\n".join(reports[kind].lines()) + "\n")
         if args.json is not None:  # after each: what is measured stays
-            shown = {"arguments": {name: str(value) for name, value in vars(args).items()}}
+            shown = {"arguments": recorded(args)}
             args.json.write_text(json.dumps({**shown, **{k: r.to_dict() for k, r in reports.items()}}, indent=1) + "\n")
     if args.plot is not None and reports:
         from flashpte.export.runtime.plot import draw_beside
