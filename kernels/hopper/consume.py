@@ -92,6 +92,7 @@ def _step(
     BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     EDGE: gl.constexpr,
     CAUSAL: gl.constexpr,
     MASK: gl.constexpr,
@@ -104,7 +105,7 @@ def _step(
     _, k_full, v_full, k_empty, v_empty = barriers
     dtype: gl.constexpr = k_smem.dtype
     slot = step % STAGES
-    previous = (step - 1) % STAGES
+    previous = (step - 1) % V_STAGES
     if EDGE:
         start = start_of(tiles, first_step, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     # Copies write shared memory as ordinary stores do, matrix instructions read it through another proxy.
@@ -122,7 +123,7 @@ def _step(
     # What the next step waits for, waited for here: the branches keep ptxas from moving the wait for P V above the
     # exponentials, which would undo the overlap.
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
-    mbarrier.wait(v_full.index(slot), (step // STAGES) & 1)
+    mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
     acc, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc, p, p_next, row_sum])
     mbarrier.arrive(v_empty.index(previous), count=1)
     return acc * rescale[:, None], p_next, row_max, row_sum
@@ -167,6 +168,7 @@ def consumer(
     BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     CAUSAL: gl.constexpr,
     MASK: gl.constexpr,
     TERMS: gl.constexpr,
@@ -242,6 +244,7 @@ def consumer(
             BLOCK_N,
             MAP_BLOCK_N,
             STAGES,
+            V_STAGES,
             False,
             CAUSAL,
             MASK,
@@ -268,6 +271,7 @@ def consumer(
             BLOCK_N,
             MAP_BLOCK_N,
             STAGES,
+            V_STAGES,
             True,
             CAUSAL,
             MASK,
@@ -277,7 +281,7 @@ def consumer(
         )
     acc, p, row_max, row_sum = state
     fence_async_shared()
-    acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % STAGES), acc, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % V_STAGES), acc, is_async=True)
     r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
     # The rows are waited for so that their addresses are not computed, and spilled, before the loops.
     acc, p, r = warpgroup_mma_wait(0, deps=[acc, p, r])

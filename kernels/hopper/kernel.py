@@ -90,6 +90,7 @@ def _hopper_kernel(
     LONG_KEYS: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     STAGES: tl.constexpr,
+    V_STAGES: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr,
     PRODUCER_REGISTERS: tl.constexpr,
 ):
@@ -141,11 +142,11 @@ def _hopper_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q0 = gl.allocate_shared_memory(dtype, [64, BLOCK_D], SHARED)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], SHARED)
-    v0 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], SHARED)
+    v0 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
     # What the second consumer has of its own: rows, or columns of V.
     if SHARE_ROWS:
         q1 = q0
-        v1 = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_DV], SHARED)
+        v1 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
         second_row = first_row
         second_dv = BLOCK_DV
     else:
@@ -155,15 +156,16 @@ def _hopper_kernel(
         second_dv = 0
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     # Every thread of the producer arrives when its copies have landed; each consumer arrives once.
     mbarrier.init(q_full, count=128)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=128)
-        mbarrier.init(v_full.index(i), count=128)
         mbarrier.init(k_empty.index(i), count=2)
+    for i in gl.static_range(V_STAGES):
+        mbarrier.init(v_full.index(i), count=128)
         mbarrier.init(v_empty.index(i), count=2)
 
     qk_scale = scale.to(gl.float32)
@@ -202,6 +204,7 @@ def _hopper_kernel(
                     BLOCK_N,
                     MAP_BLOCK_N,
                     STAGES,
+                    V_STAGES,
                     CAUSAL,
                     MASK,
                     TERMS,
@@ -236,6 +239,7 @@ def _hopper_kernel(
                     BLOCK_N,
                     MAP_BLOCK_N,
                     STAGES,
+                    V_STAGES,
                     CAUSAL,
                     MASK,
                     TERMS,
@@ -264,6 +268,7 @@ def _hopper_kernel(
                     MASK != 0,
                     SHARE_ROWS,
                     STAGES,
+                    V_STAGES,
                 ),
             ),
         ],

@@ -95,6 +95,7 @@ def launch_hopper(
         SINGLE_SPLIT=static_int(num_splits) == 1,
         LONG_KEYS=config.long_keys,
         STAGES=config.num_stages,
+        V_STAGES=config.num_stages + config.more_v_stages,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
         **constants,

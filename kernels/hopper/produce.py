@@ -78,6 +78,7 @@ def producer(
     MAPPED: gl.constexpr,
     SHARE_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
 ):
     """Copies the query rows once, then every visited tile of keys and values as soon as its slot is free."""
     q_ptr, stride_qm, stride_qh, first_row, n_rows = rows
@@ -101,14 +102,16 @@ def producer(
         # Read ahead: the copies would wait for it.
         after = start_of(tiles, first_step, step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
         slot = step % STAGES
-        free = ((step // STAGES) & 1) ^ 1
-        mbarrier.wait(k_empty.index(slot), free)
+        mbarrier.wait(k_empty.index(slot), ((step // STAGES) & 1) ^ 1)
         _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, CHECK_D)
         async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-        mbarrier.wait(v_empty.index(slot), free)
-        _copy_rows(v0_smem.index(slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
+        v_slot = step % V_STAGES
+        mbarrier.wait(v_empty.index(v_slot), ((step // V_STAGES) & 1) ^ 1)
+        _copy_rows(v0_smem.index(v_slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
         if SHARE_ROWS:
             second = v_ptr + BLOCK_DV
-            _copy_rows(v1_smem.index(slot), second, stride_vn, start, kv_len, dv, v_width - BLOCK_DV, BLOCK_N, CHECK_DV)
-        async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+            _copy_rows(
+                v1_smem.index(v_slot), second, stride_vn, start, kv_len, dv, v_width - BLOCK_DV, BLOCK_N, CHECK_DV
+            )
+        async_copy.mbarrier_arrive(v_full.index(v_slot), increment_count=False)
         start = after
