@@ -90,8 +90,8 @@ class HopperConfig:
     the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, at least
     two: the next tile of keys is waited for before the last tile of values is given back; and ``more_v_stages`` of
     values, which are held longer. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
-    :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; where ``fill`` is not 0, as many of them are launched
-    as give that many programs at most.
+    :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; where ``fill`` is not 0, as many of them are
+    launched as give that many programs at most.
     """
 
     block_n: int
@@ -299,4 +299,5 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
         share_rows=True,
         num_splits=splits,
         short_splits=splits,
+        more_v_stages=1 if width > 256 else 0,
     )

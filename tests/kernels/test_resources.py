@@ -54,6 +54,7 @@ SPILLS = {
     ("_split_k_kernel", 128, "verify 16"): FEW,
     ("_split_k_kernel", 256, "verify 5"): FEW,
     ("_split_k_kernel", 256, "verify 16"): (640, ONE_READ),
+    ("_split_k_kernel", 512, "decode"): FEW,
     ("_split_k_kernel", 512, "verify 5"): (384, ONE_READ),
     ("_split_k_kernel", 512, "verify 16"): (384, ONE_READ),
     ("_tiled_kernel", 256, "prefill"): (400, WIDE),

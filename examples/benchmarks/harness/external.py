@@ -56,20 +56,15 @@ def _fa3_forward():
 
 
 def fa3(inputs: Inputs) -> dict[str, Variant]:
-    """FlashAttention 3 as vLLM builds it; its causal flag is aligned to the bottom right, windows need varlen."""
+    """FlashAttention 3 as vLLM builds it: packed sequences only; its causal flag is aligned to the bottom right."""
     forward, case = _fa3_forward(), inputs.case
-    sets = [[t.transpose(1, 2).contiguous() for t in s] for s in inputs.live_sets]
-    ends: list = [None, None]
-    lengths: list = [None, None]
-    window = (-1, -1)
-    if case.window is not None:
-        sets = [[t.flatten(0, 1) for t in s] for s in sets]
-        ends = [torch.arange(2, device="cuda", dtype=torch.int32) * n for n in (case.rows, case.live)]
-        lengths, window = [case.rows, case.live], (case.window - 1, 0)
+    sets = [[t.transpose(1, 2).flatten(0, 1).contiguous() for t in s] for s in inputs.live_sets]
+    lengths = [case.rows, case.live]
+    ends = [torch.arange(case.batch + 1, device="cuda", dtype=torch.int32) * n for n in lengths]
+    window = (-1, -1) if case.window is None else (case.window - 1, 0)
 
     def view(result) -> torch.Tensor:
-        out = result[0]
-        return (out if out.dim() == 4 else out[None]).transpose(1, 2)
+        return result[0].unflatten(0, (case.batch, case.rows)).transpose(1, 2)
 
     def call(s: list[torch.Tensor], pack: bool | None) -> object:
         return forward(
