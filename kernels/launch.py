@@ -73,7 +73,7 @@ def takes_gluon(tensor: torch.Tensor) -> bool:
 
 
 def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
-    """Whether every row ``tensor[..., :]`` of a 16-bit dtype is known to start at a multiple of 16 bytes.
+    """Whether every row ``tensor[..., :]`` of a 16-bit dtype is known to start and end at a multiple of 16 bytes.
 
     Strides have to be multiples of 16 elements, which is what Triton and Inductor tell the compiler about integers.
     """
@@ -81,7 +81,8 @@ def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
     def multiple(number: int | torch.SymInt, of: int) -> bool:
         return statically_known_true(number % of == 0)
 
-    if not all(multiple(broadcast_stride(tensor, d), 16) for d in range(tensor.dim() - 1)):
+    strides = [broadcast_stride(tensor, d) for d in range(tensor.dim() - 1)]
+    if not multiple(tensor.shape[-1], 8) or not all(multiple(stride, 16) for stride in strides):
         return False
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor.data_ptr() % 16 == 0

@@ -368,6 +368,6 @@ def _choose(
 ) -> tuning.SplitKConfig | tuning.HopperConfig:
     """The current arch's kernel and tile."""
     shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
-    # The kernel for Hopper counts the keys of a causal tile of rows, the combining kernel those of all rows.
+    # Hopper's does not split the keys of a causal mask.
     hopper = None if is_causal or not serves(query, key, value, scale) else tuning.choose_hopper_split_k(shape, arch)
     return tuning.choose_split_k(shape, arch) if hopper is None else hopper

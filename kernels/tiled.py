@@ -338,7 +338,8 @@ def _splits(config: tuning.HopperConfig, query: torch.Tensor, v_head_dim: int) -
     """Into how many splits the keys are cut at most, so that programs fill the GPU."""
     batch, heads_q, q_len, _ = query.shape
     programs = cdiv(q_len, config.block_m) * cdiv(v_head_dim, config.columns) * heads_q * batch
-    return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // programs))
+    # A batch or a query may be empty.
+    return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // torch.sym_max(1, programs)))
 
 
 def _scratch(

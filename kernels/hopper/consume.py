@@ -138,7 +138,7 @@ def _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT: gl.constexpr, PACK: 
     acc = gl.where(empty, 0.0, acc / gl.where(empty, 1.0, total))
     out_rows = out_ptr + (r // PACK).to(gl.int64) * stride_om
     if PACK > 1:
-        out_rows += r % PACK * stride_oh
+        out_rows += (r % PACK).to(gl.int64) * stride_oh
     gl.store(out_rows[:, None] + (dv * stride_od)[None, :], acc.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -192,7 +192,7 @@ def consumer(
     index_upper = m
     mask_rows = mask_ptr + (safe_row // PACK).to(gl.int64) * stride_mm
     if PACK > 1:
-        mask_rows += safe_row % PACK * stride_mh
+        mask_rows += (safe_row % PACK).to(gl.int64) * stride_mh
     if MASK == 3 and INDEX_TERM:
         # In 32 bits, which hold every index of a key: what they cut off changes nothing.
         lower = gl.load(mask_rows)

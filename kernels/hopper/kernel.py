@@ -14,14 +14,15 @@ from flashpte.kernels.hopper.produce import producer
 def _place(kv_len, heads, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):
     """Row tile, head, batch entry and slice of V of a program.
 
-    The grid is ``(row tiles x V_SLICES, heads x B, splits)``. Programs start in the order of their index. The last rows
-    see the most keys under a causal mask: they start first, in all heads, so that no long program is left over at the
-    end; but of so many heads at a time as have their keys and values in L2 together.
+    The grid is ``(row tiles x V_SLICES x heads, B, splits)``. (Only its first dimension may be above 65,535.) Programs
+    start in the order of their index. The last rows see the most keys under a causal mask: they start first, in all
+    heads, so that no long program is left over at the end; but of so many heads at a time as have their keys and values
+    in L2 together.
     """
     KEYS: gl.constexpr = (16 << 20) // (WIDTH * 2)
-    columns = gl.num_programs(0)
-    b = gl.program_id(1) // heads
-    index = gl.program_id(1) % heads * columns + gl.program_id(0)
+    columns = gl.num_programs(0) // heads
+    b = gl.program_id(1)
+    index = gl.program_id(0)
     together = gl.minimum(gl.maximum(KEYS // gl.maximum(kv_len, 1), 1) * KV_GROUP, heads)
     first_head = index // (columns * together) * together
     index -= first_head * columns

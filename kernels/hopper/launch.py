@@ -56,14 +56,17 @@ def launch_hopper(
         constants: ``MAP_BLOCK_M``, ``MAP_BLOCK_N``, ``CAUSAL``, ``MASK``, ``TERMS``, ``INDEX_TERM``, ``EXP2_SCALE``.
 
     Raises:
-        ValueError: the config's tiles do not divide the map's.
+        ValueError: the config's tiles do not divide the map's, or splits of a causal mask: the kernel counts the keys
+            that a tile of rows sees, the combining kernel those that all rows see.
     """
+    if constants["CAUSAL"] and static_int(num_splits) != 1:
+        raise ValueError("the kernel for Hopper does not split the keys of a causal mask")
     if constants["MASK"] and constants["MAP_BLOCK_N"] % config.block_n:
         raise ValueError(f"tiles of {config.block_n} keys do not divide the map's {constants['MAP_BLOCK_N']}")
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     slices = cdiv(v_head_dim, config.columns)
-    grid = (cdiv(q_len * pack, config.block_m) * slices * enabled, heads_q // pack * batch, num_splits)
+    grid = (cdiv(q_len * pack, config.block_m) * slices * (heads_q // pack) * enabled, batch, num_splits)
     wrap_triton(_hopper_kernel)[grid](
         query,
         key,

@@ -38,7 +38,7 @@ def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: 
         ok = (row < limit)[:, None]
         if CHECK_COLS:
             ok = ok & (cols < width)[None, :]
-        start = (row // PACK).to(gl.int64) * stride_m + row % PACK * stride_h
+        start = (row // PACK).to(gl.int64) * stride_m + (row % PACK).to(gl.int64) * stride_h
         async_load(smem.slice(chunk * CHUNK, CHUNK, 0), ptr + start[:, None] + cols[None, :], mask=ok)
 
 

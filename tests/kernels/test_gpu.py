@@ -82,6 +82,23 @@ def test_prefill_of_few_rows_splits_the_keys(kv_len, head_dim, mask):
     check(*run(Case(200, kv_len, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask=mask)))
 
 
+@pytest.mark.parametrize("mask", ["none", "bool_context"])
+def test_prefill_of_a_batch_of_windows(mask):
+    """More heads in all than the second dimension of a grid holds."""
+    p = build(Case(80, 80, heads_q=16, heads_kv=16, dtype=torch.bfloat16, mask=mask), "cuda")
+    out = sdpa_prefill(
+        *(tensor.expand(4200, -1, -1, -1) for tensor in (p.query, p.key, p.value)),
+        *(p.mask, None, None, False, p.scale, [0, 2, 1, 3]),
+    )
+    check(p, out[:1])
+    assert torch.equal(out, out[:1].expand_as(out))
+
+
+def test_prefill_of_an_empty_batch():
+    q, kv = (torch.empty(0, 4, rows, 64, dtype=torch.bfloat16, device="cuda") for rows in (200, 4096))
+    assert sdpa_prefill(q, kv, kv, None, None, None, False, 0.1, [0, 2, 1, 3]).shape == q.shape
+
+
 REAL_SHAPES = {
     "gemma-full": dict(heads_q=32, heads_kv=4, head_dim=512, scale=0.06),
     "gemma-sliding": dict(heads_q=32, heads_kv=16, head_dim=256, scale=0.08),

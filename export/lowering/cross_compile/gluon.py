@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from flashpte.kernels.hopper import _hopper_kernel
-from flashpte.kernels.split_k import _split_k_kernel
+from flashpte.kernels import hopper
 
 
 def source_code(original: Callable[..., str]) -> Callable[..., str]:
@@ -66,6 +66,31 @@ def ast_source(original: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+@triton.jit
+def _hopper_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    interval_values_ptr,
+    tiles_ptr,
+    counts_ptr,
+    out_ptr,
+    acc_ptr,
+    stats_ptr,
+    SINGLE_SPLIT: tl.constexpr,
+):
+    """Reads and writes what the kernel of this name for Hopper does, which is how Inductor looks for it."""
+    read = tl.load(q_ptr).to(tl.float32) + tl.load(k_ptr).to(tl.float32) + tl.load(v_ptr).to(tl.float32)
+    read += tl.load(mask_ptr).to(tl.float32) + tl.load(interval_values_ptr).to(tl.float32)
+    read += tl.load(tiles_ptr).to(tl.float32) + tl.load(counts_ptr).to(tl.float32)
+    tl.store(out_ptr, read.to(out_ptr.dtype.element_ty))
+    # With one split they are the result. With several, one that works alone writes the result all the same.
+    if not SINGLE_SPLIT:
+        tl.store(acc_ptr, read)
+        tl.store(stats_ptr, read)
+
+
 def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
     """The intermediate code from which Inductor learns what a kernel writes: for Hopper's, that of its Triton twin."""
 
@@ -73,22 +98,9 @@ def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
     def of_twin(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:
         # A launch that names the number of warps comes as a list of one configuration.
         inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-        if inner is not _hopper_kernel:
+        if inner is not hopper._hopper_kernel:
             return original(kernel, kwargs, *args)
-        twin = _twin()
-        names = {parameter.name for parameter in twin.params}
-        given = {name: value for name, value in kwargs.items() if name in names}
-        own = {"heads_kv": kwargs["heads"], "BLOCK_R": 16, "SEPARATE_FULL": True, "EXACT": False}
-        return original(twin, {**given, **own}, *args)
+        names = {parameter.name for parameter in _hopper_kernel.params}
+        return original(_hopper_kernel, {name: kwargs[name] for name in kwargs if name in names}, *args)
 
     return of_twin
-
-
-@functools.cache
-def _twin() -> JITFunction[Any]:
-    """The split-K kernel, which writes the same arguments, under the name of Hopper's: Inductor looks for that."""
-    fn = _split_k_kernel.fn
-    name = _hopper_kernel.fn.__name__
-    renamed = types.FunctionType(fn.__code__, fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    renamed.__annotations__, renamed.__module__, renamed.__qualname__ = fn.__annotations__, fn.__module__, name
-    return triton.jit(renamed)

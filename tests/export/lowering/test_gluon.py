@@ -1,0 +1,44 @@
+"""What Inductor learns about a kernel written in Gluon."""
+
+import inspect
+
+import pytest
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
+
+from flashpte.export.lowering.cross_compile import cross_compile, find_arch
+from flashpte.kernels.hopper import _hopper_kernel
+
+INTEGERS = ("tiles_ptr", "counts_ptr")
+FLOATS = ("acc_ptr", "stats_ptr")
+RESULTS = ("out_ptr", *FLOATS)
+
+
+def written(single_split: bool) -> set[str]:
+    table = triton_kernel_wrap.kernel_side_table
+    tensors, constants = {}, {}
+    for parameter in _hopper_kernel.params:
+        name = parameter.name
+        if name.endswith("_ptr"):
+            dtype = torch.int32 if name in INTEGERS else torch.float32 if name in FLOATS else torch.bfloat16
+            tensors[name] = torch.empty(16, dtype=dtype)
+        else:
+            constants[name] = 0.1 if name == "scale" else 16
+    constants["SINGLE_SPLIT"] = single_split
+    arguments = (table.add_kernel(_hopper_kernel), table.add_constant_args(constants), tensors, {})
+    return set(triton_kernel_wrap.get_mutated_tensors(*arguments))
+
+
+@pytest.mark.parametrize("single_split", [True, False])
+def test_a_split_that_is_alone_writes_the_result(single_split, tmp_path):
+    """Where a mask leaves few keys one of several splits writes the result, and the combining kernel does not."""
+    with cross_compile(find_arch("sm_90"), tmp_path):
+        assert written(single_split) == ({"out_ptr"} if single_split else set(RESULTS))
+
+
+def test_the_twin_has_parameters_of_the_kernel():
+    from flashpte.export.lowering.cross_compile import gluon
+
+    names = set(inspect.signature(_hopper_kernel.fn).parameters)
+    assert set(inspect.signature(gluon._hopper_kernel.fn).parameters) <= names
+    assert {name for name in names if name.endswith("_ptr")} < set(gluon._hopper_kernel.arg_names)

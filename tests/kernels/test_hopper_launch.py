@@ -1,0 +1,76 @@
+"""What the launchers of the kernel for Hopper launch: grids and kernels, of tensors without memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flashpte.kernels import combine, split_k, tiled, tuning
+from flashpte.kernels.hopper import launch as hopper_launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Name and grid of every kernel that is launched; none is."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: found.append((self.kernel.fn.__name__, grid))
+
+    for module in (combine, hopper_launch, split_k, tiled):
+        monkeypatch.setattr(module, "wrap_triton", Recorded)
+    return found
+
+
+def attend(launch, batch, heads, q_len, head_dim=64, width=None, kv_len=4096, causal=False, config=None):
+    def tensor(length):
+        wide = torch.empty(batch, heads, length, width or head_dim, dtype=torch.bfloat16, device="meta")
+        return wide[..., :head_dim]
+
+    query, key, value = tensor(q_len), tensor(kv_len), tensor(kv_len)
+    launch(query, key, value, None, None, None, causal, 0.1, (0, 2, 1, 3), config)
+
+
+def test_a_batch_of_windows_fits_in_the_grid(launches):
+    """5,000 windows of 16 heads: 80,000 is more than the second dimension of a grid holds."""
+    attend(tiled.launch_tiled, 5000, 16, 196, kv_len=196)
+    assert [name for name, _ in launches] == ["_hopper_kernel"]
+    assert launches[0][1] == (2 * 16, 5000, 1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_empty_batch_launches_nothing(launches, causal):
+    attend(tiled.launch_tiled, 0, 16, 196, causal=causal)
+    assert launches[0][0] == "_hopper_kernel"
+    assert all(0 in grid for _, grid in launches)
+
+
+def test_few_rows_are_split_and_combined_many_are_not(launches):
+    attend(tiled.launch_tiled, 2, 4, 200)
+    attend(tiled.launch_tiled, 2, 40, 200)
+    assert launches == [
+        ("_hopper_kernel", (2 * 4, 2, 8)),
+        ("_combine_kernel", (200, 2 * 4, 1)),
+        ("_hopper_kernel", (2 * 40, 2, 1)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("launch", "q_len", "other"),
+    [(tiled.launch_tiled, 200, "_tiled_kernel"), (split_k.launch_split_k, 8, "_split_k_kernel")],
+)
+def test_rows_that_do_not_end_at_a_multiple_of_16_bytes_are_left_to_triton(launches, launch, q_len, other):
+    """A copy of less than 4 bytes does not compile."""
+    attend(launch, 1, 2, q_len, head_dim=99, width=112)
+    attend(launch, 1, 2, q_len, head_dim=104, width=112)
+    assert [name for name, _ in launches if name != "_combine_kernel"] == [other, "_hopper_kernel"]
+
+
+def test_keys_of_a_causal_mask_are_not_split(launches):
+    config = tuning.HopperConfig(64, 64, 4, share_rows=True, num_splits=8, short_splits=8)
+    with pytest.raises(ValueError, match="does not split"):
+        attend(split_k.launch_split_k, 1, 2, 8, head_dim=128, causal=True, config=config)
