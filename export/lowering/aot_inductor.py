@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch.export import ExportedProgram
 
@@ -28,13 +29,17 @@ def write_pt2(program: ExportedProgram, folder: Path) -> Path:
 
     program = move_to_device_pass(deepcopy_sharing_tensors(program, {}), "cuda")
     path = folder / PT2_NAME
-    options = {
+    options: dict[str, Any] = {
         "aot_inductor.embed_kernel_binary": True,  # else the package would refer to kernels by file name
         "aot_inductor.emit_multi_arch_kernel": False,
-        # Inside the library, constants are limited to 2 GB when the program writes to a buffer.
-        "aot_inductor.package_constants_in_so": False,
-        "aot_inductor.package_constants_on_disk_format": "binary_blob",
     }
+    if program.state_dict or program.constants:
+        # Inside the library, constants are limited to 2 GB when the program writes to a buffer. But a file of none is
+        # one that the loader cannot map.
+        options |= {
+            "aot_inductor.package_constants_in_so": False,
+            "aot_inductor.package_constants_on_disk_format": "binary_blob",
+        }
     with torch.no_grad(), sdpa_kernel([SDPBackend.MATH]):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     return path

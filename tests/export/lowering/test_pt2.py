@@ -44,6 +44,33 @@ def test_no_build_path_in_the_package(package):
             assert find_build_path(archive.read(name)) is None, name
 
 
+class Weightless(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def weightless(folder, **options):
+    """A package without weights, and inputs for it."""
+    inputs = [torch.randn(1, 2, length, 64, dtype=torch.bfloat16) for length in (1, 64, 64)]
+    program, _ = replace_sdpa(torch.export.export(Weightless(), tuple(inputs)))
+    return lower({"forward": program}, output_dir=folder, format="pt2", **options).model, inputs
+
+
+def test_a_program_without_weights_needs_no_file_of_them(tmp_path):
+    model, _ = weightless(tmp_path / "out", arch="sm_80")
+    with zipfile.ZipFile(model) as archive:
+        assert any(name.endswith("wrapper.so") for name in archive.namelist())
+        assert not any(name.endswith(".blob") for name in archive.namelist())
+
+
+@pytest.mark.gpu
+def test_a_program_without_weights_runs(tmp_path):
+    model, inputs = weightless(tmp_path / "out")
+    loaded = torch._inductor.aoti_load_package(str(model))
+    actual = loaded(*(tensor.cuda() for tensor in inputs))
+    assert torch.allclose(actual.cpu(), Weightless()(*inputs), atol=0.02, rtol=0.02)
+
+
 def test_what_is_reported(package):
     assert package.weights is None
     assert package.methods == ("decode",)
