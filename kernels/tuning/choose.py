@@ -212,9 +212,10 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
     warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4
-    # On an H200 two loops made D = 512 15 to 25% slower (registers), and narrower heads up to 25% faster.
+    # On an H200 two loops made D = 512 15 to 25% slower with 2 stages (registers), not with 3, and narrower heads up to
+    # 25% faster.
     splits = min(splits, _MAX_SPLITS)
-    return SplitKConfig(rows, block_n, splits, warps, stages, width <= 256 or rows == 16, min(short_splits, splits))
+    return SplitKConfig(rows, block_n, splits, warps, stages, width <= 256 or stages == 3, min(short_splits, splits))
 
 
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:

@@ -63,9 +63,8 @@ SPILLS = {
     ("_hopper_kernel", 64, "prefill"): FEW,
     ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
     ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
-    ("_hopper_kernel", 512, "decode"): (144, FULL),
-    ("_hopper_kernel", 512, "verify 5"): (144, FULL),
-    ("_hopper_kernel", 512, "verify 16"): (144, FULL),
+    ("_hopper_kernel", 512, "verify 5"): (152, FULL),
+    ("_hopper_kernel", 512, "verify 16"): (152, FULL),
 }
 
 
