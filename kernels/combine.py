@@ -1,6 +1,7 @@
 """Splits of the keys: how many work, and combining what they computed.
 
-Used by the split-K kernel (:mod:`flashpte.kernels.split_k`), which describes what a split leaves.
+Used by the split-K kernel (:mod:`flashpte.kernels.split_k`), which describes what a split leaves, and by the kernel for
+Hopper (:mod:`flashpte.kernels.hopper`), of which a split that is alone writes the result itself.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from flashpte.kernels.tuning.choose import (
     choose_tiled,
     combine_block,
     combine_splits,
+    hopper_registers,
     padded_head_dim,
     tiled_map_block,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "combine_block",
     "combine_splits",
     "current_arch",
+    "hopper_registers",
     "limits",
     "padded_head_dim",
     "tiled_map_block",

@@ -90,8 +90,8 @@ class HopperConfig:
     the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, at least
     two: the next tile of keys is waited for before the last tile of values is given back; and ``more_v_stages`` of
     values, which are held longer. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
-    :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; where ``fill`` is not 0, as many of them are
-    launched as give that many programs at most.
+    :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; of prefill, as many of them are launched as give
+    ``fill`` programs at most, and at least one.
     """
 
     block_n: int
@@ -240,10 +240,19 @@ def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     return TiledConfig(rows, block_n, 4 if rows <= 32 else 8, stages, edge_n, edge_stages)
 
 
+def hopper_registers(width: int) -> tuple[int, int]:
+    """Registers per thread of the kernel for Hopper: of its consumers, and of its producer, which copies ``width``."""
+    return (224, 56) if width <= 256 else (216, 72)  # wide rows need more addresses to copy
+
+
+def _hopper_serves(shape: AttentionShape, arch: GpuArch) -> bool:
+    return arch.capability == (9, 0) and shape.dtype in (torch.bfloat16, torch.float16)
+
+
 def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
     """Tiles for the prefill kernel for Hopper; ``None`` where it does not serve: other archs, float32, few rows."""
     few_rows = shape.q_len is not None and shape.q_len <= 64
-    if arch.capability != (9, 0) or shape.dtype not in (torch.bfloat16, torch.float16) or few_rows:
+    if few_rows or not _hopper_serves(shape, arch):
         return None
     # 128 bytes of a row are swizzled at a time.
     block_d = max(64, padded_head_dim(shape.head_dim))
@@ -254,15 +263,11 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
     barriers = 1024
     left = arch.shared_memory_per_block - barriers - 128 * block_d * 2
     stages = min(4, left // (block_n * (block_d + block_dv) * 2))
-    # Wide rows need more addresses to copy.
-    registers = (224, 56) if widest <= 256 else (216, 72)
-    consumer_registers, producer_registers = registers
     return HopperConfig(
         block_n,
         block_dv,
         stages,
-        consumer_registers,
-        producer_registers,
+        *hopper_registers(widest),
         # Few rows of few heads fill the GPU only with splits of the keys; those of a short context are not worth it.
         num_splits=_PREFILL_SPLITS,
         short_splits=1,
@@ -279,13 +284,12 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
     """
     width = max(padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim))
     packed_rows = (shape.q_len or 16) * shape.group
-    if arch.capability != (9, 0) or shape.dtype not in (torch.bfloat16, torch.float16):
+    if not _hopper_serves(shape, arch):
         return None
     # A warp group's half of the columns is at least the 64 that are swizzled at a time.
     if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= (16 if width > 256 else 4):
         return None
     block_n, stages = (32, 2) if width > 256 else (64, 3) if width > 128 else (64, 4)
-    consumer_registers, producer_registers = (216, 72) if width > 256 else (224, 56)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)
     splits = max(1, arch.sm_count // parallel)
     if shape.kv_len is not None:
@@ -295,8 +299,7 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
         block_n,
         block_dv,
         stages,
-        consumer_registers,
-        producer_registers,
+        *hopper_registers(width),
         share_rows=True,
         num_splits=splits,
         short_splits=splits,

@@ -53,7 +53,7 @@ def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
         for block_n, stages in itertools.product((16, 32, 64) if wide else (32, 64), (2, 3, 4)):
             left = arch.shared_memory_per_block - 1024 - 64 * width * 2
             if stages * block_n * 2 * width * 2 <= left:
-                registers = (216, 72) if width > 256 else (224, 56)
+                registers = tuning.hopper_registers(width)
                 splits = {"num_splits": base.num_splits, "short_splits": base.short_splits}
                 yield tuning.HopperConfig(block_n, width // 2, stages, *registers, share_rows=True, **splits)
     sizes = ((16, 32, 64), (2, 4, 8), (2, 3, 4)) if wide else ((32, 64), (4, 8), (2, 3, 4))
