@@ -6,6 +6,7 @@ Hopper (:mod:`flashpte.kernels.hopper`), of which a split that is alone writes t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.launch import cdiv
-from flashpte.kernels.primitives import INTERPRETED
+from flashpte.kernels.launch import cdiv, dependent_launch, static_int
+from flashpte.kernels.primitives import INTERPRETED, wait_for_earlier_kernels
 
 
 @triton.jit
@@ -31,8 +32,8 @@ def key_steps(
 ):
     """How many tiles of ``BLOCK_N`` keys have to be visited: all, and of those the full ones, which come first."""
     if MASK != 0:
-        full_steps = tl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
-        steps = full_steps + tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
+        full_steps = tl.load(counts_ptr + tile_row * 4) * (MAP_BLOCK_N // BLOCK_N)
+        steps = full_steps + tl.load(counts_ptr + tile_row * 4 + 1) * (MAP_BLOCK_N // BLOCK_N)
     else:
         # Causal is aligned to the top left: no row sees a key beyond the last row.
         steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
@@ -49,6 +50,17 @@ def active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_K
     """
     active = tl.where(steps * BLOCK_N >= LONG_KEYS, num_splits, tl.minimum(short_splits, num_splits))
     return tl.maximum(tl.minimum(active, steps), 1)
+
+
+@triton.jit
+def share_of(split, active, steps, full_steps, EDGE_WEIGHT: tl.constexpr):
+    """Where split ``split`` of ``active`` begins among ``steps`` tiles, of which the ``full_steps`` first are full.
+
+    A tile that is not full takes as long as ``EDGE_WEIGHT`` full ones.
+    """
+    cost = full_steps + (steps - full_steps) * EDGE_WEIGHT
+    at = (split.to(tl.int64) * cost // active).to(tl.int32)
+    return tl.where(at <= full_steps, at, full_steps + (at - full_steps) // EDGE_WEIGHT)
 
 
 @triton.jit
@@ -114,6 +126,7 @@ def _combine_kernel(
     LONG_KEYS: tl.constexpr,
     ALONE_WRITES: tl.constexpr,  # whether a split that is alone has written the result
     EXP2_SCALE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0)
     bh = tl.program_id(1)
@@ -122,6 +135,7 @@ def _combine_kernel(
     head = (bh % heads_kv).to(tl.int64) * GROUP + row % GROUP
     dv = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     tile_row = b * stride_tb + (bh % heads_kv) * stride_th + m // MAP_BLOCK_M
+    wait_for_earlier_kernels(DEPENDENT)
     steps, _ = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
     active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
     rows = q_len * GROUP
@@ -172,10 +186,11 @@ def launch_combine(
     """
     batch, heads_q, q_len, v_head_dim = out.shape
     group = heads_q // heads_kv
-    block_s = tuning.combine_splits(config)
-    block_dv = tuning.combine_block(block_s, v_head_dim)
+    sizes = [static_int(size) for size in out.shape]
+    results = None if None in sizes else math.prod(size for size in sizes if size is not None)
+    tile = tuning.choose_combine(config, v_head_dim, results)
     kernel = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
-    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(v_head_dim, block_dv))](
+    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(v_head_dim, tile.block_dv))](
         acc,
         stats,
         counts,
@@ -192,8 +207,9 @@ def launch_combine(
         BLOCK_N=config.block_n,
         LONG_KEYS=config.long_keys,
         ALONE_WRITES=isinstance(config, tuning.HopperConfig),
-        BLOCK_S=block_s,
-        BLOCK_DV=block_dv,
+        BLOCK_S=tile.block_s,
+        BLOCK_DV=tile.block_dv,
         **{name: constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
-        num_warps=4,
+        num_warps=tile.num_warps,
+        **dependent_launch(out),
     )

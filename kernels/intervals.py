@@ -21,7 +21,7 @@ from torch.library import triton_op, wrap_triton
 
 from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_int
 from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
-from flashpte.kernels.tile_map import EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
+from flashpte.kernels.tile_map import COUNTS, EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
 
 # Tiles of keys that one program classifies.
 _KEY_TILES = 32
@@ -262,7 +262,7 @@ def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_til
     shape = (intervals.batch, 1, rows, cdiv(kv_len, block_n))
     return (
         key_bounds.new_empty(shape, dtype=torch.int32),
-        key_bounds.new_empty((*shape[:3], 2), dtype=torch.int32),
+        key_bounds.new_empty((*shape[:3], COUNTS), dtype=torch.int32),
     )
 
 

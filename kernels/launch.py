@@ -11,8 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from flashpte.kernels import tuning
 from flashpte.kernels.primitives import INTERPRETED, LOG2E, MASK_BOOL, MASK_FLOAT, MASK_NONE
 
-# Whether a program that is being traced may get Gluon kernels: set while lowering, which teaches Inductor about them.
-GLUON_IN_GRAPHS = False
+# Whether a program that is being traced may get kernels that use more than Triton's core, such as Gluon: set while
+# lowering, which teaches Inductor about them.
+INDUCTOR_IS_TAUGHT = False
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
@@ -67,9 +68,25 @@ def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if static_int(tensor.stride(-1)) == 1 or static_int(tensor.shape[-1]) == 1 else tensor.contiguous()
 
 
-def takes_gluon(tensor: torch.Tensor) -> bool:
-    """Whether a Gluon kernel can be launched for ``tensor``: now, or later from a program that is being traced."""
-    return not INTERPRETED and (type(tensor) in (torch.Tensor, torch.nn.Parameter) or GLUON_IN_GRAPHS)
+def _is_data(tensor: torch.Tensor) -> bool:
+    """Whether a kernel is launched for ``tensor`` now, and not later from a program that is being traced."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
+
+
+def all_of_triton(tensor: torch.Tensor) -> bool:
+    """Whether kernels for ``tensor`` may use more than Triton's core: Gluon, dependent launches."""
+    return not INTERPRETED and (_is_data(tensor) or INDUCTOR_IS_TAUGHT)
+
+
+def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
+    """How a kernel for ``tensor`` is launched beside the end of the kernel before it, where the arch can do that.
+
+    Returns:
+        The constant ``DEPENDENT``: whether the kernel waits for those before it by itself; and for a launch now
+        Triton's option for it. (A lowered program's launches of kernels with that constant are made so by lowering.)
+    """
+    dependent = all_of_triton(tensor) and tuning.current_arch(tensor.device).capability >= (9, 0)
+    return {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent and _is_data(tensor) else {})}
 
 
 def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
@@ -84,7 +101,7 @@ def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
     strides = [broadcast_stride(tensor, d) for d in range(tensor.dim() - 1)]
     if not multiple(tensor.shape[-1], 8) or not all(multiple(stride, 16) for stride in strides):
         return False
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+    if _is_data(tensor):
         return tensor.data_ptr() % 16 == 0
     return multiple(tensor.storage_offset(), 8)
 

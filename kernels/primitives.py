@@ -39,18 +39,53 @@ def score_scale(scale, EXP2_SCALE: tl.constexpr):
 
 
 @triton.jit
-def listed_key(tiles, step, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of the ``step``-th tile of ``BLOCK_N`` keys in a list of map tiles."""
+def let_dependents_start(DEPENDENT: tl.constexpr):
+    """Lets the next kernel's programs be placed on the GPU once all of this one's have come by here, or ended.
+
+    They wait there, and take up room: a kernel that lets them start before its own work is done finds them crowded on
+    the multiprocessors that it leaves idle.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_earlier_kernels(DEPENDENT: tl.constexpr):
+    """Waits until the kernels before this one have ended and what they wrote can be read.
+
+    Needed before the first access to memory where a kernel is launched dependent (programmatic dependent launch, sm_90
+    and newer): its programs may be placed while the kernel before it still runs. Every program has to come by here:
+    that a kernel has ended must mean that those before it have.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def tile_runs(counts, MAP_BLOCK_N: tl.constexpr):
+    """First keys of the full and of the partial tiles of a map's row, negative where they are not consecutive."""
+    return tl.load(counts + 2) * MAP_BLOCK_N, tl.load(counts + 3) * MAP_BLOCK_N
+
+
+@triton.jit
+def visited_key(tiles, runs, step, full_steps, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First key of the ``step``-th tile of ``BLOCK_N`` keys that a map's row lists, of which ``full_steps`` are full.
+
+    The list is read only where tiles of a kind are not consecutive: keys would wait for it.
+    """
     SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
-    return tl.load(tiles + step // SUB) * MAP_BLOCK_N + step % SUB * BLOCK_N
+    full_start, partial_start = runs
+    start = tl.where(step < full_steps, full_start, partial_start)
+    at = tl.where(step < full_steps, step, step - full_steps)
+    listed = tl.load(tiles + step // SUB, mask=start < 0, other=0)
+    return tl.where(start < 0, listed * MAP_BLOCK_N + step % SUB * BLOCK_N, start + at * BLOCK_N)
 
 
 @triton.jit
 def consecutive_end(tiles, first, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
     """``end`` if steps ``first .. end`` of an ascending list are consecutive tiles (or none), else ``first``.
 
-    Consecutive tiles are walked without the list: a loop whose addresses come from memory runs up to 20% slower.
-    Causal, windowed and padded masks have consecutive full tiles; a ring buffer has two runs of them.
+    For a part of a list that is not consecutive as a whole: a ring buffer has two runs of full tiles.
     """
     SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
     result = first
@@ -165,6 +200,7 @@ def attend_tile(
     INDEX_TERM: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
+    EARLY_VALUES: tl.constexpr = False,
 ):
     """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns the new ``state``.
 
@@ -175,6 +211,8 @@ def attend_tile(
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
         mask: for a dense mask ``([R] pointers to its rows, stride_mn, ...)``, for intervals what
             :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
+        EARLY_VALUES: load the values beside the keys, not behind the softmax: one wait for memory instead of two in a
+            loop that is not pipelined, at the price of registers.
     """
     acc, row_max, row_sum = state
     q, q_rows, q_pos, qk_scale = rows
@@ -184,6 +222,10 @@ def attend_tile(
     # int64: start_n * stride passes 2^31 elements in a [B, L, H, D] cache of 128K tokens.
     tile_start = start_n.to(tl.int64)
     k_ptr += tile_start * stride_kn
+    dv = tl.arange(0, BLOCK_DV)
+    v_ptr += tile_start * stride_vn
+    if EARLY_VALUES:
+        v = load_tile(v_ptr, n, stride_vn, n_keys, dv, V_HEAD_DIM, CHECK_KEYS, BLOCK_DV != V_HEAD_DIM)
     if EXACT:
         scores = exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM)
     else:
@@ -208,9 +250,8 @@ def attend_tile(
         else:
             scores += tl.load(mask_ptrs, mask=in_range, other=0.0).to(tl.float32)
     probs, rescale, row_max, row_sum = online_softmax(scores, row_max, row_sum, EXP2_SCALE)
-    dv = tl.arange(0, BLOCK_DV)
-    v_ptr += tile_start * stride_vn
-    v = load_tile(v_ptr, n, stride_vn, n_keys, dv, V_HEAD_DIM, CHECK_KEYS, BLOCK_DV != V_HEAD_DIM)
+    if not EARLY_VALUES:
+        v = load_tile(v_ptr, n, stride_vn, n_keys, dv, V_HEAD_DIM, CHECK_KEYS, BLOCK_DV != V_HEAD_DIM)
     if EXACT:
         acc = acc * rescale[:, None] + tl.dot(probs, v, input_precision="ieee")
     else:

@@ -24,13 +24,14 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import active_splits, key_steps, launch_combine
+from flashpte.kernels.combine import active_splits, key_steps, launch_combine, share_of
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
     cdiv,
     check_attention,
+    dependent_launch,
     empty_output,
     exponent_scale,
     static_int,
@@ -41,9 +42,12 @@ from flashpte.kernels.primitives import (
     attend_tile,
     consecutive_end,
     index_bounds,
-    listed_key,
+    let_dependents_start,
     normalise,
     score_scale,
+    tile_runs,
+    visited_key,
+    wait_for_earlier_kernels,
 )
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
@@ -109,6 +113,8 @@ def _split_k_kernel(
     EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
+    EDGE_WEIGHT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     # Splits are the outermost grid dimension: those that have nothing to do come last, and the others spread evenly.
     split = tl.program_id(2)
@@ -117,6 +123,7 @@ def _split_k_kernel(
     b = (bh // heads_kv).to(tl.int64)
     h = (bh % heads_kv).to(tl.int64)
     tile_row = b * stride_tb + h * stride_th
+    wait_for_earlier_kernels(DEPENDENT)
     steps, full_steps = key_steps(counts_ptr, tile_row, q_len, kv_len, BLOCK_N, MAP_BLOCK_N, CAUSAL, MASK)
     active = active_splits(steps, num_splits, short_splits, BLOCK_N, LONG_KEYS)
     if split >= active:
@@ -149,16 +156,19 @@ def _split_k_kernel(
     row_sum = tl.zeros([BLOCK_R], tl.float32)
     state = (tl.zeros([BLOCK_R, BLOCK_DV], tl.float32), row_max, row_sum)
     tiles = tiles_ptr + tile_row * n_key_tiles
-    first = (split.to(tl.int64) * steps // active).to(tl.int32)
-    last = ((split + 1).to(tl.int64) * steps // active).to(tl.int32)
+    runs = (0, 0)
+    if MASK != 0:
+        runs = tile_runs(counts_ptr + tile_row * 4, MAP_BLOCK_N)
+    first = share_of(split, active, steps, full_steps, EDGE_WEIGHT)
+    last = share_of(split + 1, active, steps, full_steps, EDGE_WEIGHT)
     edge = tl.minimum(tl.maximum(first, full_steps), last)
     first_key = first * BLOCK_N
     if not SEPARATE_FULL:
         edge = first
     elif MASK != 0:
-        edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
-        if edge > first:
-            first_key = listed_key(tiles, first, MAP_BLOCK_N, BLOCK_N)
+        if runs[0] < 0:
+            edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
+        first_key = visited_key(tiles, runs, first, full_steps, MAP_BLOCK_N, BLOCK_N)
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
         state = attend_tile(
@@ -182,7 +192,9 @@ def _split_k_kernel(
         )
     # What needs checks: tiles past the end of the keys, tiles that the mask shows in part, scattered full tiles.
     for step in tl.range(edge, last, num_stages=1 if SEPARATE_FULL else STAGES):
-        start_n = listed_key(tiles, step, MAP_BLOCK_N, BLOCK_N) if MASK != 0 else step * BLOCK_N
+        start_n = step * BLOCK_N
+        if MASK != 0:
+            start_n = visited_key(tiles, runs, step, full_steps, MAP_BLOCK_N, BLOCK_N)
         state = attend_tile(
             state,
             query_rows,
@@ -201,8 +213,10 @@ def _split_k_kernel(
             INDEX_TERM,
             EXP2_SCALE,
             EXACT,
+            EARLY_VALUES=SEPARATE_FULL and BLOCK_R <= 16 and BLOCK_DV <= 256,
         )
 
+    let_dependents_start(DEPENDENT)
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
@@ -349,8 +363,10 @@ def launch_split_k(
             LONG_KEYS=config.long_keys,
             EXACT=query.dtype == torch.float32,
             STAGES=config.num_stages,
+            EDGE_WEIGHT=config.edge_weight,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            **dependent_launch(query),
         )
     if not single:
         splits = (config, config.num_splits)

@@ -31,6 +31,9 @@ FULL = 2
 # Nothing but the float dtype's minimum (or -inf): empty if every row of the tile has a much larger entry elsewhere.
 FLOOR = 3
 
+# Numbers per row of tiles in ``counts``.
+COUNTS = 4
+
 _COMPACT_CHUNK = 1024
 
 
@@ -98,7 +101,7 @@ def _compact_kernel(
     states_ptr,
     anchored_ptr,
     tiles_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
-    counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 2]: full, partial
+    counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 4]: full, partial, where each kind begins
     n_key_tiles,
     q_len,
     HEAD_GROUP: tl.constexpr,
@@ -118,10 +121,17 @@ def _compact_kernel(
             )
             floor_is_live = tl.maximum(floor_is_live, tl.max((anchored == 0).to(tl.int32), 0))
     n_full = 0
+    first_full, last_full, first_partial, last_partial = n_key_tiles, -1, n_key_tiles, -1
     for start in range(0, n_key_tiles, CHUNK):
         i = start + tl.arange(0, CHUNK)
         state = tl.load(states_ptr + row + i, mask=i < n_key_tiles, other=0).to(tl.int32)
-        n_full += tl.sum((state == 2).to(tl.int32), 0)
+        full = state == 2
+        partial = (state == 1) | ((state == 3) & (floor_is_live != 0))
+        n_full += tl.sum(full.to(tl.int32), 0)
+        first_full = tl.minimum(first_full, tl.min(tl.where(full, i, n_key_tiles), 0))
+        last_full = tl.maximum(last_full, tl.max(tl.where(full, i, -1), 0))
+        first_partial = tl.minimum(first_partial, tl.min(tl.where(partial, i, n_key_tiles), 0))
+        last_partial = tl.maximum(last_partial, tl.max(tl.where(partial, i, -1), 0))
     full_at = 0
     partial_at = n_full
     for start in range(0, n_key_tiles, CHUNK):
@@ -133,9 +143,13 @@ def _compact_kernel(
         tl.store(tiles_ptr + row + partial_at + tl.cumsum(partial, 0) - 1, i, mask=partial != 0)
         full_at += tl.sum(full, 0)
         partial_at += tl.sum(partial, 0)
-    count = (map_bh * tl.num_programs(0) + row_tile) * 2
-    tl.store(counts_ptr + count, n_full)
-    tl.store(counts_ptr + count + 1, partial_at - n_full)
+    n_partial = partial_at - n_full
+    counts = counts_ptr + (map_bh * tl.num_programs(0) + row_tile) * 4
+    tl.store(counts, n_full)
+    tl.store(counts + 1, n_partial)
+    tl.store(counts + 2, tl.where((n_full > 0) & (last_full - first_full + 1 == n_full), first_full, -1))
+    one_run = (n_partial > 0) & (last_partial - first_partial + 1 == n_partial)
+    tl.store(counts + 3, tl.where(one_run, first_partial, -1))
 
 
 def _check(mask: torch.Tensor, head_group: int) -> None:
@@ -177,7 +191,7 @@ def launch_compact(
     """
     batch, heads, row_tiles, key_tiles = states.shape
     tiles = torch.empty(states.shape, dtype=torch.int32, device=states.device)
-    counts = torch.empty((batch, heads, row_tiles, 2), dtype=torch.int32, device=states.device)
+    counts = torch.empty((batch, heads, row_tiles, COUNTS), dtype=torch.int32, device=states.device)
     compact = _compact_kernel if INTERPRETED else wrap_triton(_compact_kernel)
     compact[(row_tiles, batch * heads)](
         states,
@@ -264,7 +278,8 @@ def tile_map(
     Returns:
         ``tiles`` int32 ``[Bm, Hm / head_group, row_tiles, ceil(L_kv / block_n)]``: key tile indices, the full ones in
         ascending order, then the partial ones; entries beyond those are not written. ``counts`` int32
-        ``[Bm, Hm / head_group, row_tiles, 2]``: how many full and how many partial tiles.
+        ``[Bm, Hm / head_group, row_tiles, 4]``: how many full and how many partial tiles; the index of the first full
+        and of the first partial tile where those of the kind are consecutive, else (and where there is none) -1.
 
     Raises:
         ValueError: the mask is not 4-dimensional, not bool or float, or its heads are no multiple of ``head_group``.
@@ -277,7 +292,7 @@ def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=
     _check(mask, head_group)
     rows = cdiv(q_len, block_m) if row_tiles is None else row_tiles
     shape = (mask.shape[0], _map_heads(mask, head_group), rows, cdiv(kv_len, block_n))
-    return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], 2), dtype=torch.int32)
+    return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], COUNTS), dtype=torch.int32)
 
 
 @tile_map.register_kernel("cpu")
@@ -331,8 +346,14 @@ def tile_map_reference(
 def list_tiles_reference(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What :func:`launch_compact` computes from ``states`` without floor tiles."""
     tiles = torch.full(states.shape, -1, dtype=torch.int32)
-    counts = torch.stack([(states == FULL).sum(-1), (states == PARTIAL).sum(-1)], -1).to(torch.int32)
-    for row_tiles, row_states in zip(tiles.flatten(0, 2), states.flatten(0, 2), strict=True):
-        listed = torch.cat([(row_states == kind).nonzero().flatten() for kind in (FULL, PARTIAL)])
-        row_tiles[: len(listed)] = listed.to(torch.int32)
+    counts = torch.full((*states.shape[:3], COUNTS), -1, dtype=torch.int32)
+    for row_tiles, row_counts, row_states in zip(
+        tiles.flatten(0, 2), counts.flatten(0, 2), states.flatten(0, 2), strict=True
+    ):
+        listed = [(row_states == kind).nonzero().flatten().to(torch.int32) for kind in (FULL, PARTIAL)]
+        row_tiles[: sum(map(len, listed))] = torch.cat(listed)
+        for i, of_kind in enumerate(listed):
+            row_counts[i] = len(of_kind)
+            if len(of_kind) and of_kind[-1] - of_kind[0] == len(of_kind) - 1:
+                row_counts[2 + i] = of_kind[0]
     return tiles, counts

@@ -38,12 +38,12 @@ from flashpte.kernels.launch import (
 from flashpte.kernels.primitives import (
     INTERPRETED,
     attend_tile,
-    consecutive_end,
     index_bounds,
-    listed_key,
     load_tile,
     normalise,
     score_scale,
+    tile_runs,
+    visited_key,
 )
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
@@ -137,12 +137,20 @@ def _tiled_kernel(
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0
+    first_key = 0
+    runs = (0, 0)
     if MASK != 0:
         tile_row = b * stride_tb + head * stride_th + first_row // MAP_BLOCK_M
         tiles = tiles_ptr + tile_row * n_key_tiles
-        n_full = tl.load(counts_ptr + tile_row * 2)
-        full_steps = n_full * (MAP_BLOCK_N // BLOCK_N)
-        edge_steps = tl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // EDGE_BLOCK_N)
+        counts = counts_ptr + tile_row * 4
+        n_full = tl.load(counts)
+        runs = tile_runs(counts, MAP_BLOCK_N)
+        first_key = runs[0]
+        # Full tiles that are scattered are walked with the partial ones: a loop whose addresses come from memory runs
+        # up to 20% slower.
+        full_steps = tl.where(first_key < 0, 0, n_full * (MAP_BLOCK_N // BLOCK_N))
+        scattered = tl.where(first_key < 0, n_full, 0)
+        edge_steps = (tl.load(counts + 1) + scattered) * (MAP_BLOCK_N // EDGE_BLOCK_N)
     else:
         end = kv_len
         unchecked = kv_len
@@ -153,16 +161,6 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
-    first_key = 0
-    if MASK != 0:
-        consecutive = consecutive_end(tiles, 0, full_steps, MAP_BLOCK_N, BLOCK_N)
-        if consecutive > 0:
-            first_key = listed_key(tiles, 0, MAP_BLOCK_N, BLOCK_N)
-            # The partial tiles are listed behind the full ones.
-            tiles += n_full
-        else:
-            edge_steps += n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
-        full_steps = consecutive
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
         state = attend_tile(
@@ -188,7 +186,9 @@ def _tiled_kernel(
     # tiles that are scattered.
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
         if MASK != 0:
-            start_n = listed_key(tiles, step, MAP_BLOCK_N, EDGE_BLOCK_N)
+            full_edge_steps = n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
+            at = step + tl.where(first_key < 0, 0, full_edge_steps)
+            start_n = visited_key(tiles, runs, at, full_edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N)
         else:
             start_n = edge_start + step * EDGE_BLOCK_N
         state = attend_tile(

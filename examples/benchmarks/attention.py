@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> results.Document:
     import torch._inductor.config
     from harness.external import FA3_VARIABLE
     from harness.measure import DeviceLost, measure
-    from harness.ours import package_folder
+    from harness.programs import package_folder
     from harness.runners import chosen
 
     start = time.monotonic()

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashpte.kernels.hopper.produce import start_of
+from flashpte.kernels.hopper.work import start_of
 
 
 @gluon.jit
@@ -52,7 +52,22 @@ def _masked(
 
 
 @gluon.jit
-def _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT: gl.constexpr, EXP2_SCALE: gl.constexpr, dtype: gl.constexpr):
+def _lane_sums(x):
+    """``x [64, N]`` summed over the columns that a thread holds, ``[64, 4]``: no exchange between threads."""
+    N: gl.constexpr = x.shape[1]
+    return gl.sum(gl.sum(gl.reshape(x, [64, N // 8, 4, 2]), 1), 2)
+
+
+@gluon.jit
+def _softmax(
+    s,
+    row_max,
+    row_sum,
+    qk_scale,
+    ACC_LAYOUT: gl.constexpr,
+    EXP2_SCALE: gl.constexpr,
+    dtype: gl.constexpr,
+):
     """One step of the online softmax, as ``primitives.online_softmax``; scores get their scale here unless EXP2_SCALE.
 
     A positive scale commutes with the maximum, so that scaling, subtracting and nothing else is one instruction.
@@ -68,7 +83,8 @@ def _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT: gl.constexpr, EXP2_SCALE
         base = gl.where(new_max == float("-inf"), 0.0, new_max)
         probs = gl.exp2((s - base[:, None]) * EXP2_SCALE)
         rescale = gl.exp2((row_max - base) * EXP2_SCALE)
-    row_sum = row_sum * rescale + gl.sum(probs, 1)
+    sums = _lane_sums(probs)
+    row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, sums.type.layout))[:, None] + sums
     p = gl.convert_layout(probs.to(dtype), P_LAYOUT)
     return p, gl.convert_layout(rescale, gl.SliceLayout(1, ACC_LAYOUT)), new_max, row_sum
 
@@ -83,8 +99,7 @@ def _step(
     v_smem,
     barriers,
     mask,
-    tiles,
-    first_step,
+    visited,  # of partial tiles: see start_of
     kv_len,
     qk_scale,
     S_LAYOUT: gl.constexpr,
@@ -107,7 +122,7 @@ def _step(
     slot = step % STAGES
     previous = (step - 1) % V_STAGES
     if EDGE:
-        start = start_of(tiles, first_step, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+        start = start_of(visited, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     # Copies write shared memory as ordinary stores do, matrix instructions read it through another proxy.
     fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -130,33 +145,63 @@ def _step(
 
 
 @gluon.jit
-def _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT: gl.constexpr, PACK: gl.constexpr):
-    """Stores ``acc / row_sum`` as rows ``r`` of the result; a row that saw nothing is 0, whatever it did not see."""
+def _store_result(
+    acc,
+    row_sum,
+    first_row,
+    n_rows,
+    v_width,
+    out,
+    ACC_LAYOUT: gl.constexpr,
+    PACK: gl.constexpr,
+    WIDE_STORES: gl.constexpr,
+):
+    """Stores ``acc / row_sum`` as 64 rows of the result; a row that saw nothing is 0, whatever it did not see.
+
+    With ``WIDE_STORES`` lanes that share a row exchange their columns first, so that each stores 16 bytes, and four of
+    them 64, in one go. That takes 4 KB of shared memory.
+    """
+    BLOCK_DV: gl.constexpr = acc.shape[1]
+    LANES: gl.constexpr = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    WARPS: gl.constexpr = [[16, 0], [32, 0]]
+    REGISTERS: gl.constexpr = (
+        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]]
+        if BLOCK_DV == 64
+        else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]]
+        if BLOCK_DV == 128
+        else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]]
+    )
+    OUT: gl.constexpr = (
+        gl.DistributedLinearLayout(REGISTERS, LANES, WARPS, [], [64, BLOCK_DV]) if WIDE_STORES else ACC_LAYOUT
+    )
     out_ptr, stride_om, stride_oh, stride_od = out
-    empty = gl.convert_layout(row_sum == 0.0, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-    total = gl.convert_layout(row_sum, gl.SliceLayout(1, ACC_LAYOUT))[:, None]
-    acc = gl.where(empty, 0.0, acc / gl.where(empty, 1.0, total))
+    total = gl.convert_layout(row_sum, gl.SliceLayout(1, ACC_LAYOUT))
+    weight = 1.0 / gl.where(total == 0.0, 1.0, total)
+    acc = gl.where((total == 0.0)[:, None], 0.0, acc * weight[:, None])
+    result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), OUT)
+    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, OUT))
     out_rows = out_ptr + (r // PACK).to(gl.int64) * stride_om
     if PACK > 1:
         out_rows += (r % PACK).to(gl.int64) * stride_oh
-    gl.store(out_rows[:, None] + (dv * stride_od)[None, :], acc.to(out_ptr.dtype.element_ty), mask=ok)
+    # Rows of the result are as wide as those of the values, which are multiples of 16 bytes.
+    out_rows = gl.multiple_of(out_rows, 16)
+    ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
+    gl.store(out_rows[:, None] + (dv * stride_od)[None, :], result, mask=ok)
 
 
 @gluon.jit
 def consumer(
     rows,  # first_row, n_rows
+    visit,  # which keys: see keys_of_tile
+    tiles,  # the list of the map's row
     out,  # out_ptr, stride_om, stride_oh, stride_od
     partial,  # acc_ptr, stats_ptr: of the first row, as split_k leaves them
-    active,  # splits; one writes the result
     mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
     q_smem,
     k_smem,
     v_smem,
     barriers,
-    tiles,
-    first_step,
-    n_full,
-    n_listed,
     kv_len,
     qk_scale,
     v_width,
@@ -174,6 +219,7 @@ def consumer(
     TERMS: gl.constexpr,
     INDEX_TERM: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
+    WIDE_STORES: gl.constexpr,
 ):
     """Attention of 64 query rows, by one warp group."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -182,8 +228,9 @@ def consumer(
     first_row, n_rows = rows
     mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride = mask
     q_full, k_full, v_full, k_empty, _ = barriers
+    first_step, n_full, n_listed, _, partial_base, active = visit
+    visited = (tiles, first_step, partial_base)
     dtype: gl.constexpr = k_smem.dtype
-
     row = first_row + gl.arange(0, 64, layout=ROWS)
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_row = gl.minimum(row, n_rows - 1)
@@ -202,13 +249,13 @@ def consumer(
     seen = (m, mask_rows, stride_mn, side_stride, values_ptr, values_stride, index_lower, index_upper)
 
     row_max = gl.full([64], float("-inf"), gl.float32, ROWS)
-    row_sum = gl.zeros([64], gl.float32, ROWS)
+    row_sum = _lane_sums(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT))
     acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
     n_steps = n_listed
     if MASK != 0:
         # Where there is nothing to see, one tile of it is looked at.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(tiles, first_step, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    start = start_of(visited, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
@@ -235,8 +282,7 @@ def consumer(
             v_smem,
             barriers,
             seen,
-            tiles,
-            first_step,
+            visited,
             kv_len,
             qk_scale,
             S_LAYOUT,
@@ -262,8 +308,7 @@ def consumer(
             v_smem,
             barriers,
             seen,
-            tiles,
-            first_step,
+            visited,
             kv_len,
             qk_scale,
             S_LAYOUT,
@@ -282,19 +327,21 @@ def consumer(
     acc, p, row_max, row_sum = state
     fence_async_shared()
     acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % V_STAGES), acc, is_async=True)
-    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
-    # The rows are waited for so that their addresses are not computed, and spilled, before the loops.
-    acc, p, r = warpgroup_mma_wait(0, deps=[acc, p, r])
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROWS)
+    # What storing takes is waited for, so that it is not computed, and spilled, before the loops.
+    acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
 
-    dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, ACC_LAYOUT))
-    ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
     if SINGLE_SPLIT:  # noqa: SIM114 (known when compiling; the other is not)
-        _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT, PACK)
+        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES)
     elif active == 1:
-        _store_result(acc, row_sum, r, dv, ok, out, ACC_LAYOUT, PACK)
+        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES)
     else:
         acc_ptr, stats_ptr = partial
-        gl.store(acc_ptr + (r.to(gl.int64) * V_HEAD_DIM)[:, None] + dv[None, :], acc, mask=ok)
+        r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
+        dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, ACC_LAYOUT))
+        ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
+        acc_rows = gl.multiple_of(acc_ptr + r.to(gl.int64) * V_HEAD_DIM, 16)
+        gl.store(acc_rows[:, None] + dv[None, :], acc, mask=ok)
         if STATS:
             gl.store(stats_ptr + row * 2, row_max, mask=row < n_rows)
             gl.store(stats_ptr + row * 2 + 1, row_sum, mask=row < n_rows)

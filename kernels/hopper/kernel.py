@@ -1,35 +1,14 @@
-"""The kernel: places programs, lays out shared memory and starts the warps."""
+"""The kernel: lays out shared memory and starts the warps."""
 
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flashpte.kernels.combine import active_splits
 from flashpte.kernels.hopper.consume import consumer
 from flashpte.kernels.hopper.produce import producer
-
-
-@gluon.jit
-def _place(kv_len, heads, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):
-    """Row tile, head, batch entry and slice of V of a program.
-
-    The grid is ``(row tiles x V_SLICES x heads, B, splits)``. (Only its first dimension may be above 65,535.) Programs
-    start in the order of their index. The last rows see the most keys under a causal mask: they start first, in all
-    heads, so that no long program is left over at the end; but of so many heads at a time as have their keys and values
-    in L2 together.
-    """
-    KEYS: gl.constexpr = (16 << 20) // (WIDTH * 2)
-    columns = gl.num_programs(0) // heads
-    b = gl.program_id(1)
-    index = gl.program_id(0)
-    together = gl.minimum(gl.maximum(KEYS // gl.maximum(kv_len, 1), 1) * KV_GROUP, heads)
-    first_head = index // (columns * together) * together
-    index -= first_head * columns
-    together = gl.minimum(together, heads - first_head)
-    row_tile = columns // V_SLICES - 1 - index // (together * V_SLICES)
-    head = first_head + index // V_SLICES % together
-    return row_tile, head.to(gl.int64), b.to(gl.int64), index % V_SLICES
+from flashpte.kernels.hopper.work import keys_of_tile, place
+from flashpte.kernels.primitives import wait_for_earlier_kernels
 
 
 @gluon.jit
@@ -94,46 +73,45 @@ def _hopper_kernel(
     V_STAGES: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr,
     PRODUCER_REGISTERS: tl.constexpr,
+    WIDE_STORES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     BLOCK_M: gl.constexpr = 64 if SHARE_ROWS else 128
-    # Columns of V of a program.
-    WIDTH: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV
-    V_SLICES: gl.constexpr = (V_HEAD_DIM + WIDTH - 1) // WIDTH
+    COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV  # of V, of one program
+    V_SLICES: gl.constexpr = (V_HEAD_DIM + COLUMNS - 1) // COLUMNS
     KV_GROUP: gl.constexpr = GROUP // PACK
-    row_tile, head, b, dv_slice = _place(kv_len, heads, HEAD_DIM + V_HEAD_DIM, KV_GROUP, V_SLICES)
-    dv_first = dv_slice * WIDTH
-    first_row = row_tile * BLOCK_M
     n_rows = q_len * PACK
+    row_tiles = gl.cdiv(n_rows, BLOCK_M)
+    row_tile, head, b, dv_slice = place(kv_len, heads, row_tiles, HEAD_DIM + V_HEAD_DIM, KV_GROUP, V_SLICES)
+    first_row = row_tile * BLOCK_M
+    dv_first = dv_slice * COLUMNS
     q_ptr += b * stride_qb + head * PACK * stride_qh
     k_ptr += b * stride_kb + (head // KV_GROUP) * stride_kh
     v_ptr += b * stride_vb + (head // KV_GROUP) * stride_vh + dv_first
     out_ptr += b * stride_ob + head * PACK * stride_oh + dv_first * stride_od
     mask_ptr += b * stride_mb + head * PACK * stride_mh
     interval_values_ptr += b * stride_ib
-    tiles = tiles_ptr
-    if MASK != 0:
-        tile_row = b * stride_tb + head * stride_th + first_row // PACK // MAP_BLOCK_M
-        tiles = tiles_ptr + tile_row * n_key_tiles
-        n_full = gl.load(counts_ptr + tile_row * 2) * (MAP_BLOCK_N // BLOCK_N)
-        n_listed = n_full + gl.load(counts_ptr + tile_row * 2 + 1) * (MAP_BLOCK_N // BLOCK_N)
-    else:
-        end = kv_len
-        n_full = kv_len // BLOCK_N
-        if CAUSAL:
-            end = gl.minimum(kv_len, (first_row + BLOCK_M - 1) // PACK + 1)
-            n_full = gl.minimum(kv_len, first_row // PACK) // BLOCK_N
-        n_listed = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
-    first_step = 0
-    active = 1
+    map_row = b * stride_tb + head * stride_th + first_row // PACK // MAP_BLOCK_M
+    wait_for_earlier_kernels(DEPENDENT)
+    visit = keys_of_tile(
+        counts_ptr + map_row * 4,
+        first_row,
+        kv_len,
+        short_splits,
+        BLOCK_M,
+        PACK,
+        BLOCK_N,
+        MAP_BLOCK_N,
+        CAUSAL,
+        MASK,
+        SINGLE_SPLIT,
+        LONG_KEYS,
+    )
     if not SINGLE_SPLIT:
         split = gl.program_id(2)
         num_splits = gl.num_programs(2)
-        active = active_splits(n_listed, num_splits, short_splits, BLOCK_N, LONG_KEYS)
-        if split >= active:
+        if split >= visit[5]:
             return
-        first_step = (split.to(gl.int64) * n_listed // active).to(gl.int32)
-        n_listed = ((split + 1).to(gl.int64) * n_listed // active).to(gl.int32) - first_step
-        n_full = gl.minimum(gl.maximum(n_full - first_step, 0), n_listed)
         first_partial = ((b * heads + head) * num_splits + split) * n_rows
         acc_ptr += first_partial * V_HEAD_DIM + dv_first
         stats_ptr += first_partial * 2
@@ -144,17 +122,12 @@ def _hopper_kernel(
     q0 = gl.allocate_shared_memory(dtype, [64, BLOCK_D], SHARED)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], SHARED)
     v0 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
-    # What the second consumer has of its own: rows, or columns of V.
     if SHARE_ROWS:
         q1 = q0
         v1 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
-        second_row = first_row
-        second_dv = BLOCK_DV
     else:
         q1 = gl.allocate_shared_memory(dtype, [64, BLOCK_D], SHARED)
         v1 = v0
-        second_row = first_row + 64
-        second_dv = 0
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
@@ -173,27 +146,28 @@ def _hopper_kernel(
     if EXP2_SCALE == 1.0:
         qk_scale = qk_scale * 1.4426950408889634
     barriers = (q_full, k_full, v_full, k_empty, v_empty)
+    tiles = tiles_ptr + map_row * n_key_tiles if MASK != 0 else tiles_ptr
     # Bounds of intervals are contiguous.
     mask = (mask_ptr, stride_mm, stride_mh, stride_mn, stride_bs, interval_values_ptr, stride_it)
     v_width = V_HEAD_DIM - dv_first
+    # What the second consumer has of its own: rows, or columns of V.
+    MORE_ROWS: gl.constexpr = 0 if SHARE_ROWS else 64
+    MORE_COLUMNS: gl.constexpr = BLOCK_DV if SHARE_ROWS else 0
     gl.warp_specialize(
         [
             (
                 consumer,
                 (
                     (first_row, n_rows),
+                    visit,
+                    tiles,
                     (out_ptr, stride_om, stride_oh, stride_od),
                     (acc_ptr, stats_ptr),
-                    active,
                     mask,
                     q0,
                     k_smem,
                     v0,
                     barriers,
-                    tiles,
-                    first_step,
-                    n_full,
-                    n_listed,
                     kv_len,
                     qk_scale,
                     v_width,
@@ -211,27 +185,25 @@ def _hopper_kernel(
                     TERMS,
                     INDEX_TERM,
                     EXP2_SCALE,
+                    WIDE_STORES,
                 ),
             ),
             (
                 consumer,
                 (
-                    (second_row, n_rows),
-                    (out_ptr + second_dv * stride_od, stride_om, stride_oh, stride_od),
-                    (acc_ptr + second_dv, stats_ptr),
-                    active,
+                    (first_row + MORE_ROWS, n_rows),
+                    visit,
+                    tiles,
+                    (out_ptr + MORE_COLUMNS * stride_od, stride_om, stride_oh, stride_od),
+                    (acc_ptr + MORE_COLUMNS, stats_ptr),
                     mask,
                     q1,
                     k_smem,
                     v1,
                     barriers,
-                    tiles,
-                    first_step,
-                    n_full,
-                    n_listed,
                     kv_len,
                     qk_scale,
-                    v_width - second_dv,
+                    v_width - MORE_COLUMNS,
                     not SHARE_ROWS,
                     PACK,
                     SINGLE_SPLIT,
@@ -246,18 +218,19 @@ def _hopper_kernel(
                     TERMS,
                     INDEX_TERM,
                     EXP2_SCALE,
+                    WIDE_STORES,
                 ),
             ),
             (
                 producer,
                 (
-                    (q_ptr, stride_qm, stride_qh, first_row, n_rows),
+                    first_row,
+                    visit,
+                    tiles,
+                    (q_ptr, stride_qh, stride_qm, n_rows),
                     (k_ptr, stride_kn, v_ptr, stride_vn, kv_len),
                     (q0, q1, k_smem, v0, v1),
                     barriers,
-                    tiles,
-                    first_step,
-                    n_listed,
                     v_width,
                     PACK,
                     HEAD_DIM,

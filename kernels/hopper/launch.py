@@ -9,7 +9,14 @@ from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
 from flashpte.kernels.hopper.kernel import _hopper_kernel
-from flashpte.kernels.launch import broadcast_stride, cdiv, copies_in_16_bytes, static_int, takes_gluon
+from flashpte.kernels.launch import (
+    all_of_triton,
+    broadcast_stride,
+    cdiv,
+    copies_in_16_bytes,
+    dependent_launch,
+    static_int,
+)
 
 
 def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
@@ -17,7 +24,7 @@ def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 
     (It takes the maximum of the scores before it scales them.)
     """
-    return scale > 0 and takes_gluon(query) and all(map(copies_in_16_bytes, (query, key, value)))
+    return scale > 0 and all_of_triton(query) and all(map(copies_in_16_bytes, (query, key, value)))
 
 
 def launch_hopper(
@@ -66,7 +73,8 @@ def launch_hopper(
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     slices = cdiv(v_head_dim, config.columns)
-    grid = (cdiv(q_len * pack, config.block_m) * slices * (heads_q // pack) * enabled, batch, num_splits)
+    programs = cdiv(q_len * pack, config.block_m) * slices * (heads_q // pack) * batch
+    grid = (programs * enabled, 1, num_splits)
     wrap_triton(_hopper_kernel)[grid](
         query,
         key,
@@ -101,6 +109,8 @@ def launch_hopper(
         V_STAGES=config.num_stages + config.more_v_stages,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
+        WIDE_STORES=config.wide_stores,
         **constants,
         num_warps=4,
+        **dependent_launch(query),
     )

@@ -5,6 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from flashpte.kernels.hopper.work import start_of
+
 # Triton 3.9 has another name for it.
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
@@ -43,30 +45,14 @@ def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: 
 
 
 @gluon.jit
-def start_of(tiles, first_step, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
-    """First key of a program's ``step``-th tile, which is tile ``first_step + step`` of those that are visited.
-
-    0 or the like from ``n_listed`` on, the number of the program's tiles.
-    """
-    at = first_step + step
-    if MAPPED:
-        SUB: gl.constexpr = MAP_BLOCK_N // BLOCK_N
-        start = gl.load(tiles + at // SUB, mask=step < n_listed, other=0) * MAP_BLOCK_N + at % SUB * BLOCK_N
-    else:
-        # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
-        start = gl.minimum(at, first_step + n_listed) * BLOCK_N
-    return start
-
-
-@gluon.jit
 def producer(
-    rows,  # q_ptr, stride_qm, stride_qh, first_row, n_rows
+    first_row,
+    visit,  # which keys: see keys_of_tile
+    tiles,  # the list of the map's row
+    query,  # pointer, strides (head, row), n_rows
     keys,  # k_ptr, stride_kn, v_ptr, stride_vn, kv_len
     smem,  # q0, q1, k, v0, v1
     barriers,  # q_full, k_full, v_full, k_empty, v_empty
-    tiles,
-    first_step,
-    n_listed,
     v_width,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -81,26 +67,29 @@ def producer(
     V_STAGES: gl.constexpr,
 ):
     """Copies the query rows once, then every visited tile of keys and values as soon as its slot is free."""
-    q_ptr, stride_qm, stride_qh, first_row, n_rows = rows
+    CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
+    COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    q_ptr, stride_qh, stride_qm, n_rows = query
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     q0, q1, k_smem, v0_smem, v1_smem = smem
     q_full, k_full, v_full, k_empty, v_empty = barriers
-    COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    first_step, n_full, n_listed, full_base, partial_base, _ = visit
     d = gl.arange(0, BLOCK_D, layout=COLS)
     dv = gl.arange(0, BLOCK_DV, layout=COLS)
     n_steps = n_listed
     if MAPPED:
         # Where there is nothing to see, one tile of it is looked at.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(tiles, first_step, 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
-    CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
+    base = gl.where(n_full > 0, full_base, partial_base)
+    start = start_of((tiles, first_step, base), 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
     _copy_query(q0, q_ptr, stride_qm, stride_qh, first_row, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     if not SHARE_ROWS:
         _copy_query(q1, q_ptr, stride_qm, stride_qh, first_row + 64, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     async_copy.mbarrier_arrive(q_full, increment_count=False)
     for step in range(n_steps):
         # Read ahead: the copies would wait for it.
-        after = start_of(tiles, first_step, step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        base = gl.where(step + 1 < n_full, full_base, partial_base)
+        after = start_of((tiles, first_step, base), step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
         slot = step % STAGES
         mbarrier.wait(k_empty.index(slot), ((step // STAGES) & 1) ^ 1)
         _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, CHECK_D)
@@ -109,9 +98,7 @@ def producer(
         mbarrier.wait(v_empty.index(v_slot), ((step // V_STAGES) & 1) ^ 1)
         _copy_rows(v0_smem.index(v_slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
         if SHARE_ROWS:
-            second = v_ptr + BLOCK_DV
-            _copy_rows(
-                v1_smem.index(v_slot), second, stride_vn, start, kv_len, dv, v_width - BLOCK_DV, BLOCK_N, CHECK_DV
-            )
+            more, width = v_ptr + BLOCK_DV, v_width - BLOCK_DV
+            _copy_rows(v1_smem.index(v_slot), more, stride_vn, start, kv_len, dv, width, BLOCK_N, CHECK_DV)
         async_copy.mbarrier_arrive(v_full.index(v_slot), increment_count=False)
         start = after

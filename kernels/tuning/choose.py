@@ -16,8 +16,14 @@ LONG_KEYS = 16384
 
 _MAX_SPLITS = 512
 
+# From this many results on, splits are combined by small programs.
+_MANY_RESULTS = 65536
+
 # Prefill of few rows: into how many splits the keys may be cut, and from how many on.
 _PREFILL_SPLITS, _PREFILL_SPLIT_KEYS = 16, 2048
+
+# Up to this many keys, storing the results of prefill takes a share of the time.
+_SHORT_KEYS = 4096
 
 # Rows, keys, stages. Scores of float32 tensors are summed element by element, which wants small tiles.
 _FLOAT32_TILE = (16, 16, 1)
@@ -52,7 +58,8 @@ class SplitKConfig:
     """Tiles of the split-K kernel: packed rows by keys, and into how many splits the keys are cut.
 
     ``num_splits`` programs are launched; where a mask leaves fewer than :data:`LONG_KEYS` keys to visit, only the first
-    ``short_splits`` of them work. ``separate_full`` gives full tiles a loop of their own, without checks or mask.
+    ``short_splits`` of them work. ``separate_full`` gives full tiles a loop of their own, without checks or mask. The
+    other tiles' loop is not pipelined: one of them counts as ``edge_weight`` full ones where splits share the keys.
     """
 
     block_rows: int
@@ -61,6 +68,7 @@ class SplitKConfig:
     num_warps: int
     num_stages: int
     separate_full: bool = True
+    edge_weight: int = 1
     short_splits: int = _MAX_SPLITS
 
     long_keys = LONG_KEYS
@@ -105,6 +113,7 @@ class HopperConfig:
     long_keys: int = LONG_KEYS
     fill: int = 0
     more_v_stages: int = 0
+    wide_stores: bool = False
 
     @property
     def block_m(self) -> int:
@@ -121,6 +130,15 @@ class HopperConfig:
             raise ValueError(f"the kernel for Hopper needs at least two stages, got {self.num_stages}")
 
 
+@dataclasses.dataclass(frozen=True)
+class CombineConfig:
+    """Tiles of the kernel that combines splits: a step adds ``block_s`` of them, in ``block_dv`` columns."""
+
+    block_s: int
+    block_dv: int
+    num_warps: int
+
+
 def _next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -130,15 +148,18 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, _next_power_of_2(head_dim))
 
 
-def combine_splits(config: SplitKConfig | HopperConfig) -> int:
-    """How many splits one step of the combine kernel takes: all of few, else those of a short context, at most 128."""
-    few = config.num_splits if config.num_splits <= 64 else config.short_splits
-    return min(128, _next_power_of_2(few))
+def choose_combine(config: SplitKConfig | HopperConfig, v_head_dim: int, results: int | None) -> CombineConfig:
+    """Tiles for combining the splits of ``config``; ``results`` is B x H_q x L_q x D_v, ``None`` if that is dynamic.
 
-
-def combine_block(block_s: int, v_head_dim: int) -> int:
-    """Columns of D_v that one program of the combine kernel takes, so that its tile stays within 8,192 elements."""
-    return min(padded_head_dim(v_head_dim), max(16, 8192 // block_s))
+    All splits of a few, else those of a short context, are added in one step, which takes as long as reading them. Many
+    results occupy the GPU better with less memory to each program (a verify of 16 rows of D = 256 14.3 instead of 15.6
+    us, one of 8 rows of D = 512 30.0 instead of 33.5).
+    """
+    splits = min(64, _next_power_of_2(config.num_splits if config.num_splits <= 64 else config.short_splits))
+    many = results is not None and results >= _MANY_RESULTS
+    most, elements, warps = (64, 4096, 4) if not many else (32, 2048, 2) if v_head_dim <= 256 else (16, 8192, 4)
+    block_s = min(splits, most)
+    return CombineConfig(block_s, min(padded_head_dim(v_head_dim), max(16, elements // block_s)), warps)
 
 
 def tiled_map_block(head_dim: int, v_head_dim: int) -> tuple[int, int]:
@@ -215,7 +236,11 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     # On an H200 two loops made D = 512 15 to 25% slower with 2 stages (registers), not with 3, and narrower heads up to
     # 25% faster.
     splits = min(splits, _MAX_SPLITS)
-    return SplitKConfig(rows, block_n, splits, warps, stages, width <= 256 or stages == 3, min(short_splits, splits))
+    separate = width <= 256 or stages == 3
+    # On an H100 a context that ends within a tile then took 19.0 us instead of 22.7 (D = 512, 4,000 keys), 11.3 instead
+    # of 12.2 (D = 128).
+    edge_weight = 1 if not separate else 4 if width > 256 else 2
+    return SplitKConfig(rows, block_n, splits, warps, stages, separate, edge_weight, min(short_splits, splits))
 
 
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
@@ -260,9 +285,15 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
     widest = max(block_d, padded_head_dim(shape.v_head_dim))
     # On an H200, 64 keys instead of 128 ran 13% slower for D = 128, 32 instead of 64 33% slower for D = 256.
     block_n = 128 if widest <= 128 else 64 if widest <= 256 else 32
-    barriers = 1024
+    barriers, exchange = 1024, 4096
     left = arch.shared_memory_per_block - barriers - 128 * block_d * 2
     stages = min(4, left // (block_n * (block_d + block_dv) * 2))
+    used = stages * block_n * (block_d + block_dv) * 2
+    short = shape.kv_len is not None and shape.kv_len <= _SHORT_KEYS
+    # Room for wide stores instead of a third tile of values: 2,048 rows of D = 128 took 85.0 us on an H100 instead of
+    # 86.8, 8,192 rows 1,099 instead of 1,036.
+    fewer_v_stages = int(short and stages > 2 and used + exchange > left)
+    used -= fewer_v_stages * block_n * block_dv * 2
     return HopperConfig(
         block_n,
         block_dv,
@@ -273,35 +304,40 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
         short_splits=1,
         long_keys=_PREFILL_SPLIT_KEYS,
         fill=arch.sm_count,
+        more_v_stages=-fewer_v_stages,
+        wide_stores=used + exchange <= left,
     )
 
 
 def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
     """Tiles for decode and verify with the kernel for Hopper; ``None`` where Triton's is as good or has to serve.
 
-    On an H200 it is up to 1.8 times faster for many packed rows, and slower for 4 rows of 128 columns, 2 of 256 or 8 of
-    512 (278 us instead of 246 for 131,072 keys). Splits: one program per multiprocessor, which is all that fits.
+    It is up to 1.8 times faster for many packed rows, and slower for up to 16, which fit in one tile of the other: 10.6
+    instead of 9.3 us for 8 rows of D = 256 and 4,096 keys of an H100, 12.7 instead of 11.8 for 8 of D = 128. Splits:
+    one program per multiprocessor, which is all that fits.
     """
     width = max(padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim))
     packed_rows = (shape.q_len or 16) * shape.group
     if not _hopper_serves(shape, arch):
         return None
     # A warp group's half of the columns is at least the 64 that are swizzled at a time.
-    if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= (16 if width > 256 else 4):
+    if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= 16:
         return None
-    block_n, stages = (32, 2) if width > 256 else (64, 3) if width > 128 else (64, 4)
+    # Of D = 512, 64 packed rows took 380 us for 131,072 keys of an H100 with three tiles of keys and two of values, 390
+    # with two and three; 128 rows for 32,768 keys 144 and 124.
+    wide_stages = (3, 2) if packed_rows <= 64 else (2, 3)
+    block_n, (stages, v_stages) = (32, wide_stages) if width > 256 else (64, (3, 3) if width > 128 else (4, 4))
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)
     splits = max(1, arch.sm_count // parallel)
     if shape.kv_len is not None:
         splits = min(splits, max(1, -(-shape.kv_len // block_n)))
-    block_dv = padded_head_dim(shape.v_head_dim) // 2
     return HopperConfig(
         block_n,
-        block_dv,
+        padded_head_dim(shape.v_head_dim) // 2,
         stages,
         *hopper_registers(width),
         share_rows=True,
         num_splits=splits,
         short_splits=splits,
-        more_v_stages=1 if width > 256 else 0,
+        more_v_stages=v_stages - stages,
     )

@@ -182,7 +182,7 @@ def test_tile_map_on_gpu_equals_its_reference():
             expected = torch.ops.flashpte.tile_map(p.mask, 200, 1500, *options)
             tiles, counts = torch.ops.flashpte.tile_map(p.mask.cuda(), 200, 1500, *options)
             assert torch.equal(counts.cpu(), expected[1])
-            listed = torch.arange(tiles.shape[-1]) < expected[1].sum(-1, keepdim=True)
+            listed = torch.arange(tiles.shape[-1]) < expected[1][..., :2].sum(-1, keepdim=True)
             assert torch.equal(tiles.cpu()[listed], expected[0][listed])
 
 
@@ -192,6 +192,8 @@ HOPPER_TILES = (
     tuning.HopperConfig(64, 128, 2),
     tuning.HopperConfig(32, 64, 4),
     tuning.HopperConfig(64, 64, 3),
+    tuning.HopperConfig(64, 128, 3, wide_stores=True),
+    tuning.HopperConfig(32, 64, 4, wide_stores=True),
 )
 HOPPER_TILES_OF_FEW_ROWS = tuple(
     tuning.HopperConfig(n, 64, stages, share_rows=True, num_splits=splits, short_splits=splits)
@@ -217,6 +219,16 @@ def test_results_do_not_depend_on_the_tiles():
         *HOPPER_TILES,
     ):
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
+
+
+@pytest.mark.parametrize("dim_order", [(0, 2, 1, 3), (0, 1, 2, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize("head_dim", [64, 104, 128, 256])
+def test_wide_stores(head_dim, dim_order, poisoned_memory):
+    """Into every memory order of the result, and where columns beyond the head dim are computed."""
+    p = build(Case(300, 700, batch=2, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
+    width, registers = tuning.padded_head_dim(head_dim), tuning.hopper_registers(head_dim)
+    config = tuning.HopperConfig(64, width, 2, *registers, wide_stores=True)
+    check(p, tiled.launch_tiled(p.query, p.key, p.value, None, None, None, False, p.scale, dim_order, config))
 
 
 def steps_in_a_graph(op, rows: int, buffer: int, form: str):
@@ -310,7 +322,7 @@ def test_prefill_skipping_empty_tiles_is_bit_identical():
     block_m, block_n = tuning.tiled_map_block(128, 128)
     rows, keys = -(-700 // block_m), -(-1500 // block_n)
     everything = torch.arange(keys, device="cuda", dtype=torch.int32).expand(1, 1, rows, keys).contiguous()
-    counts = torch.tensor([0, keys], device="cuda", dtype=torch.int32).expand(1, 1, rows, 2).contiguous()
+    counts = torch.tensor([0, keys, -1, 0], device="cuda", dtype=torch.int32).expand(1, 1, rows, 4).contiguous()
     options = (False, p.scale, [0, 2, 1, 3])
     unmapped = sdpa_prefill(p.query, p.key, p.value, mask, everything, counts, *options)
     assert torch.equal(sdpa_prefill(p.query, p.key, p.value, mask, None, None, *options), unmapped)
@@ -324,5 +336,5 @@ def test_interval_map_on_gpu_equals_its_reference():
             values = None if intervals.values is None else intervals.values.cuda()
             tiles, counts = torch.ops.flashpte.interval_map(intervals.bounds.cuda(), values, 1500, *tile)
             assert torch.equal(counts.cpu(), expected[1])
-            listed = torch.arange(tiles.shape[-1]) < expected[1].sum(-1, keepdim=True)
+            listed = torch.arange(tiles.shape[-1]) < expected[1][..., :2].sum(-1, keepdim=True)
             assert torch.equal(tiles.cpu()[listed], expected[0][listed])

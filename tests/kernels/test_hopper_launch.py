@@ -26,20 +26,19 @@ def launches(monkeypatch):
     return found
 
 
-def attend(launch, batch, heads, q_len, head_dim=64, width=None, kv_len=4096, causal=False, config=None):
-    def tensor(length):
+def attend(launch, batch, heads, q_len, head_dim=64, width=None, kv_len=4096, causal=False, config=None, group=1):
+    def tensor(heads, length):
         wide = torch.empty(batch, heads, length, width or head_dim, dtype=torch.bfloat16, device="meta")
         return wide[..., :head_dim]
 
-    query, key, value = tensor(q_len), tensor(kv_len), tensor(kv_len)
+    query, key, value = tensor(heads * group, q_len), tensor(heads, kv_len), tensor(heads, kv_len)
     launch(query, key, value, None, None, None, causal, 0.1, (0, 2, 1, 3), config)
 
 
 def test_a_batch_of_windows_fits_in_the_grid(launches):
     """5,000 windows of 16 heads: 80,000 is more than the second dimension of a grid holds."""
     attend(tiled.launch_tiled, 5000, 16, 196, kv_len=196)
-    assert [name for name, _ in launches] == ["_hopper_kernel"]
-    assert launches[0][1] == (2 * 16, 5000, 1)
+    assert launches == [("_hopper_kernel", (2 * 16 * 5000, 1, 1))]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -53,9 +52,9 @@ def test_few_rows_are_split_and_combined_many_are_not(launches):
     attend(tiled.launch_tiled, 2, 4, 200)
     attend(tiled.launch_tiled, 2, 40, 200)
     assert launches == [
-        ("_hopper_kernel", (2 * 4, 2, 8)),
+        ("_hopper_kernel", (2 * 4 * 2, 1, 8)),
         ("_combine_kernel", (200, 2 * 4, 1)),
-        ("_hopper_kernel", (2 * 40, 2, 1)),
+        ("_hopper_kernel", (2 * 40 * 2, 1, 1)),
     ]
 
 
@@ -65,8 +64,8 @@ def test_few_rows_are_split_and_combined_many_are_not(launches):
 )
 def test_rows_that_do_not_end_at_a_multiple_of_16_bytes_are_left_to_triton(launches, launch, q_len, other):
     """A copy of less than 4 bytes does not compile."""
-    attend(launch, 1, 2, q_len, head_dim=99, width=112)
-    attend(launch, 1, 2, q_len, head_dim=104, width=112)
+    attend(launch, 1, 2, q_len, head_dim=99, width=112, group=4)
+    attend(launch, 1, 2, q_len, head_dim=104, width=112, group=4)
     assert [name for name, _ in launches if name != "_combine_kernel"] == [other, "_hopper_kernel"]
 
 

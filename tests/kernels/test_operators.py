@@ -75,7 +75,7 @@ def test_a_tile_map_of_some_rows_is_the_top_of_the_whole(mask):
         assert torch.equal(top_counts, counts[:, :, :row_tiles])
     more_tiles, more_counts = torch.ops.flashpte.tile_map(p.mask, 40, 300, 16, 64, 2, 5)
     assert torch.equal(more_tiles[:, :, :3], tiles)
-    assert (more_counts[:, :, 3:] == 0).all()
+    assert (more_counts[:, :, 3:] == torch.tensor([0, 0, -1, -1])).all()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])

@@ -63,8 +63,9 @@ SPILLS = {
     ("_hopper_kernel", 64, "prefill"): FEW,
     ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
     ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
-    ("_hopper_kernel", 512, "verify 5"): (152, FULL),
-    ("_hopper_kernel", 512, "verify 16"): (152, FULL),
+    ("_hopper_kernel", 512, "prefill"): FEW,
+    ("_hopper_kernel", 512, "verify 5"): (176, FULL),
+    ("_hopper_kernel", 512, "verify 16"): (176, FULL),
 }
 
 

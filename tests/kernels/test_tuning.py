@@ -134,7 +134,6 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
         p = problem
         launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, intervals=intervals)
     main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel"))
-    few = 16 if head_dim == 512 else 4
-    assert (main.name == "_hopper_kernel") == (arch == "sm_90" and q_len * group > few)
+    assert (main.name == "_hopper_kernel") == (arch == "sm_90" and q_len * group > 16)
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
     assert "mma" in main.ptx  # on the matrix units, not element by element

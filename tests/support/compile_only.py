@@ -34,6 +34,8 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
     class CompileOnly:
         def __init__(self, kernel):
             self.kernel = kernel
+            # Remembers the arch that it was first compiled for, whatever it is compiled for later.
+            kernel.device_caches.clear()
 
         def __getitem__(self, grid):
             def compile_(*args, **kwargs):

@@ -19,15 +19,15 @@ class HaveSource(Exception):
     """Stops a lowering once its wrapper was generated, before minutes of C++."""
 
 
-def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool = True) -> str:
-    """The wrapper of a program lowered to a ``.pte`` for sm_90."""
+def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool = True, name: str = "sm_90") -> str:
+    """The wrapper of a program lowered to a ``.pte`` for an arch."""
     sources = []
 
     def keep(source):
         sources.append(source)
         raise HaveSource
 
-    arch = find_arch("sm_90")
+    arch = find_arch(name)
     with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", restore_views, keep):
         write_pte({"forward": program}, scratch, "flashpte", {})
     if not sources:

@@ -9,6 +9,7 @@ timing       CUDA-graph and plain timing, ceilings
 ours         the operators as the pass emits them
 peers        PyTorch's backends, FlexAttention, ExecuTorch
 external     FlashInfer, FlashAttention 3
+programs     attention in a program that AOTInductor compiled
 runners      all of them by name
 prepare      compiles everything beforehand, in processes side by side
 measure      one case: check, then time

@@ -111,7 +111,7 @@ def _fill(row: dict[str, Any], case: Case, runners: Sequence[Runner], failed: Fa
         # The variant that won by graph stands for its runner; loops are too long to try all.
         if row["times"][label].get("variant", name) == name:
             try:
-                _note(row["times"], label, name, "plain", plain_time(variant.calls))
+                _note(row["times"], label, name, "plain", plain_time(variant.calls) / variant.attentions)
             except Exception as error:
                 _note(row["times"], label, name, "plain", error)
     makers = map_makers(inputs)

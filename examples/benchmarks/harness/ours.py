@@ -6,18 +6,18 @@ For a mask that the pass has proven it emits bounds of positions (``flashpte``),
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.export import ExportedProgram
 
 import flashpte.kernels as kernels
 from flashpte.export.lowering import lower
 from flashpte.kernels import tuning
 from harness.cases import Case
 from harness.inputs import Inputs
+from harness.programs import in_a_program, not_in_a_program
 from harness.runner import Runner, Variant
 
 DIM_ORDER = [0, 2, 1, 3]
@@ -69,43 +69,18 @@ def by_flag(inputs: Inputs) -> dict[str, Variant]:
     return {"": Variant([lambda s=s: kernels.sdpa_prefill(*s, *given) for s in inputs.sets])}
 
 
-class _Layer(torch.nn.Module):
-    """One call of the operator, as a program."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.op, self.scale = operator(case), case.shape.scale
-
-    def forward(self, q, k, v, tiles, counts, bounds):
-        return self.op(q, k, v, None, tiles, counts, False, self.scale, DIM_ORDER, bounds)
-
-
-def package_folder() -> Path:
-    """Where compiled programs are kept: for this benchmark's processes, which inherit the variable."""
-    folder = os.environ.get("FLASHPTE_BENCH_PACKAGES")
-    if folder is None:
-        folder = os.environ["FLASHPTE_BENCH_PACKAGES"] = tempfile.mkdtemp(prefix="flashpte-bench-")
-    return Path(folder)
-
-
 def compiled(inputs: Inputs) -> dict[str, Variant]:
-    """The operator in a library that lowering made: what a program pays for a launch without a CUDA graph."""
-    case = inputs.case
-    tiles, counts = map_makers(inputs)[POSITIONS]()
-    folder = package_folder() / case.key.replace(" ", "_")
-    path = folder / "model.pt2"
-    if not path.exists():
-        arguments = [*inputs.sets[0], tiles, counts, inputs.bounds]
-        with torch.no_grad():
-            program = torch.export.export(_Layer(case), tuple(tensor.cpu() for tensor in arguments))
-        lower({"forward": program}, output_dir=folder, format="pt2")
-    # The loader itself: its Python front end parses the program's call convention in every call.
-    loader = torch._inductor.aoti_load_package(str(path)).loader
+    """The operator in a program that our lowering made."""
+    case, (tiles, counts), bounds = inputs.case, map_makers(inputs)[POSITIONS](), inputs.bounds
+    op, scale = operator(case), case.shape.scale
 
-    def call(s) -> object:
-        return loader.boxed_run([*s, tiles, counts, inputs.bounds])
+    def attend(q, k, v, tiles, counts, bounds):
+        return op(q, k, v, None, tiles, counts, False, scale, DIM_ORDER, bounds)
 
-    return {"": Variant([lambda s=s: call(s) for s in inputs.sets], lambda result: result[0])}
+    def compile_(program: ExportedProgram, path: Path) -> None:
+        lower({"forward": program}, output_dir=path.parent, format="pt2")
+
+    return in_a_program(AOTI, attend, inputs.sets, (tiles, counts, bounds), case.key, compile_)
 
 
 def _few_with_tensor(case: Case) -> str | None:
@@ -114,11 +89,6 @@ def _few_with_tensor(case: Case) -> str | None:
 
 def _causal_alone(case: Case) -> str | None:
     return None if case.rows == case.length and case.window is None else "needs a square causal mask"
-
-
-def _few_compiled(case: Case) -> str | None:
-    few = case.rows in (1, 8) and case.length == 4096
-    return None if few else "compiled at 4,096 keys, 1 and 8 rows"
 
 
 def _not_swept(case: Case) -> str | None:
@@ -137,5 +107,5 @@ RUNNERS = (
     Runner(POSITIONS, lambda case: None, by_positions, ours=True, group=_by_rows),
     Runner(TENSOR, _unless_swept(_few_with_tensor), by_tensor, ours=True, group=_by_rows),
     Runner(CAUSAL, _unless_swept(_causal_alone), by_flag, ours=True),
-    Runner(AOTI, _unless_swept(_few_compiled), compiled, ours=True, group=lambda case: case.key, plain_only=True),
+    Runner(AOTI, _unless_swept(not_in_a_program), compiled, ours=True, group=lambda case: case.key, plain_only=True),
 )

@@ -17,10 +17,17 @@ def as_is(result: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Variant:
-    """One way to call a runner: a call for each set of inputs, and how its result becomes ``[B, H_q, M, D]``."""
+    """One way to call a runner.
+
+    Attributes:
+        calls: a call for each set of inputs, or for several sets one after the other.
+        view: how the result becomes ``[B, H_q, M, D]`` of the first set.
+        attentions: how many a call computes.
+    """
 
     calls: list[Callable[[], object]]
     view: Callable = as_is
+    attentions: int = 1
 
     def result(self) -> torch.Tensor:
         return self.view(self.calls[0]())

@@ -48,6 +48,8 @@ def _add_dependencies(function: JITFunction[Any], imports: list[str], functions:
             decorator = "@gluon.jit" if isinstance(value, GluonJITFunction) else "@triton.jit"
             functions.append(f"{decorator}\n{value.src}")
             _add_dependencies(value, imports, functions, seen)
+        elif isinstance(value, tl.constexpr):
+            functions.append(f"{name} = gl.constexpr({value.value!r})")
         elif isinstance(value, types.ModuleType):
             imports.append(f"import {value.__name__} as {name}\n")
         else:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import constants, gluon, host_weights
+from flashpte.export.lowering.cross_compile import constants, dependent_launch, gluon, host_weights
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
@@ -197,9 +197,9 @@ TABLE: tuple[Override, ...] = (
         "launches every kernel to compile and time it",
         _compile_kernels,
     ),
-    # Kernels written in Gluon.
+    # Kernels that use more than Triton's core: Gluon, assembly.
     Override(
-        "flashpte.kernels.launch:GLUON_IN_GRAPHS",
+        "flashpte.kernels.launch:INDUCTOR_IS_TAUGHT",
         "without the entries below, a program can only hold kernels that Inductor understands",
         lambda target, original: True,
     ),
@@ -215,8 +215,20 @@ TABLE: tuple[Override, ...] = (
     ),
     Override(
         "torch._higher_order_ops.triton_kernel_wrap:generate_ttir",
-        "cannot make intermediate code of Gluon: all arguments would count as written, and be copied",
-        lambda target, original: gluon.generate_ttir(original),
+        "cannot make intermediate code of Gluon, or understand assembly: all arguments would count as written, and be "
+        "copied",
+        lambda target, original: dependent_launch.generate_ttir(gluon.generate_ttir(original)),
+    ),
+    # Kernels that wait by themselves for those before them.
+    Override(
+        "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
+        "has no helper that launches a kernel beside the end of the one before",
+        lambda target, original: dependent_launch.kernel_driver(original),
+    ),
+    Override(
+        "torch._inductor.codegen.cpp_wrapper_gpu:DeferredTritonCallWrapper.generate_launch_kernel",
+        "launches every kernel after the end of the one before: 0.5 to 1 us that an attention kernel need not wait",
+        lambda target, original: dependent_launch.generate_launch_kernel(original),
     ),
     # Dynamic sizes.
     Override(

@@ -1,0 +1,93 @@
+"""Launching kernels of a lowered program beside the end of the kernel before them.
+
+A kernel with the constant ``DEPENDENT`` waits by itself for the kernels before it (programmatic dependent launch, sm_90
+and newer; see :func:`flashpte.kernels.launch.dependent_launch`). Inductor (2.11 to 2.15) has an option of that name for
+kernels of its own and their launches from Python; the C++ it writes launches every kernel after the end of the one
+before. The functions here stand in for what writes a launch, and for what asks which arguments a kernel writes to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from triton.runtime.autotuner import Autotuner
+
+CONSTANT = "DEPENDENT"
+
+_LAUNCH = """
+            static inline void launchDependentKernel(
+                    CUfunction func,
+                    uint32_t gridX,
+                    uint32_t gridY,
+                    uint32_t gridZ,
+                    uint32_t numWarps,
+                    uint32_t sharedMemBytes,
+                    void* args[],
+                    cudaStream_t stream) {
+                CUlaunchAttribute attribute = {};
+                attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attribute.value.programmaticStreamSerializationAllowed = 1;
+                CUlaunchConfig config = {};
+                config.gridDimX = gridX;
+                config.gridDimY = gridY;
+                config.gridDimZ = gridZ;
+                config.blockDimX = 32 * numWarps;
+                config.blockDimY = 1;
+                config.blockDimZ = 1;
+                config.sharedMemBytes = sharedMemBytes;
+                config.hStream = stream;
+                config.attrs = &attribute;
+                config.numAttrs = 1;
+                CUDA_DRIVER_CHECK(cuLaunchKernelEx(&config, func, args, nullptr));
+            }
+"""
+
+
+def kernel_driver(original: Callable[..., str]) -> Callable[..., str]:
+    """The helpers at the top of a program's C++, with one more."""
+    return functools.wraps(original)(lambda self: original(self) + _LAUNCH)
+
+
+class _Renaming:
+    """A code buffer in which ``launchKernel`` becomes ``launchDependentKernel``."""
+
+    def __init__(self, buffer: Any) -> None:
+        self._buffer = buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name)
+
+    def writeline(self, line: Any) -> None:
+        """Writes one line."""
+        self._buffer.writeline(
+            line.replace("launchKernel(", "launchDependentKernel(") if isinstance(line, str) else line
+        )
+
+
+def generate_launch_kernel(original: Callable[..., None]) -> Callable[..., None]:
+    """Writes the launch of a kernel; of one that waits by itself, a dependent one."""
+
+    @functools.wraps(original)
+    def generate(self: Any, prefix: Any, wrapper: Any, kernel_var_name: str, params: dict[str, Any]) -> None:
+        dependent = params["triton_meta"]["constants"].get(CONSTANT)
+        original(self, _Renaming(prefix) if dependent else prefix, wrapper, kernel_var_name, params)
+
+    return generate
+
+
+def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The intermediate code from which Inductor learns what a kernel writes: without the waiting.
+
+    That is assembly, of which Inductor assumes that it writes all arguments: it would copy the caches.
+    """
+
+    @functools.wraps(original)
+    def without_waiting(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:
+        inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
+        if CONSTANT in getattr(inner, "arg_names", ()):
+            kwargs = {**kwargs, CONSTANT: False}
+        return original(kernel, kwargs, *args)
+
+    return without_waiting

@@ -1,0 +1,102 @@
+"""Which work a program has: its place, and the keys that it visits."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from flashpte.kernels.combine import active_splits
+from flashpte.kernels.primitives import tile_runs
+
+# Of tiles of keys that are not consecutive: no key that a step before the first would begin with.
+SCATTERED = gl.constexpr(-(1 << 31))
+
+
+@gluon.jit
+def place(kv_len, heads, row_tiles, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):
+    """Row tile, head, batch entry and slice of V of a program.
+
+    The grid is ``(row tiles x V_SLICES x heads x B, 1, splits)``. (Only its first dimension may be above 65,535.)
+    Programs start in the order of their index. The last rows see the most keys under a causal mask: they start first,
+    in all heads, so that no long program is left over at the end; but of so many heads at a time as have their keys and
+    values (``WIDTH`` elements together) in L2.
+    """
+    KEYS: gl.constexpr = (16 << 20) // (WIDTH * 2)
+    columns = row_tiles * V_SLICES
+    index = gl.program_id(0)
+    b = index // (heads * columns)
+    index -= b * (heads * columns)
+    together = gl.minimum(gl.maximum(KEYS // gl.maximum(kv_len, 1), 1) * KV_GROUP, heads)
+    first_head = index // (columns * together) * together
+    index -= first_head * columns
+    together = gl.minimum(together, heads - first_head)
+    row_tile = row_tiles - 1 - index // (together * V_SLICES)
+    head = first_head + index // V_SLICES % together
+    return row_tile, head.to(gl.int64), b.to(gl.int64), index % V_SLICES
+
+
+@gluon.jit
+def keys_of_tile(
+    counts,  # of the row of the map
+    first_row,
+    kv_len,
+    short_splits,
+    BLOCK_M: gl.constexpr,
+    PACK: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    MAP_BLOCK_N: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
+    SINGLE_SPLIT: gl.constexpr,
+    LONG_KEYS: gl.constexpr,
+):
+    """The tiles of keys that this program visits for a tile of rows: its split's share, full ones first.
+
+    Returns:
+        ``first_step`` among those of all splits; ``n_full`` and ``n_listed``, how many are full and how many there are;
+        of both kinds the ``base`` that :func:`start_of` takes; and ``active``, how many splits work. One that does not
+        has nothing to visit.
+    """
+    full_start = 0
+    partial_start = 0
+    if MASK != 0:
+        all_full = gl.load(counts) * (MAP_BLOCK_N // BLOCK_N)
+        n_listed = all_full + gl.load(counts + 1) * (MAP_BLOCK_N // BLOCK_N)
+        full_start, partial_start = tile_runs(counts, MAP_BLOCK_N)
+    else:
+        end = kv_len
+        all_full = kv_len // BLOCK_N
+        if CAUSAL:
+            end = gl.minimum(kv_len, (first_row + BLOCK_M - 1) // PACK + 1)
+            all_full = gl.minimum(kv_len, first_row // PACK) // BLOCK_N
+        n_listed = gl.maximum(gl.cdiv(end, BLOCK_N), 1)
+    first_step = 0
+    n_full = all_full
+    active = 1
+    if not SINGLE_SPLIT:
+        split = gl.program_id(2)
+        active = active_splits(n_listed, gl.num_programs(2), short_splits, BLOCK_N, LONG_KEYS)
+        first_step = (split.to(gl.int64) * n_listed // active).to(gl.int32)
+        n_listed = ((split + 1).to(gl.int64) * n_listed // active).to(gl.int32) - first_step
+        n_full = gl.minimum(gl.maximum(all_full - first_step, 0), n_listed)
+    full_base = gl.where(full_start < 0, SCATTERED, full_start + first_step * BLOCK_N)
+    partial_base = gl.where(partial_start < 0, SCATTERED, partial_start + (first_step - all_full) * BLOCK_N)
+    return first_step, n_full, n_listed, full_base, partial_base, active
+
+
+@gluon.jit
+def start_of(visited, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """First key of the ``step``-th tile visited; 0 or the like from ``n_listed`` on, the number of those tiles.
+
+    ``visited`` is ``(tiles, first_step, base)``: they are those from ``first_step`` on of the row of the map that
+    ``tiles`` lists; where they are consecutive, the list is not read (keys would wait for it) and ``base`` is what the
+    first key of step 0 is or would be, else it is ``SCATTERED``.
+    """
+    tiles, first_step, base = visited
+    at = first_step + step
+    if MAPPED:
+        SUB: gl.constexpr = MAP_BLOCK_N // BLOCK_N
+        listed = gl.load(tiles + at // SUB, mask=(step < n_listed) & (base == SCATTERED), other=0)
+        start = gl.where(base == SCATTERED, listed * MAP_BLOCK_N + at % SUB * BLOCK_N, base + step * BLOCK_N)
+    else:
+        # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
+        start = gl.minimum(at, first_step + n_listed) * BLOCK_N
+    return start

@@ -1,0 +1,77 @@
+"""Which kernels of a lowered program are launched beside the end of the kernel before them."""
+
+import re
+
+import pytest
+import torch
+from torch._higher_order_ops import triton_kernel_wrap
+from wrappers import wrapper_source
+
+from flashpte.export.lowering.cross_compile import cross_compile, find_arch
+from flashpte.kernels import split_k
+from flashpte.passes import replace_sdpa
+
+pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("dependent launch")]
+
+
+class DecodeBetween(torch.nn.Module):
+    """A decode and a verify that splits keys, with a kernel of Inductor's before and behind each."""
+
+    def forward(self, one, few, k, v):
+        def attend(q):
+            keys = torch.arange(k.shape[2], device=q.device)
+            mask = keys <= torch.arange(q.shape[2], device=q.device)[:, None] + 4000
+            out = torch.nn.functional.scaled_dot_product_attention(q.sin(), k, v, attn_mask=mask, enable_gqa=True)
+            return out.cos()
+
+        return attend(one), attend(few)
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+def wrapper(request, tmp_path_factory):
+    """An arch and the C++ that Inductor writes for it."""
+
+    def random(heads, length):
+        return torch.randn(1, heads, length, 128, dtype=torch.bfloat16)
+
+    example = (random(16, 1), random(16, 8), random(2, 4096), random(2, 4096))
+    program, report = replace_sdpa(torch.export.export(DecodeBetween(), example))
+    assert report.declined == ()
+    folder = tmp_path_factory.mktemp("dependent")
+    return request.param, wrapper_source(program, folder, name=request.param)
+
+
+def launches(source: str) -> dict[str, bool]:
+    """Of every function that launches a kernel, by the kernel's name, whether the launch is a dependent one."""
+    found = re.findall(r"^\s*(launch\w*)\(kernels_\.(\w+),", source, re.M)
+    return {kernel: helper == "launchDependentKernel" for helper, kernel in found}
+
+
+def test_attention_is_launched_dependent_where_the_arch_can_and_nothing_else_is(wrapper):
+    arch, source = wrapper
+    found = launches(source)
+    ours = {name for name in found if re.match("_(split_k|hopper|combine)_kernel", name)}
+    assert {re.match(r"_\w+?_kernel", name)[0] for name in ours} >= {"_split_k_kernel", "_combine_kernel"}
+    assert any(name.startswith("_hopper") for name in ours) == (arch == "sm_90")
+    assert len(found) > len(ours)
+    assert {name for name, dependent in found.items() if dependent} == (ours if arch == "sm_90" else set())
+
+
+def test_the_wait_does_not_make_arguments_written(tmp_path):
+    """Inductor assumes of assembly that it writes everything: it would copy the caches before every call."""
+    table = triton_kernel_wrap.kernel_side_table
+    kernel = split_k._split_k_kernel
+    tensors, constants = {}, {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name.endswith("_ptr"):
+            dtype = torch.int32 if name in ("tiles_ptr", "counts_ptr") else torch.bfloat16
+            dtype = torch.float32 if name in ("acc_ptr", "stats_ptr") else dtype
+            tensors[name] = torch.empty(16, dtype=torch.int64 if "interval" in name or "mask" in name else dtype)
+        else:
+            constants[name] = 0.1 if name == "scale" else 16
+    constants |= {"MASK": 3, "TERMS": 1, "INDEX_TERM": 1, "CAUSAL": False, "SINGLE_SPLIT": False, "EXACT": False}
+    constants |= {"SEPARATE_FULL": True, "EXP2_SCALE": 1.0, "MAP_BLOCK_N": 64, "STAGES": 2, "DEPENDENT": True}
+    with cross_compile(find_arch("sm_90"), tmp_path):
+        arguments = (table.add_kernel(kernel), table.add_constant_args(constants), tensors, {})
+        assert set(triton_kernel_wrap.get_mutated_tensors(*arguments)) == {"acc_ptr", "stats_ptr"}
