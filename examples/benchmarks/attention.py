@@ -36,6 +36,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write raw numbers to this file, after every case")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw a PNG for each suite into this folder")
     parser.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3")
+    parser.add_argument(
+        "--make-programs",
+        type=Path,
+        metavar="DIR",
+        help="lower the programs for plain mode, which needs no GPU, and end",
+    )
+    parser.add_argument("--programs", type=Path, metavar="DIR", help="use programs made beforehand")
     parser.add_argument("--no-prepare", action="store_true", help="compile everything where it is timed")
     parser.add_argument("--prepare-limit", type=float, default=300.0, metavar="SECONDS")
     parser.add_argument("--workers", type=int, help="processes that compile side by side (default: the cores but one)")
@@ -100,7 +107,7 @@ def run(args: argparse.Namespace) -> results.Document:
     import torch._inductor.config
     from harness.external import FA3_VARIABLE
     from harness.measure import DeviceLost, measure
-    from harness.programs import package_folder
+    from harness.programs import VARIABLE, package_folder
     from harness.runners import chosen
 
     start = time.monotonic()
@@ -108,6 +115,8 @@ def run(args: argparse.Namespace) -> results.Document:
     def tell(what: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {what}", file=sys.stderr, flush=True)
 
+    if args.programs is not None:
+        os.environ[VARIABLE] = str(args.programs.resolve())
     if args.fa3 is not None:
         os.environ[FA3_VARIABLE] = str(args.fa3.resolve())
     package_folder()  # before processes that inherit it
@@ -147,7 +156,8 @@ def run(args: argparse.Namespace) -> results.Document:
         tell(case.key)
     document["seconds"] = round(document.get("seconds", 0.0) + time.monotonic() - start, 1)
     results.save(document, args.json)
-    shutil.rmtree(package_folder(), ignore_errors=True)
+    if args.programs is None:
+        shutil.rmtree(package_folder(), ignore_errors=True)
     return document
 
 
@@ -162,8 +172,23 @@ def start_again(args: argparse.Namespace, spent: float) -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
 
 
+def make_programs(args: argparse.Namespace) -> None:
+    """Lowers what the plain mode runs, for a GPU machine to carry."""
+    from harness.ours import make_program
+    from harness.programs import VARIABLE, not_in_a_program
+
+    os.environ[VARIABLE] = str(args.make_programs.resolve())
+    for case in choose(args.suite, args.cases):
+        if not_in_a_program(case) is None:
+            make_program(case)
+            print(case.key, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     args = parse()
+    if args.make_programs is not None:
+        make_programs(args)
+        return
     if args.from_json is not None:
         document = results.load(args.from_json)
         if args.against is not None:

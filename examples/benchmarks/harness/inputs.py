@@ -19,9 +19,9 @@ SAMPLED_ROWS = 64
 LARGEST_ERROR = 1e-2
 
 
-def random(*shape: int) -> torch.Tensor:
-    """Normal bf16 numbers on the GPU."""
-    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+def random(*shape: int, device: str | None = None) -> torch.Tensor:
+    """Normal bf16 numbers."""
+    return torch.randn(*shape, device=device or DEVICE, dtype=torch.bfloat16)
 
 
 def forms(positions: torch.Tensor, keys: int, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,18 +44,24 @@ class Inputs:
     case: Case
     sets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
+    @property
+    def device(self) -> torch.device:
+        return self.sets[0][0].device
+
     @classmethod
-    def make(cls, case: Case, count: int | None = None) -> Inputs:
+    def make(cls, case: Case, count: int | None = None, device: str | None = None) -> Inputs:
         """Random inputs; by default as many sets as rotate beyond L2."""
         shape = case.shape
         cache = (case.batch, shape.heads_kv, case.length, shape.head_dim)
         query = (case.batch, shape.heads_q, case.rows, shape.head_dim)
         count = rotations(case.input_bytes) if count is None else count
-        return cls(case, [(random(*query), random(*cache), random(*cache)) for _ in range(count)])
+        return cls(
+            case, [tuple(random(*shape, device=device) for shape in (query, cache, cache)) for _ in range(count)]
+        )
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        return torch.arange(self.case.rows, device=DEVICE) + self.case.live - self.case.rows
+        return torch.arange(self.case.rows, device=self.device) + self.case.live - self.case.rows
 
     @cached_property
     def bounds(self) -> torch.Tensor:
@@ -80,9 +86,9 @@ class Inputs:
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Sampled row numbers, and float32 attention of those rows of the first set, all heads."""
         q, k, v = self.live_sets[0]
-        rows = torch.arange(self.case.rows, device=DEVICE)
+        rows = torch.arange(self.case.rows, device=self.device)
         if self.case.rows > SAMPLED_ROWS:
-            rows = torch.randperm(self.case.rows, device=DEVICE)[:SAMPLED_ROWS].sort().values
+            rows = torch.randperm(self.case.rows, device=self.device)[:SAMPLED_ROWS].sort().values
         mask = forms(self.positions[rows], self.case.live, self.case.window)[0]
         out = [
             attention_reference(q[:, h : h + g].float()[:, :, rows], k[:, i : i + 1], v[:, i : i + 1], mask,

@@ -9,16 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.export import ExportedProgram
-from torch.export.passes import move_to_device_pass
 
 from harness.cases import Case
 from harness.inputs import Inputs
-from harness.programs import in_a_program, not_in_a_program
 from harness.runner import Runner, Variant
 
 aten = torch.ops.aten
@@ -54,27 +50,6 @@ def default(inputs: Inputs) -> dict[str, Variant]:
     mask = None if case.rows == 1 or causal else inputs.live_mask
     options = {"attn_mask": mask, "is_causal": causal, "scale": case.shape.scale, "enable_gqa": True}
     return {"": Variant([lambda s=s: F.scaled_dot_product_attention(*s, **options) for s in inputs.live_sets])}
-
-
-def default_in_a_program(inputs: Inputs) -> dict[str, Variant]:
-    """The same in a program that AOTInductor compiled as it is."""
-    case = inputs.case
-
-    def attend(q, k, v, mask=None):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=case.shape.scale, enable_gqa=True)
-
-    def compile_(program: ExportedProgram, path: Path) -> None:
-        on_gpu = move_to_device_pass(program, "cuda")
-        torch._inductor.aoti_compile_and_package(on_gpu, package_path=str(path))
-
-    shared = () if case.rows == 1 else (inputs.live_mask,)
-    return in_a_program("torch aoti", attend, inputs.live_sets, shared, case.key, compile_)
-
-
-def _few_in_a_program(case: Case) -> str | None:
-    return (
-        refuses_others(case) or not_in_a_program(case) or (None if case.rows in (1, 8) else "compiled for 1 and 8 rows")
-    )
 
 
 def flash(inputs: Inputs) -> dict[str, Variant]:
@@ -199,7 +174,6 @@ def _square_causal(case: Case) -> str | None:
 
 RUNNERS = (
     Runner("torch default", refuses_others, default, parts=0),
-    Runner("torch aoti", _few_in_a_program, default_in_a_program, group=lambda case: case.key, plain_only=True),
     Runner("torch flash", up_to_256, flash, parts=0),
     Runner("torch cudnn", up_to_256, cudnn, parts=0),
     Runner("torch efficient", refuses_others, efficient, parts=0),

@@ -67,7 +67,7 @@ def plan(runners, cases: list[Case], sweeps: list[Case]) -> list[Job]:
         for group in runner.groups(cases):
             jobs += [Job(runner.label, tuple(group), (i, runner.parts)) for i in range(runner.parts)]
     jobs += [Job(SWEEP, (case,), (i, SWEEP_PARTS)) for case in sweeps for i in range(SWEEP_PARTS)]
-    order = {"flashinfer": 0, "flashpte aoti": 1, "torch aoti": 1, SWEEP: 4}
+    order = {"flashinfer": 0, "flashpte aoti": 1, SWEEP: 4}
     ours = {runner.label for runner in runners if runner.ours}
     return sorted(jobs, key=lambda job: (order.get(job.runner, 2 if job.runner in ours else 3), -len(job.cases)))
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.export import ExportedProgram
 
+from flashpte.export.lowering import lower
 from harness.cases import Case
+from harness.inputs import Inputs
 from harness.runner import Variant
 
+VARIABLE = "FLASHPTE_BENCH_PACKAGES"
+ARCH = "sm_90"
 LAYERS = 8
 KEYS = 4096  # where the plain mode's target is
 
@@ -34,10 +37,9 @@ class _Layers(torch.nn.Module):
 
 def package_folder() -> Path:
     """Where compiled programs are kept: for this benchmark's processes, which inherit the variable."""
-    folder = os.environ.get("FLASHPTE_BENCH_PACKAGES")
-    if folder is None:
-        folder = os.environ["FLASHPTE_BENCH_PACKAGES"] = tempfile.mkdtemp(prefix="flashpte-bench-")
-    return Path(folder)
+    if VARIABLE not in os.environ:
+        os.environ[VARIABLE] = tempfile.mkdtemp(prefix="flashpte-bench-")
+    return Path(os.environ[VARIABLE])
 
 
 def not_in_a_program(case: Case) -> str | None:
@@ -45,32 +47,31 @@ def not_in_a_program(case: Case) -> str | None:
     return None if not case.prefills and case.length == KEYS else f"compiled at {KEYS:,} keys"
 
 
-def in_a_program(
-    label: str,
-    attend: Callable[..., torch.Tensor],
-    sets: Sequence[tuple[torch.Tensor, ...]],
-    shared: tuple[torch.Tensor, ...],
-    key: str,
-    compile_: Callable[[ExportedProgram, Path], None],
-) -> dict[str, Variant]:
-    """:data:`LAYERS` calls of ``attend`` in one program.
+def path_of(case: Case) -> Path:
+    """The compiled program of a case."""
+    return package_folder() / case.key.replace(" ", "_") / "model.pt2"
+
+
+def compile_program(attend: Callable[..., torch.Tensor], case: Case, shared: tuple[torch.Tensor, ...]) -> None:
+    """Compiles :data:`LAYERS` calls of ``attend``; needs no GPU.
 
     Args:
-        label: whose program it is.
-        attend: takes the tensors of a set, then those of ``shared``.
-        sets: inputs, which the calls rotate through.
-        shared: inputs of all calls.
-        key: the case.
-        compile_: compiles a program of CPU tensors into a ``.pt2`` file of a given path.
+        attend: takes query, key and value, then the tensors of ``shared``.
+        case: their shapes.
+        shared: inputs of all calls, on the CPU.
     """
-    path = package_folder() / f"{label} {key}".replace(" ", "_") / "model.pt2"
+    # Tensors of their own for each call: of inputs that are one tensor, export keeps one.
+    sets = Inputs.make(case, LAYERS, "cpu").sets
+    with torch.no_grad():
+        program = torch.export.export(_Layers(attend), (sets, shared))
+    lower({"forward": program}, output_dir=path_of(case).parent, format="pt2", arch=ARCH)
+
+
+def calls_of_program(inputs: Inputs, shared: tuple[torch.Tensor, ...]) -> Variant:
+    """The compiled program's calls, on rotating inputs."""
+    sets = inputs.sets
     rounds = [[sets[(start + i) % len(sets)] for i in range(LAYERS)] for start in range(0, len(sets), LAYERS)]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        example = torch.utils._pytree.tree_map(lambda tensor: tensor.cpu(), (rounds[0], shared))
-        with torch.no_grad():
-            compile_(torch.export.export(_Layers(attend), example), path)
     # The loader itself: its Python front end parses the program's call convention in every call.
-    loader = torch._inductor.aoti_load_package(str(path)).loader
-    inputs = [[*(tensor for s in chosen for tensor in s), *shared] for chosen in rounds]
-    return {"": Variant([lambda i=i: loader.boxed_run(list(i)) for i in inputs], lambda result: result[0], LAYERS)}
+    loader = torch._inductor.aoti_load_package(str(path_of(inputs.case))).loader
+    flat = [[*(tensor for s in chosen for tensor in s), *shared] for chosen in rounds]
+    return Variant([lambda i=i: loader.boxed_run(list(i)) for i in flat], lambda result: result[0], LAYERS)

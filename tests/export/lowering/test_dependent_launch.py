@@ -1,6 +1,7 @@
 """Which kernels of a lowered program are launched beside the end of the kernel before them."""
 
 import re
+import subprocess
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch._higher_order_ops import triton_kernel_wrap
 from wrappers import wrapper_source
 
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
+from flashpte.export.lowering.cross_compile.toolchain import find_triton_tool
 from flashpte.kernels import split_k
 from flashpte.passes import replace_sdpa
 
@@ -75,3 +77,26 @@ def test_the_wait_does_not_make_arguments_written(tmp_path):
     with cross_compile(find_arch("sm_90"), tmp_path):
         arguments = (table.add_kernel(kernel), table.add_constant_args(constants), tensors, {})
         assert set(triton_kernel_wrap.get_mutated_tensors(*arguments)) == {"acc_ptr", "stats_ptr"}
+
+
+def instructions(cubin: bytes, folder) -> list[str]:
+    """Opcodes of a cubin in the order of its code."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [find_triton_tool("nvdisasm"), "-c", path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text)
+
+
+@pytest.mark.parametrize("method", ["decode", "prefill"])
+def test_what_is_embedded_waits_before_it_reads(contents, tmp_path, method):
+    """A dependent launch of a kernel that does not wait would read what is not written yet, now and then."""
+    waiting = set()
+    for cubin in contents.methods[method].library.cubins:
+        code = instructions(bytes(cubin.data), tmp_path)
+        ours = {kernel for kernel in cubin.kernels if re.match("_(split_k|hopper|combine)_kernel", kernel)}
+        assert bool(ours) == ("ACQBULK" in code)
+        waiting |= ours
+        if ours and ours != {"_hopper_kernel"}:  # whose warps have code of their own, in any order
+            assert code.index("ACQBULK") < min(code.index(read) for read in ("LDG", "STG"))
+    assert waiting >= {"decode": {"_split_k_kernel", "_combine_kernel"}, "prefill": {"_hopper_kernel"}}[method]
