@@ -68,8 +68,8 @@ class SplitKConfig:
     num_warps: int
     num_stages: int
     separate_full: bool = True
-    edge_weight: int = 1
     short_splits: int = _MAX_SPLITS
+    edge_weight: int = 1
 
     long_keys = LONG_KEYS
 
@@ -240,7 +240,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     # On an H100 a context that ends within a tile then took 19.0 us instead of 22.7 (D = 512, 4,000 keys), 11.3 instead
     # of 12.2 (D = 128).
     edge_weight = 1 if not separate else 4 if width > 256 else 2
-    return SplitKConfig(rows, block_n, splits, warps, stages, separate, edge_weight, min(short_splits, splits))
+    return SplitKConfig(rows, block_n, splits, warps, stages, separate, min(short_splits, splits), edge_weight)
 
 
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, with_intervals
 from mutants import mutant
 
-from flashpte.kernels import split_k, tile_map, tiled, tuning
+from flashpte.kernels import combine, split_k, tile_map, tiled, tuning
 from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import launch_interval_map
 from flashpte.kernels.launch import attention_shape
@@ -124,6 +127,44 @@ def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n, s
     config = tuning.SplitKConfig(block_rows, block_n, num_splits, 4, 2, separate_full)
     for mask in ("none", "bool_ring", "float_min_rows"):
         check(*run(split_k.launch_split_k, Case(7, 300, heads_q=6, heads_kv=2, head_dim=16, mask=mask), config))
+
+
+@pytest.mark.parametrize("edge_weight", [1, 2, 4, 7])
+@pytest.mark.parametrize("kind", ["causal", "window", "ring", "documents", "empty"])
+def test_split_k_does_not_depend_on_what_edges_weigh(kind, edge_weight):
+    case = Case(5, 300, batch=2, heads_q=6, heads_kv=2, head_dim=16)
+    for splits in (2, 5, 40):
+        config = tuning.SplitKConfig(16, 16, splits, 4, 2, edge_weight=edge_weight)
+        check(*run_intervals(split_k.launch_split_k, case, kind, config))
+
+
+@triton.jit
+def _shares_kernel(out_ptr, active, steps, full_steps, WEIGHT: tl.constexpr):
+    split = tl.program_id(0)
+    tl.store(out_ptr + split, combine.share_of(split, active, steps, full_steps, WEIGHT))
+
+
+@pytest.mark.parametrize("weight", [1, 2, 4])
+def test_shares_cover_all_steps_and_weigh_edges(weight):
+    for full, edges, active in (
+        (0, 1, 1),
+        (62, 1, 33),
+        (62, 2, 16),
+        (3, 1, 4),
+        (0, 9, 4),
+        (100, 0, 7),
+        (1000, 30, 132),
+    ):
+        steps = full + edges
+        shares = torch.full((active + 1,), -1, dtype=torch.int32)
+        _shares_kernel[(active + 1,)](shares, active, steps, full, weight)
+        assert (shares[0], shares[-1]) == (0, steps)
+        assert (shares.diff() >= 0).all()
+        costs = [
+            sum(1 if step < full else weight for step in range(first, last))
+            for first, last in itertools.pairwise(shares)
+        ]
+        assert max(costs) <= -(-(full + weight * edges) // active) + weight - 1
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 128), (128, 64)])
