@@ -155,6 +155,7 @@ def _store_result(
     ACC_LAYOUT: gl.constexpr,
     PACK: gl.constexpr,
     WIDE_STORES: gl.constexpr,
+    ROWS_ALIGNED: gl.constexpr,
 ):
     """Stores ``acc / row_sum`` as 64 rows of the result; a row that saw nothing is 0, whatever it did not see.
 
@@ -184,8 +185,8 @@ def _store_result(
     out_rows = out_ptr + (r // PACK).to(gl.int64) * stride_om
     if PACK > 1:
         out_rows += (r % PACK).to(gl.int64) * stride_oh
-    # Rows of the result are as wide as those of the values, which are multiples of 16 bytes.
-    out_rows = gl.multiple_of(out_rows, 16)
+    if ROWS_ALIGNED:
+        out_rows = gl.multiple_of(out_rows, 16)
     ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
     gl.store(out_rows[:, None] + (dv * stride_od)[None, :], result, mask=ok)
 
@@ -220,6 +221,7 @@ def consumer(
     INDEX_TERM: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
     WIDE_STORES: gl.constexpr,
+    ROWS_ALIGNED: gl.constexpr,
 ):
     """Attention of 64 query rows, by one warp group."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -332,9 +334,9 @@ def consumer(
     acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
 
     if SINGLE_SPLIT:  # noqa: SIM114 (known when compiling; the other is not)
-        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES)
+        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES, ROWS_ALIGNED)
     elif active == 1:
-        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES)
+        _store_result(acc, row_sum, first_row, n_rows, v_width, out, ACC_LAYOUT, PACK, WIDE_STORES, ROWS_ALIGNED)
     else:
         acc_ptr, stats_ptr = partial
         r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))

@@ -74,6 +74,7 @@ def _hopper_kernel(
     CONSUMER_REGISTERS: tl.constexpr,
     PRODUCER_REGISTERS: tl.constexpr,
     WIDE_STORES: tl.constexpr,
+    ROWS_ALIGNED: tl.constexpr,  # of the result, to 16 bytes
     DEPENDENT: tl.constexpr,
 ):
     BLOCK_M: gl.constexpr = 64 if SHARE_ROWS else 128
@@ -186,6 +187,7 @@ def _hopper_kernel(
                     INDEX_TERM,
                     EXP2_SCALE,
                     WIDE_STORES,
+                    ROWS_ALIGNED,
                 ),
             ),
             (
@@ -219,6 +221,7 @@ def _hopper_kernel(
                     INDEX_TERM,
                     EXP2_SCALE,
                     WIDE_STORES,
+                    ROWS_ALIGNED,
                 ),
             ),
             (

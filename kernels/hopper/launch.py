@@ -110,6 +110,8 @@ def launch_hopper(
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
         WIDE_STORES=config.wide_stores,
+        # They are as wide as the values', which are copied in 16 bytes.
+        ROWS_ALIGNED=static_int(out.stride(3)) == 1,
         **constants,
         num_warps=4,
         **dependent_launch(query),

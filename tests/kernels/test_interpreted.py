@@ -129,11 +129,11 @@ def test_split_k_does_not_depend_on_its_tiles(num_splits, block_rows, block_n, s
         check(*run(split_k.launch_split_k, Case(7, 300, heads_q=6, heads_kv=2, head_dim=16, mask=mask), config))
 
 
-@pytest.mark.parametrize("edge_weight", [1, 2, 4, 7])
-@pytest.mark.parametrize("kind", ["causal", "window", "ring", "documents", "empty"])
+@pytest.mark.parametrize("edge_weight", [2, 7])
+@pytest.mark.parametrize("kind", ["causal", "ring", "documents", "empty"])
 def test_split_k_does_not_depend_on_what_edges_weigh(kind, edge_weight):
-    case = Case(5, 300, batch=2, heads_q=6, heads_kv=2, head_dim=16)
-    for splits in (2, 5, 40):
+    case = Case(5, 200, heads_q=4, heads_kv=2, head_dim=16)
+    for splits in (5, 40):
         config = tuning.SplitKConfig(16, 16, splits, 4, 2, edge_weight=edge_weight)
         check(*run_intervals(split_k.launch_split_k, case, kind, config))
 
