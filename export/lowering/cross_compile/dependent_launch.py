@@ -1,7 +1,7 @@
 """Launching kernels of a lowered program beside the end of the kernel before them.
 
 A kernel with the constant ``DEPENDENT`` waits by itself for the kernels before it (programmatic dependent launch, sm_90
-and newer; see :func:`flashpte.kernels.launch.dependent_launch`). Inductor (2.11 to 2.15) has an option of that name for
+and newer; see :func:`flashpte.kernels.launch.dependent_launch`). Inductor (2.11, 2.13) has an option of that name for
 kernels of its own and their launches from Python; the C++ it writes launches every kernel after the end of the one
 before. The functions here stand in for what writes a launch, and for what asks which arguments a kernel writes to.
 """
