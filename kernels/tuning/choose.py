@@ -97,7 +97,8 @@ class HopperConfig:
     Each of two warp groups has 64 rows and ``block_dv`` columns. They have rows of their own, or with ``share_rows``
     the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, at least
     two: the next tile of keys is waited for before the last tile of values is given back; and ``more_v_stages`` of
-    values, which are held longer. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
+    values, which are held longer (fewer, if negative). With ``wide_stores`` 4 KB more let results be stored 16 bytes a
+    thread. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
     :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; of prefill, as many of them are launched as give
     ``fill`` programs at most, and at least one.
     """
