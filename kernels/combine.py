@@ -1,11 +1,19 @@
-"""Splits of the keys: how many work, and combining what they computed.
+"""Splits of the keys: how many work, what they leave, and combining it.
 
-Used by the split-K kernel (:mod:`flashpte.kernels.split_k`), which describes what a split leaves, and by the kernel for
-Hopper (:mod:`flashpte.kernels.hopper`), of which a split that is alone writes the result itself.
+Used by the split-K kernel (:mod:`flashpte.kernels.split_k`) and by the kernel for Hopper
+(:mod:`flashpte.kernels.hopper`), of which a split that is alone writes the result itself.
+
+A split leaves for every row its unnormalised accumulator, and its running maximum and sum. (Maximum and sum rather than
+their log-sum-exp: a row whose mask is nothing but the dtype's minimum has a maximum of about -3.4e38, to which adding
+the logarithm of the sum changes nothing.) Of the split-K kernel all are float32. The kernel for Hopper is for many
+rows, where these bytes count (for 8 rows of D = 512 and 4,096 keys as many as those of the keys): it leaves the
+accumulator as float16, in units of about its largest value for each row and slice of columns, which adds an eighth to
+the rounding of a bfloat16 result.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -59,7 +67,8 @@ def share_of(split, active, steps, full_steps, EDGE_WEIGHT: tl.constexpr):
     A tile that is not full takes as long as ``EDGE_WEIGHT`` full ones.
     """
     cost = full_steps + (steps - full_steps) * EDGE_WEIGHT
-    at = (split.to(tl.int64) * cost // active).to(tl.int32)
+    # split * cost // active, in 32 bits.
+    at = split * (cost // active) + split * (cost % active) // active
     return tl.where(at <= full_steps, at, full_steps + (at - full_steps) // EDGE_WEIGHT)
 
 
@@ -74,16 +83,20 @@ def _add_splits(
     stored,
     active,
     dv,
-    V_HEAD_DIM: tl.constexpr,
+    unit,
+    WIDTH: tl.constexpr,
+    STATS: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
+    HOPPER: tl.constexpr,
 ):
     """Adds splits ``s`` to ``state``: accumulator ``[DV]``, maximum, sum. Of ``stored`` there is memory to read."""
     out, row_max, total = state
     partial = first_partial + s * rows
-    split_max = tl.load(stats_ptr + partial * 2, mask=s < stored, other=float("-inf"))
-    split_sum = tl.load(stats_ptr + partial * 2 + 1, mask=s < stored, other=0.0)
-    acc_ok = (s < stored)[:, None] & (dv < V_HEAD_DIM)[None, :]
-    acc = tl.load(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], mask=acc_ok, other=0.0)
+    stats = stats_ptr + partial * STATS
+    split_max = tl.load(stats, mask=s < stored, other=float("-inf"))
+    split_sum = tl.load(stats + 1, mask=s < stored, other=0.0)
+    acc_ok = (s < stored)[:, None] & (dv < WIDTH)[None, :]
+    acc = tl.load(acc_ptr + partial[:, None] * WIDTH + dv[None, :], mask=acc_ok, other=0.0).to(tl.float32)
     # What lies behind the active splits is anything.
     split_max = tl.where(s < active, split_max, float("-inf"))
     split_sum = tl.where(s < active, split_sum, 0.0)
@@ -91,16 +104,18 @@ def _add_splits(
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     weight = tl.exp2((split_max - base) * EXP2_SCALE)
     rescale = tl.exp2((row_max - base) * EXP2_SCALE)
+    total = total * rescale + tl.sum(split_sum * weight, 0)
+    if HOPPER:
+        acc = acc * tl.load(stats + unit, mask=s < stored, other=0.0)[:, None]
     # What a split holds that saw no key does not count: it may be 0 * inf, from values that do not count either.
     out = out * rescale + tl.sum(tl.where((weight > 0.0)[:, None], acc * weight[:, None], 0.0), 0)
-    total = total * rescale + tl.sum(split_sum * weight, 0)
     return out, new_max, total
 
 
 @triton.jit
 def _combine_kernel(
-    acc_ptr,
-    stats_ptr,
+    acc_ptr,  # float32 or float16 [rows of splits, WIDTH]
+    stats_ptr,  # float32 [rows of splits, STATS]: running maximum and sum, units of the accumulator
     counts_ptr,
     out_ptr,
     stride_ob,
@@ -121,11 +136,14 @@ def _combine_kernel(
     MAP_BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATS: tl.constexpr,
+    SLICE: tl.constexpr,  # columns that share a unit
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     LONG_KEYS: tl.constexpr,
-    ALONE_WRITES: tl.constexpr,  # whether a split that is alone has written the result
     EXP2_SCALE: tl.constexpr,
+    HOPPER: tl.constexpr,  # of that kernel a split that is alone writes the result, others what its _store_partial says
     DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -143,25 +161,80 @@ def _combine_kernel(
     state = (tl.zeros([BLOCK_DV], tl.float32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32))
     # The first are read, as far as they are in memory, before it is known how many work: that takes as long.
     s = tl.arange(0, BLOCK_S)
+    unit = 2 + tl.program_id(2) * BLOCK_DV // SLICE
     state = _add_splits(
-        state, acc_ptr, stats_ptr, first_partial, rows, s, num_splits, active, dv, V_HEAD_DIM, EXP2_SCALE
+        state,
+        acc_ptr,
+        stats_ptr,
+        first_partial,
+        rows,
+        s,
+        num_splits,
+        active,
+        dv,
+        unit,
+        WIDTH,
+        STATS,
+        EXP2_SCALE,
+        HOPPER,
     )
     for first in range(BLOCK_S, active, BLOCK_S):
         state = _add_splits(
-            state, acc_ptr, stats_ptr, first_partial, rows, first + s, active, active, dv, V_HEAD_DIM, EXP2_SCALE
+            state,
+            acc_ptr,
+            stats_ptr,
+            first_partial,
+            rows,
+            first + s,
+            active,
+            active,
+            dv,
+            unit,
+            WIDTH,
+            STATS,
+            EXP2_SCALE,
+            HOPPER,
         )
     out, _, total = state
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
+    if HOPPER:
+        dv = dv // 32 * 32 + dv % 8 // 2 * 8 + dv % 32 // 8 * 2 + dv % 2
     out_ptrs = out_ptr + b * stride_ob + head * stride_oh + m * stride_om + dv * stride_od
     ok = dv < V_HEAD_DIM
-    if ALONE_WRITES:
+    if HOPPER:
         ok = ok & (active > 1)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=ok)
 
 
+@dataclasses.dataclass(frozen=True)
+class Partials:
+    """Where splits leave what they computed: ``acc [rows, width]`` and ``stats [rows, numbers]``.
+
+    There is a row for each row of each split. Where there is one split, which leaves nothing, both are the result.
+    """
+
+    acc: torch.Tensor
+    stats: torch.Tensor
+    width: int
+    numbers: int
+
+    @classmethod
+    def make(
+        cls, out: torch.Tensor, config: tuning.SplitKConfig | tuning.HopperConfig, rows: int | torch.SymInt | None
+    ) -> Partials:
+        """For the kernel of ``config`` and the result ``out [B, H_q, L_q, D_v]``; ``None`` rows for one split."""
+        width, numbers, dtype = out.shape[3], 2, torch.float32
+        if isinstance(config, tuning.HopperConfig):
+            width = cdiv(width, config.columns) * config.columns
+            numbers, dtype = 2 + width // config.block_dv, torch.float16
+        if rows is None:
+            return cls(out, out, width, numbers)
+        stats = out.new_empty((rows, numbers), dtype=torch.float32)
+        return cls(out.new_empty((rows, width), dtype=dtype), stats, width, numbers)
+
+
 def launch_combine(
-    acc: torch.Tensor,
-    stats: torch.Tensor,
+    partials: Partials,
     counts: torch.Tensor,
     map_strides: tuple[int, int],
     out: torch.Tensor,
@@ -175,7 +248,7 @@ def launch_combine(
     """Combines what the splits left.
 
     Args:
-        acc, stats: float32 ``[B * H_kv, num_splits, L_q * H_q / H_kv, D_v]`` and ``[..., 2]``, at least as long.
+        partials: rows in the order ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and maybe more.
         counts, map_strides: of the tile map, and its strides per batch entry and head.
         out: ``[B, H_q, L_q, D_v]``, written.
         heads_kv: H_kv, or H_q after a kernel that packs no heads.
@@ -190,9 +263,9 @@ def launch_combine(
     results = None if None in sizes else math.prod(size for size in sizes if size is not None)
     tile = tuning.choose_combine(config, v_head_dim, results)
     kernel = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
-    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(v_head_dim, tile.block_dv))](
-        acc,
-        stats,
+    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(partials.width, tile.block_dv))](
+        partials.acc,
+        partials.stats,
         counts,
         out,
         *out.stride(),
@@ -206,10 +279,13 @@ def launch_combine(
         V_HEAD_DIM=v_head_dim,
         BLOCK_N=config.block_n,
         LONG_KEYS=config.long_keys,
-        ALONE_WRITES=isinstance(config, tuning.HopperConfig),
+        HOPPER=isinstance(config, tuning.HopperConfig),
         BLOCK_S=tile.block_s,
         BLOCK_DV=tile.block_dv,
+        WIDTH=partials.width,
+        STATS=partials.numbers,
+        SLICE=config.block_dv if isinstance(config, tuning.HopperConfig) else partials.width,
         **{name: constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
-        num_warps=tile.num_warps,
+        num_warps=1,
         **dependent_launch(out),
     )

@@ -2,10 +2,8 @@
 
 One program per (split of the keys, tile of packed rows, batch x key/value head). The ``L_q x H_q / H_kv`` query rows
 that share a key/value head are packed into the rows of one tile, so that they read each key and value once and verify
-costs about as much as decode. Every program keeps an online softmax over its share of the keys and writes its
-unnormalised float32 accumulator with its running maximum and sum; a second kernel combines the splits. (Maximum and sum
-rather than their log-sum-exp: a row whose mask is nothing but the dtype's minimum has a maximum of about -3.4e38, to
-which adding the logarithm of the sum changes nothing.) With one split the first kernel writes the result itself.
+costs about as much as decode. Every program keeps an online softmax over its share of the keys; a second kernel
+combines the splits (:mod:`flashpte.kernels.combine`). With one split the first kernel writes the result itself.
 
 Bound by memory: the keys and values are read once per tile of packed rows. With a tile map, the splits divide the
 live tiles, so the cost follows the context and not the buffer.
@@ -24,7 +22,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import active_splits, key_steps, launch_combine, share_of
+from flashpte.kernels.combine import Partials, active_splits, key_steps, launch_combine, share_of
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
@@ -291,14 +289,9 @@ def launch_split_k(
     tile_strides = (0, 0, 0) if tiles is None else map_strides(tiles)
     n_rows = q_len * group
     single = config.num_splits == 1
-    if single:
-        acc = stats = out
-    else:
-        # Of a dynamic L_q as many rows as there can be here, not as many as the program admits.
-        stored_rows = (MAX_ROWS if static_rows is None else static_rows) * group
-        partial_shape = (batch * heads_kv, config.num_splits, stored_rows)
-        acc = query.new_empty((*partial_shape, v_head_dim), dtype=torch.float32)
-        stats = query.new_empty((*partial_shape, 2), dtype=torch.float32)
+    # Of a dynamic L_q as many rows as there can be here, not as many as the program admits.
+    stored_rows = batch * heads_q * config.num_splits * (MAX_ROWS if static_rows is None else static_rows)
+    partials = Partials.make(out, config, None if single else stored_rows)
     exp2_scale = exponent_scale(query.dtype, mask)
     constants: dict[str, Any] = {
         "MAP_BLOCK_M": MAX_ROWS,
@@ -313,7 +306,8 @@ def launch_split_k(
             *(query, key, value),
             *(mask_tensors, mask_strides, interval_strides),
             *(tiles_or_any, counts_or_any, tile_strides),
-            *(out, acc, stats),
+            out,
+            partials,
             scale,
             group,
             config.num_splits,
@@ -330,8 +324,8 @@ def launch_split_k(
             tiles_or_any,
             counts_or_any,
             out,
-            acc,
-            stats,
+            partials.acc,
+            partials.stats,
             query.stride(0),
             query.stride(1),
             query.stride(2),
@@ -370,7 +364,7 @@ def launch_split_k(
         )
     if not single:
         splits = (config, config.num_splits)
-        launch_combine(acc, stats, counts_or_any, tile_strides[:2], out, heads_kv, kv_len, *splits, enabled, constants)
+        launch_combine(partials, counts_or_any, tile_strides[:2], out, heads_kv, kv_len, *splits, enabled, constants)
     return out
 
 

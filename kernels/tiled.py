@@ -22,7 +22,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import launch_combine
+from flashpte.kernels.combine import Partials, launch_combine
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
@@ -279,13 +279,14 @@ def launch_tiled(
     }
     if isinstance(config, tuning.HopperConfig):
         num_splits = 1 if is_causal else _splits(config, query, v_head_dim)
-        acc, stats = _scratch(config, num_splits, out)
+        partials = Partials.make(out, config, _stored_rows(config, num_splits, out))
         launch_hopper(
             config,
             *(query, key, value),
             *(mask_tensors, mask_strides, interval_strides),
             *(tiles_or_any, counts_or_any, tile_strides),
-            *(out, acc, stats),
+            out,
+            partials,
             scale,
             1,
             num_splits,
@@ -295,9 +296,7 @@ def launch_tiled(
         if static_int(num_splits) != 1:
             several = enabled * torch.sym_min(1, num_splits - 1)
             splits = (config, num_splits)
-            launch_combine(
-                acc, stats, counts_or_any, tile_strides[:2], out, heads_q, kv_len, *splits, several, constants
-            )
+            launch_combine(partials, counts_or_any, tile_strides[:2], out, heads_q, kv_len, *splits, several, constants)
         return out
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
     kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
@@ -342,20 +341,17 @@ def _splits(config: tuning.HopperConfig, query: torch.Tensor, v_head_dim: int) -
     return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // torch.sym_max(1, programs)))
 
 
-def _scratch(
-    config: tuning.HopperConfig, num_splits: int | torch.SymInt, out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where splits leave what they computed: float32 accumulators, maxima and sums of every row; ``out`` for one split.
+def _stored_rows(config: tuning.HopperConfig, num_splits: int | torch.SymInt, out: torch.Tensor) -> int | None:
+    """Rows of all splits; ``None`` for one split.
 
-    Of a symbolic number of splits as much as there can be: no more rows than ``fill`` programs have.
+    Of a symbolic number of splits as many as there can be: those of ``fill`` programs, of which several may share rows.
     """
     if static_int(num_splits) == 1:
-        return out, out
+        return None
     static = [static_int(size) for size in (num_splits, *out.shape[:3])]
-    rows = config.fill * config.block_m if None in static else math.prod(size for size in static if size is not None)
-    # Several programs may share the columns of V: then there are fewer rows.
-    acc = out.new_empty(rows * (config.block_dv if None in static else out.shape[3]), dtype=torch.float32)
-    return acc, out.new_empty((rows, 2), dtype=torch.float32)
+    if None in static:
+        return config.fill // cdiv(out.shape[3], config.columns) * config.block_m
+    return math.prod(size for size in static if size is not None)
 
 
 def _choose(

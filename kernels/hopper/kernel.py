@@ -21,8 +21,8 @@ def _hopper_kernel(
     tiles_ptr,
     counts_ptr,
     out_ptr,
-    acc_ptr,  # float32 [B, heads, num_splits, L_q * PACK, D_v]
-    stats_ptr,  # float32 [B, heads, num_splits, L_q * PACK, 2]: running maximum and sum
+    acc_ptr,  # float16 [B, heads, num_splits, L_q * PACK, WIDTH]
+    stats_ptr,  # float32 [B, heads, num_splits, L_q * PACK, STATS]: running maximum and sum, units of the accumulator
     stride_qb,
     stride_qh,
     stride_qm,
@@ -58,6 +58,8 @@ def _hopper_kernel(
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STATS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAP_BLOCK_M: tl.constexpr,
     MAP_BLOCK_N: tl.constexpr,
@@ -114,8 +116,8 @@ def _hopper_kernel(
         if split >= visit[5]:
             return
         first_partial = ((b * heads + head) * num_splits + split) * n_rows
-        acc_ptr += first_partial * V_HEAD_DIM + dv_first
-        stats_ptr += first_partial * 2
+        acc_ptr += first_partial * WIDTH + dv_first
+        stats_ptr += first_partial * STATS
 
     dtype: gl.constexpr = k_ptr.dtype.element_ty
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -134,14 +136,15 @@ def _hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
-    # Every thread of the producer arrives when its copies have landed; each consumer arrives once.
+    # Every thread of the producer arrives when its copies have landed; for the consumers see _give_back.
+    READERS: gl.constexpr = 256 if BLOCK_D <= 256 else 2
     mbarrier.init(q_full, count=128)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=128)
-        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=READERS)
     for i in gl.static_range(V_STAGES):
         mbarrier.init(v_full.index(i), count=128)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=READERS)
 
     qk_scale = scale.to(gl.float32)
     if EXP2_SCALE == 1.0:
@@ -163,7 +166,7 @@ def _hopper_kernel(
                     visit,
                     tiles,
                     (out_ptr, stride_om, stride_oh, stride_od),
-                    (acc_ptr, stats_ptr),
+                    (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV),
                     mask,
                     q0,
                     k_smem,
@@ -172,10 +175,10 @@ def _hopper_kernel(
                     kv_len,
                     qk_scale,
                     v_width,
-                    True,
                     PACK,
                     SINGLE_SPLIT,
-                    V_HEAD_DIM,
+                    WIDTH,
+                    STATS,
                     BLOCK_DV,
                     BLOCK_N,
                     MAP_BLOCK_N,
@@ -197,7 +200,7 @@ def _hopper_kernel(
                     visit,
                     tiles,
                     (out_ptr + MORE_COLUMNS * stride_od, stride_om, stride_oh, stride_od),
-                    (acc_ptr + MORE_COLUMNS, stats_ptr),
+                    (acc_ptr + MORE_COLUMNS, stats_ptr, 2 + (dv_first + MORE_COLUMNS) // BLOCK_DV),
                     mask,
                     q1,
                     k_smem,
@@ -206,10 +209,10 @@ def _hopper_kernel(
                     kv_len,
                     qk_scale,
                     v_width - MORE_COLUMNS,
-                    not SHARE_ROWS,
                     PACK,
                     SINGLE_SPLIT,
-                    V_HEAD_DIM,
+                    WIDTH,
+                    STATS,
                     BLOCK_DV,
                     BLOCK_N,
                     MAP_BLOCK_N,

@@ -8,6 +8,7 @@ import torch
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.combine import Partials
 from flashpte.kernels.hopper.kernel import _hopper_kernel
 from flashpte.kernels.launch import (
     all_of_triton,
@@ -39,8 +40,7 @@ def launch_hopper(
     counts: torch.Tensor,
     map_strides: tuple[int, int, int],
     out: torch.Tensor,
-    acc: torch.Tensor,
-    stats: torch.Tensor,
+    partials: Partials,
     scale: float,
     pack: int,
     num_splits: int | torch.SymInt,
@@ -55,7 +55,7 @@ def launch_hopper(
         mask_tensors, mask_strides, interval_strides: what :func:`flashpte.kernels.intervals.mask_arguments` returns.
         tiles, counts, map_strides: the tile map; anything where there is none.
         out: ``[B, H_q, L_q, D_v]``, written if there is one split.
-        acc, stats: float32 ``[B * H_q / pack, splits, L_q * pack, D_v]`` and ``[..., 2]``, written if there are more.
+        partials: written if there are more; rows ``[B * H_q / pack, splits, L_q * pack]``.
         scale: factor of the scores.
         pack: how many consecutive query heads share the rows of a tile: 1, or H_q / H_kv.
         num_splits: how many there are, :attr:`tuning.HopperConfig.num_splits` or fewer.
@@ -83,8 +83,8 @@ def launch_hopper(
         tiles,
         counts,
         out,
-        acc,
-        stats,
+        partials.acc,
+        partials.stats,
         *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
         *mask_strides,
         *out.stride(),
@@ -101,6 +101,8 @@ def launch_hopper(
         V_HEAD_DIM=v_head_dim,
         BLOCK_D=max(64, tuning.padded_head_dim(head_dim)),
         BLOCK_DV=config.block_dv,
+        WIDTH=partials.width,
+        STATS=partials.numbers,
         BLOCK_N=config.block_n,
         SHARE_ROWS=config.share_rows,
         SINGLE_SPLIT=static_int(num_splits) == 1,

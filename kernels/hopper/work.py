@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashpte.kernels.combine import active_splits
+from flashpte.kernels.combine import active_splits, share_of
 from flashpte.kernels.primitives import tile_runs
 
 # Of tiles of keys that are not consecutive: no key that a step before the first would begin with.
@@ -74,8 +74,8 @@ def keys_of_tile(
     if not SINGLE_SPLIT:
         split = gl.program_id(2)
         active = active_splits(n_listed, gl.num_programs(2), short_splits, BLOCK_N, LONG_KEYS)
-        first_step = (split.to(gl.int64) * n_listed // active).to(gl.int32)
-        n_listed = ((split + 1).to(gl.int64) * n_listed // active).to(gl.int32) - first_step
+        first_step = share_of(split, active, n_listed, n_listed, 1)
+        n_listed = share_of(split + 1, active, n_listed, n_listed, 1) - first_step
         n_full = gl.minimum(gl.maximum(all_full - first_step, 0), n_listed)
     full_base = gl.where(full_start < 0, SCATTERED, full_start + first_step * BLOCK_N)
     partial_base = gl.where(partial_start < 0, SCATTERED, partial_start + (first_step - all_full) * BLOCK_N)

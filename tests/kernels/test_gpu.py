@@ -221,6 +221,27 @@ def test_results_do_not_depend_on_the_tiles():
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
 
 
+@pytest.mark.parametrize("head_dim", [128, 256, 512])
+@pytest.mark.parametrize("q_len", [8, 16, 70])
+def test_splits_leave_values_of_any_size(q_len, head_dim):
+    """What the kernel for Hopper stores in units is exact for powers of two, and an infinity spoils one column."""
+    p = build(Case(q_len, 5000, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
+    op = sdpa_verify if q_len <= 16 else sdpa_prefill
+
+    def attend(value):
+        return op(p.query, p.key, value, None, None, None, False, p.scale, [0, 2, 1, 3])
+
+    size = torch.tensor([2.0**100, 2.0**-60], device="cuda").view(1, 2, 1, 1)
+    plain = attend(p.value)
+    assert torch.equal(attend((p.value * size).to(p.value.dtype)), plain * size.repeat_interleave(4, 1))
+    value = p.value.clone()
+    value[:, 0, 3000, 5] = float("inf")
+    spoiled = attend(value)
+    assert spoiled[:, :4, :, 5].isposinf().all()
+    spoiled[:, :4, :, 5] = plain[:, :4, :, 5]
+    assert torch.equal(spoiled, plain)
+
+
 @pytest.mark.parametrize("dim_order", [(0, 2, 1, 3), (0, 1, 2, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("head_dim", [64, 112, 128, 256])
 def test_wide_stores(head_dim, dim_order, poisoned_memory):

@@ -167,6 +167,39 @@ def test_shares_cover_all_steps_and_weigh_edges(weight):
         assert max(costs) <= -(-(full + weight * edges) // active) + weight - 1
 
 
+@pytest.mark.parametrize(
+    ("kv_len", "splits", "v_head_dim"), [(300, 3, 96), (300, 64, 128), (300, 1, 128), (3, 40, 160)]
+)
+def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim):
+    """In its order of columns and its units, of values of very different size; nothing where a split was alone."""
+    config = tuning.HopperConfig(16, 64, 2, share_rows=True, num_splits=splits, short_splits=splits)
+    heads_kv, q_len, group, width = 2, 3, 2, -(-v_head_dim // 128) * 128
+    out = torch.full((1, heads_kv * group, q_len, v_head_dim), float("nan"), dtype=torch.float16)
+    partials = combine.Partials.make(out, config, heads_kv * splits * q_len * group)
+    rows = (heads_kv, splits, q_len * group)
+    torch.manual_seed(0)
+    row_max, row_sum = torch.randn(rows) * 9, torch.rand(rows) + 0.5
+    row_max[:, -1, 0] = -float("inf")  # saw no key
+    unit = torch.tensor([2.0**-40, 1.0, 2.0**-9, 3.0])[torch.randint(4, (*rows, width // 64))]
+    stored = torch.randint(-(2**14), 2**14, (*rows, width)).to(torch.float16)
+    partials.acc.copy_(stored.flatten(0, 2))
+    partials.stats.copy_(torch.cat([row_max[..., None], row_sum[..., None], unit], -1).flatten(0, 2))
+    constants = {"MAP_BLOCK_M": 16, "MAP_BLOCK_N": 64, "CAUSAL": False, "MASK": 0, "EXP2_SCALE": 1.0}
+    combine.launch_combine(partials, out, (0, 0), out, heads_kv, kv_len, config, splits, 1, constants)
+
+    active = max(1, min(splits, -(-kv_len // 16)))
+    if active == 1:
+        assert out.isnan().all()
+        return
+    # A thread of a row has columns 2 l and 2 l + 1 of each 8, and stores those of 32 together.
+    held = stored.view(*rows, width // 32, 4, 4, 2).transpose(-2, -3).reshape(*rows, width).double()
+    acc = held * unit.double().repeat_interleave(64, -1)
+    weight = torch.exp2(row_max.double() - row_max[:, :active].amax(1, keepdim=True))[:, :active]
+    expected = (acc[:, :active] * weight[..., None]).sum(1) / (row_sum[:, :active] * weight).sum(1)[..., None]
+    expected = expected.view(heads_kv, q_len, group, width).transpose(1, 2).flatten(0, 1)[..., :v_head_dim]
+    torch.testing.assert_close(out[0].double(), expected, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 128), (128, 64)])
 def test_tiled_does_not_depend_on_its_tiles(block_m, block_n):
     config = tuning.TiledConfig(block_m, block_n, 4, 2, block_n, 1)

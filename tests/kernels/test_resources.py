@@ -108,5 +108,7 @@ def test_hopper_stores_no_value_alone(head_dim, name):
         assert name == "verify 16"
         return
     assert not {width for width in stores if width.endswith("16") and not width.startswith("v")}
-    wide = name == "prefill" and head_dim in (64, 128, 256)
-    assert (stores["v4.b32"] > 0) == wide, stores
+    # What splits leave is stored in 16 bytes, and results where there is room to exchange columns. (Maxima, sums and
+    # units are a dozen stores.)
+    assert stores["v4.b32"] > 0
+    assert (stores["b32"] <= 16) == (name == "prefill" and head_dim in (64, 128, 256)), stores

@@ -97,6 +97,18 @@ def test_decode_fills_the_gpu():
         assert tuning.choose_split_k(shape, limits).num_splits * shape.heads_kv >= limits.sm_count - 4
 
 
+@pytest.mark.parametrize("q_len", [1, 8])
+@pytest.mark.parametrize(
+    ("kv_len", "splits", "short"), [(4096, 32, 32), (32768, 32, 32), (131072, 33, 32), (None, 33, 32)]
+)
+def test_splits_are_even_unless_one_of_them_gets_more_keys(q_len, kv_len, splits, short):
+    """One of 33 splits of 131,072 keys of D = 512 has 125 tiles, one of 32 has 128."""
+    shape = AttentionShape(1, 32, 4, q_len, kv_len, 512, 512, torch.bfloat16)
+    choose = tuning.choose_split_k if q_len == 1 else tuning.choose_hopper_split_k
+    config = choose(shape, tuning.limits("sm_90"))
+    assert (config.num_splits, config.short_splits) == (splits, short)
+
+
 def test_short_keys_are_not_split_below_a_tile():
     shape = AttentionShape(1, 4, 4, 1, 50, 64, 64, torch.bfloat16)
     assert tuning.choose_split_k(shape, tuning.limits("sm_90")).num_splits == 1

@@ -10,8 +10,8 @@ from flashpte.export.lowering.cross_compile import cross_compile, find_arch
 from flashpte.kernels.hopper import _hopper_kernel
 
 INTEGERS = ("tiles_ptr", "counts_ptr")
-FLOATS = ("acc_ptr", "stats_ptr")
-RESULTS = ("out_ptr", *FLOATS)
+DTYPES = {"acc_ptr": torch.float16, "stats_ptr": torch.float32}
+RESULTS = ("out_ptr", *DTYPES)
 
 
 def written(single_split: bool) -> set[str]:
@@ -20,7 +20,7 @@ def written(single_split: bool) -> set[str]:
     for parameter in _hopper_kernel.params:
         name = parameter.name
         if name.endswith("_ptr"):
-            dtype = torch.int32 if name in INTEGERS else torch.float32 if name in FLOATS else torch.bfloat16
+            dtype = torch.int32 if name in INTEGERS else DTYPES.get(name, torch.bfloat16)
             tensors[name] = torch.empty(16, dtype=dtype)
         else:
             constants[name] = 0.1 if name == "scale" else 16
