@@ -99,6 +99,11 @@ def _unless_swept(refuses: Callable[[Case], str | None]) -> Callable[[Case], str
     return lambda case: _not_swept(case) or refuses(case)
 
 
+def _by_program(case: Case) -> object:
+    """Programs made beforehand are loaded in one process, which takes it a minute."""
+    return "made" if path_of(case).exists() else case.key
+
+
 def _by_rows(case: Case) -> object:
     return case.suite, case.shape_name, case.rows if case.suite == "verify" else None
 
@@ -107,5 +112,5 @@ RUNNERS = (
     Runner(POSITIONS, lambda case: None, by_positions, ours=True, group=_by_rows),
     Runner(TENSOR, _unless_swept(_few_with_tensor), by_tensor, ours=True, group=_by_rows),
     Runner(CAUSAL, _unless_swept(_causal_alone), by_flag, ours=True),
-    Runner(AOTI, _unless_swept(not_in_a_program), compiled, ours=True, group=lambda case: case.key, plain_only=True),
+    Runner(AOTI, _unless_swept(not_in_a_program), compiled, ours=True, group=_by_program, plain_only=True),
 )
