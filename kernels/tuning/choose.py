@@ -14,6 +14,9 @@ SPLIT_K_MAP_BLOCK_N = 64
 # From this many keys on, split-K kernels use two programs per multiprocessor instead of one.
 LONG_KEYS = 16384
 
+# The same for the kernel for Hopper, of which partial results are more bytes.
+_LONG_KEYS_OF_MANY_ROWS = 65536
+
 _MAX_SPLITS = 512
 
 # From this many results on, splits are combined by small programs.
@@ -220,7 +223,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     """Tiles for decode and verify.
 
     Rows: all ``L_q x group`` packed rows in one tile where the accumulator fits, so that keys are read once. Splits:
-    enough programs for one per multiprocessor on short buffers and two on long ones; with a dynamic L_kv, as for a
+    enough programs for one per multiprocessor, on long buffers of narrow heads for two; with a dynamic L_kv, as for a
     long one.
     """
     packed_rows = (shape.q_len or 16) * shape.group
@@ -236,15 +239,19 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     short_splits = max(1, arch.sm_count // parallel)
     splits = short_splits = _even(short_splits)
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
-        # A second program per multiprocessor helps where two fit beside each other. (Of the stages one is in registers,
-        # unless the matrix instructions of a warp group read it from shared memory.)
+        # A second program per multiprocessor helps where two fit beside each other and one has few bytes on their way.
+        # (Of the stages one is in registers, unless the matrix instructions of a warp group read it from shared
+        # memory.) With D = 128 one has enough: 50.1 us for 32,768 keys of an H100 instead of 51.1, and 51.1 instead of
+        # 52.7 for 4 rows.
         staged = stages if rows >= 64 else stages - 1
         needed = (staged * block_n * 2 + rows) * width * shape.dtype.itemsize
-        splits = max(1, (2 if 2 * needed <= arch.shared_memory_per_block else 1) * arch.sm_count // parallel)
+        two = width <= 64 and 2 * needed <= arch.shared_memory_per_block
+        splits = max(1, (2 if two else 1) * arch.sm_count // parallel)
     if shape.kv_len is not None:
         tiles = max(1, -(-shape.kv_len // block_n))
         splits = min(_even(splits, tiles), tiles)
-    warps = 8 if rows * width > 32 * 256 or rows >= 64 else 4
+    # 4 warps for 2 packed rows of D = 256 are 1% faster, 8 for 4 to 16 rows 4%.
+    warps = 8 if rows * width > 32 * 256 or rows >= 64 or (width == 256 and packed_rows >= 4) else 4
     # On an H200 two loops made D = 512 15 to 25% slower with 2 stages (registers), not with 3, and narrower heads up to
     # 25% faster.
     splits = min(splits, _MAX_SPLITS)
@@ -326,7 +333,7 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
 
     It is up to 1.8 times faster for many packed rows, and slower for up to 16, which fit in one tile of the other: 10.6
     instead of 9.3 us for 8 rows of D = 256 and 4,096 keys of an H100, 12.7 instead of 11.8 for 8 of D = 128. Splits:
-    one program per multiprocessor, which is all that fits.
+    one program per multiprocessor, which is all that fits, or for every second one.
     """
     width = max(padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim))
     packed_rows = (shape.q_len or 16) * shape.group
@@ -335,16 +342,21 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
     # A warp group's half of the columns is at least the 64 that are swizzled at a time.
     if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= 16:
         return None
-    # Of D = 512, 64 packed rows took 380 us for 131,072 keys of an H100 with three tiles of keys and two of values, 390
-    # with two and three; 128 rows for 32,768 keys 144 and 124.
-    wide_stages = (3, 2) if packed_rows <= 64 else (2, 3)
-    block_n, (stages, v_stages) = (32, wide_stages) if width > 256 else (64, (3, 3) if width > 128 else (4, 4))
+    # Tiles of keys and of values in shared memory. Of D = 512, 64 packed rows took 380 us for 131,072 keys of an H100
+    # with three and two, 390 with two and three; 128 rows for 32,768 keys 144 and 124. Of D = 256, 32 rows 31.3 with
+    # three and two and 32.1 with three of each, of D = 128 52.0 with three of each and 53.1 with four.
+    stages, v_stages = (3, 3) if width <= 128 else (3, 2) if width <= 256 or packed_rows <= 64 else (2, 3)
+    block_n = 32 if width > 256 else 64
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)
     splits = max(1, arch.sm_count // parallel)
     short_splits = _even(splits)
+    if short_splits > 32:
+        # Half of the multiprocessors read as fast, and leave half as much to combine: 64 rows of two heads of D = 256
+        # took 32.2 us for 32,768 keys of an H100 instead of 33.5, and 10.9 for 4,096 instead of 11.4.
+        short_splits = max(32, short_splits // 2)
     if shape.kv_len is not None:
         tiles = max(1, -(-shape.kv_len // block_n))
-        splits = min(_even(splits, tiles) if shape.kv_len >= LONG_KEYS else short_splits, tiles)
+        splits = min(_even(splits, tiles) if shape.kv_len >= _LONG_KEYS_OF_MANY_ROWS else short_splits, tiles)
     return HopperConfig(
         block_n,
         padded_head_dim(shape.v_head_dim) // 2,
@@ -353,5 +365,6 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
         share_rows=True,
         num_splits=splits,
         short_splits=min(short_splits, splits),
+        long_keys=_LONG_KEYS_OF_MANY_ROWS,
         more_v_stages=v_stages - stages,
     )
