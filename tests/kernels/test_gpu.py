@@ -239,7 +239,8 @@ def test_splits_leave_values_of_any_size(q_len, head_dim):
     spoiled = attend(value)
     assert spoiled[:, :4, :, 5].isposinf().all()
     spoiled[:, :4, :, 5] = plain[:, :4, :, 5]
-    assert torch.equal(spoiled, plain)
+    # The same but for rounding: the units of a row are others where that column had its largest value.
+    torch.testing.assert_close(spoiled, plain, rtol=2**-7, atol=2**-14)
 
 
 @pytest.mark.parametrize("dim_order", [(0, 2, 1, 3), (0, 1, 2, 3), (0, 1, 3, 2)])
