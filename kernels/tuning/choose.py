@@ -11,10 +11,10 @@ from flashpte.kernels.tuning.arch import GpuArch
 # Keys per tile of the map that split-K kernels walk; every split-K block_n divides it.
 SPLIT_K_MAP_BLOCK_N = 64
 
-# From this many keys on, split-K kernels use two programs per multiprocessor instead of one.
+# From this many keys on, all splits of split-K kernels work, and not only those for short contexts.
 LONG_KEYS = 16384
 
-# The same for the kernel for Hopper, of which partial results are more bytes.
+# The same for the kernel for Hopper, whose splits leave more bytes.
 _LONG_KEYS_OF_MANY_ROWS = 65536
 
 _MAX_SPLITS = 512
