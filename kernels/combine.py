@@ -75,15 +75,10 @@ def share_of(split, active, steps, full_steps, EDGE_WEIGHT: tl.constexpr):
 @triton.jit
 def _add_splits(
     state,
-    acc_ptr,
-    stats_ptr,
-    first_partial,
-    rows,
+    partials,  # acc_ptr, stats_ptr, first_partial and rows from one split to the next, dv, which number is the unit
     s,
     stored,
     active,
-    dv,
-    unit,
     WIDTH: tl.constexpr,
     STATS: tl.constexpr,
     EXP2_SCALE: tl.constexpr,
@@ -91,6 +86,7 @@ def _add_splits(
 ):
     """Adds splits ``s`` to ``state``: accumulator ``[DV]``, maximum, sum. Of ``stored`` there is memory to read."""
     out, row_max, total = state
+    acc_ptr, stats_ptr, first_partial, rows, dv, unit = partials
     partial = first_partial + s * rows
     stats = stats_ptr + partial * STATS
     split_max = tl.load(stats, mask=s < stored, other=float("-inf"))
@@ -161,40 +157,10 @@ def _combine_kernel(
     state = (tl.zeros([BLOCK_DV], tl.float32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32))
     # The first are read, as far as they are in memory, before it is known how many work: that takes as long.
     s = tl.arange(0, BLOCK_S)
-    unit = 2 + tl.program_id(2) * BLOCK_DV // SLICE
-    state = _add_splits(
-        state,
-        acc_ptr,
-        stats_ptr,
-        first_partial,
-        rows,
-        s,
-        num_splits,
-        active,
-        dv,
-        unit,
-        WIDTH,
-        STATS,
-        EXP2_SCALE,
-        HOPPER,
-    )
+    partials = (acc_ptr, stats_ptr, first_partial, rows, dv, 2 + tl.program_id(2) * BLOCK_DV // SLICE)
+    state = _add_splits(state, partials, s, num_splits, active, WIDTH, STATS, EXP2_SCALE, HOPPER)
     for first in range(BLOCK_S, active, BLOCK_S):
-        state = _add_splits(
-            state,
-            acc_ptr,
-            stats_ptr,
-            first_partial,
-            rows,
-            first + s,
-            active,
-            active,
-            dv,
-            unit,
-            WIDTH,
-            STATS,
-            EXP2_SCALE,
-            HOPPER,
-        )
+        state = _add_splits(state, partials, first + s, active, active, WIDTH, STATS, EXP2_SCALE, HOPPER)
     out, _, total = state
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     if HOPPER:

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashpte.kernels.hopper.work import start_of
+from flashpte.kernels.hopper.work import EACH_UP_TO, start_of
 
 
 @gluon.jit
@@ -53,14 +53,14 @@ def _masked(
 
 
 @gluon.jit
-def _give_back(empty, EACH: gl.constexpr):
-    """Tells the producer that this warp group has read a slot: as ``EACH`` of its threads, or as one.
+def _give_back(empty, BLOCK_D: gl.constexpr):
+    """Tells the producer that this warp group has read a slot: as each of its threads, or as one.
 
     One arrival for all takes a barrier among the threads first, of which two in every step cost 4% of a prefill of
     2,048 rows of D = 128. A thread that arrives as copies do needs none: it arrives when its copies have landed, and
     has none. With D = 512 steps are short, and 128 arrivals in each took 1 to 2% more than the barriers.
     """
-    if EACH:
+    if BLOCK_D <= EACH_UP_TO:
         async_copy.mbarrier_arrive(empty, increment_count=False)
     else:
         mbarrier.arrive(empty, count=1)
@@ -134,7 +134,6 @@ def _step(
     acc, p, row_max, row_sum = state
     _, k_full, v_full, k_empty, v_empty = barriers
     dtype: gl.constexpr = k_smem.dtype
-    EACH: gl.constexpr = q_smem.shape[1] <= 256
     slot = step % STAGES
     previous = (step - 1) % V_STAGES
     if EDGE:
@@ -145,7 +144,7 @@ def _step(
     s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
     acc = warpgroup_mma(p, v_smem.index(previous), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    _give_back(k_empty.index(slot), EACH)
+    _give_back(k_empty.index(slot), q_smem.shape[1])
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if EDGE:
@@ -156,7 +155,7 @@ def _step(
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
     acc, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc, p, p_next, row_sum])
-    _give_back(v_empty.index(previous), EACH)
+    _give_back(v_empty.index(previous), q_smem.shape[1])
     return acc * rescale[:, None], p_next, row_max, row_sum
 
 
@@ -315,7 +314,7 @@ def consumer(
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), s, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    _give_back(k_empty.index(0), q_smem.shape[1] <= 256)
+    _give_back(k_empty.index(0), q_smem.shape[1])
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if n_full == 0:

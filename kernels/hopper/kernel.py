@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashpte.kernels.hopper.consume import consumer
 from flashpte.kernels.hopper.produce import producer
-from flashpte.kernels.hopper.work import keys_of_tile, place
+from flashpte.kernels.hopper.work import EACH_UP_TO, keys_of_tile, place
 from flashpte.kernels.primitives import wait_for_earlier_kernels
 
 
@@ -137,7 +137,7 @@ def _hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     # Every thread of the producer arrives when its copies have landed; for the consumers see _give_back.
-    READERS: gl.constexpr = 256 if BLOCK_D <= 256 else 2
+    READERS: gl.constexpr = 2 * 128 if BLOCK_D <= EACH_UP_TO else 2
     mbarrier.init(q_full, count=128)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=128)

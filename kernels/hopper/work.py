@@ -9,6 +9,9 @@ from flashpte.kernels.primitives import tile_runs
 # Of tiles of keys that are not consecutive: no key that a step before the first would begin with.
 SCATTERED = gl.constexpr(-(1 << 31))
 
+# Up to this many columns of a query row every thread of a consumer gives a slot back, else one for all: see _give_back.
+EACH_UP_TO = gl.constexpr(256)
+
 
 @gluon.jit
 def place(kv_len, heads, row_tiles, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):

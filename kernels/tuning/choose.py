@@ -19,7 +19,7 @@ _LONG_KEYS_OF_MANY_ROWS = 65536
 
 _MAX_SPLITS = 512
 
-# From this many results on, splits are combined by small programs.
+# From this many results with D_v above 256 on, fewer splits are added in a step.
 _MANY_RESULTS = 65536
 
 # Prefill of few rows: into how many splits the keys may be cut, and from how many on.
@@ -236,8 +236,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     # The mask is loaded in a loop of its own, which is not pipelined.
     rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, 4, arch)
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
-    short_splits = max(1, arch.sm_count // parallel)
-    splits = short_splits = _even(short_splits)
+    splits = short_splits = _even(max(1, arch.sm_count // parallel))
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
         # A second program per multiprocessor helps where two fit beside each other and one has few bytes on their way.
         # (Of the stages one is in registers, unless the matrix instructions of a warp group read it from shared
