@@ -216,16 +216,20 @@ def _store_partial(acc, row_max, row_sum, row, first_row, n_rows, partial, WIDTH
     """Stores what a split computed for 64 rows: the accumulator as float16, and for each row maximum, sum and units.
 
     Columns are stored in the order in which the threads of a row hold them, so that each stores 16 bytes and exchanges
-    nothing: of each 32 the first thread has 0, 1, 8, 9, 16, 17, 24 and 25. The largest value, infinities aside, is 2^14
-    units; units go down to 2^-120, so that neither they nor their inverses overflow.
+    nothing: of each 32 the first thread has 0, 1, 8, 9, 16, 17, 24 and 25. Units are powers of two, so that a row's
+    largest value changes no bit of the others; it is 2^14 to 2^15 units, infinities aside. They go down to 2^-120, so
+    that neither they nor their inverses overflow.
     """
     acc_ptr, stats_ptr, unit_at = partial
     BLOCK_DV: gl.constexpr = acc.shape[1]
     ACC_LAYOUT: gl.constexpr = acc.type.layout
-    size = gl.abs(acc)
-    largest = gl.max(gl.where(size < float("inf"), size, 0.0), 1)
-    unit = gl.maximum(largest * 0.00006103515625, 7.52316384526264e-37)
-    stored = (acc * (1.0 / unit)[:, None]).to(gl.float16)
+    # Without the sign numbers are ordered as their bits are, and adding 1 to the exponent of what is no number carries
+    # it out: it becomes small.
+    size = acc.to(gl.uint32, bitcast=True) * 2 + 0x01000000
+    exponent = gl.maximum((gl.max(size, 1) >> 24).to(gl.int32) - 15, 7)
+    unit = (exponent << 23).to(gl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
+    stored = (acc * inverse[:, None]).to(gl.float16)
     stored = gl.reshape(stored, [64, BLOCK_DV // 32, 4, 4, 2])
     stored = _eight_in_a_row(gl.reshape(gl.permute(stored, [0, 1, 3, 2, 4]), [64, BLOCK_DV]))
     HELD: gl.constexpr = stored.type.layout
