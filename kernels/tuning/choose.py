@@ -341,10 +341,6 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
     # A warp group's half of the columns is at least the 64 that are swizzled at a time.
     if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= 16:
         return None
-    # Tiles of keys and of values in shared memory. Of D = 512, 64 packed rows took 380 us for 131,072 keys of an H100
-    # with three and two, 390 with two and three; 128 rows for 32,768 keys 144 and 124. Of D = 256, 32 rows 31.3 with
-    # three and two and 32.1 with three of each, of D = 128 52.0 with three of each and 53.1 with four.
-    stages, v_stages = (3, 3) if width <= 128 else (3, 2) if width <= 256 or packed_rows <= 64 else (2, 3)
     block_n = 32 if width > 256 else 64
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)
     splits = max(1, arch.sm_count // parallel)
@@ -353,9 +349,21 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
         # Half of the multiprocessors read as fast, and leave half as much to combine: 64 rows of two heads of D = 256
         # took 32.2 us for 32,768 keys of an H100 instead of 33.5, and 10.9 for 4,096 instead of 11.4.
         short_splits = max(32, short_splits // 2)
+    short_shares = False
     if shape.kv_len is not None:
         tiles = max(1, -(-shape.kv_len // block_n))
         splits = min(_even(splits, tiles) if shape.kv_len >= _LONG_KEYS_OF_MANY_ROWS else short_splits, tiles)
+        short_shares = tiles <= 8 * splits
+    # Tiles of keys and of values in shared memory. Of D = 512, 64 packed rows took 380 us for 131,072 keys of an H100
+    # with three and two, 390 with two and three; 128 rows for 32,768 keys 144 and 124. Of D = 256, 32 rows took 19.2
+    # for splits of 4 tiles with three and two, 19.8 with three of each; for splits of 16 tiles 33.5 and 30.5, 128 rows
+    # 36.4 and 32.8. Of D = 128, 128 rows took 12.8 for splits of 4 tiles with two and three, 13.1 with three of each.
+    if width <= 128:
+        stages, v_stages = 2, 3
+    elif width <= 256:
+        stages, v_stages = 3, 2 if short_shares else 3
+    else:
+        stages, v_stages = (3, 2) if packed_rows <= 64 else (2, 3)
     return HopperConfig(
         block_n,
         padded_head_dim(shape.v_head_dim) // 2,

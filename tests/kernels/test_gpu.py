@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -186,6 +187,9 @@ def test_tile_map_on_gpu_equals_its_reference():
             assert torch.equal(tiles.cpu()[listed], expected[0][listed])
 
 
+FEW_ROWS = (tuning.choose_split_k, tuning.choose_hopper_split_k)
+MANY_ROWS = (tuning.choose_tiled, tuning.choose_hopper)
+
 # Needs compute capability 9.0.
 HOPPER_TILES = (
     tuning.HopperConfig(128, 128, 3),
@@ -221,10 +225,31 @@ def test_results_do_not_depend_on_the_tiles():
         check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
 
 
+@pytest.mark.parametrize("q_len", [1, 4, 16, 300])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+def test_every_tile_of_the_table(q_len, head_dim):
+    """What the table says for this GPU and any length, group and batch, on one problem and its own splits."""
+    arch, tiles = tuning.current_arch(torch.device("cuda")), {}
+    for group, kv_len, batch in itertools.product((1, 2, 4, 8, 16), (128, 1000, 5000, 40000, 200000, None), (1, 2)):
+        shape = tuning.AttentionShape(batch, 4 * group, 4, q_len, kv_len, head_dim, head_dim, torch.bfloat16, 1)
+        for choose in FEW_ROWS if q_len <= 16 else MANY_ROWS:
+            config = choose(shape, arch)
+            if isinstance(config, tuning.TiledConfig):
+                tiles[config] = config
+            elif config is not None:
+                tiles[dataclasses.replace(config, num_splits=1, short_splits=1), config.num_splits > 1] = config
+    mask = "bool_context" if q_len < 300 else "bool_window"
+    p = build(Case(q_len, 1500, heads_q=16, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask=mask), "cuda")
+    launch = split_k.launch_split_k if q_len <= 16 else tiled.launch_tiled
+    assert tiles
+    for config in tiles.values():
+        check(p, launch(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
+
+
 @pytest.mark.parametrize("head_dim", [128, 256, 512])
 @pytest.mark.parametrize("q_len", [8, 16, 70])
 def test_splits_leave_values_of_any_size(q_len, head_dim):
-    """What the kernel for Hopper stores in units is exact for powers of two, and an infinity changes no other column."""
+    """What the kernel for Hopper stores is exact for powers of two, and an infinity changes no other column."""
     p = build(Case(q_len, 5000, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
     op = sdpa_verify if q_len <= 16 else sdpa_prefill
 
