@@ -1,4 +1,5 @@
 import pytest
+from harness import programs
 from harness.cases import SHAPES, SUITES, Case, choose
 from harness.inputs import ROTATED_BYTES, forms, rotations
 from harness.prepare import SWEEP, Job, plan
@@ -62,6 +63,15 @@ def test_jobs_cover_what_is_compiled_once():
         wanted = [case.key for case in CASES if runner.refuses(case) is None]
         assert sorted(mine) == sorted((key, i, runner.parts) for key in wanted for i in range(runner.parts))
     assert {case.key for job in jobs if job.runner == SWEEP for case in job.cases} == {c.key for c in choose(["other"])}
+
+
+def test_a_program_made_beforehand_is_no_job(tmp_path, monkeypatch):
+    monkeypatch.setenv(programs.VARIABLE, str(tmp_path))
+    runner, cases = RUNNERS["flashpte aoti"], choose(["decode"], "L=4096")
+    made, *others = [case for case in cases if runner.refuses(case) is None]
+    programs.path_of(made).parent.mkdir()
+    programs.path_of(made).touch()
+    assert [case for group in runner.groups(cases) for case in group] == others
 
 
 def test_a_job_travels_with_its_shapes():

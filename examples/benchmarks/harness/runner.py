@@ -44,7 +44,8 @@ class Runner:
         ours: whether it is ours, not a peer.
         parts: into how many processes compiling for one case is split; 0 where nothing is compiled.
         part: narrows this process down to its share ``(i, n)`` of what is compiled.
-        group: cases of one group are prepared in one process, because they share what is compiled.
+        group: cases of one group are prepared in one process, because they share what is compiled; ``None`` where there
+            is nothing to compile.
         plain_only: whether it is only timed in plain mode.
     """
 
@@ -58,9 +59,10 @@ class Runner:
     plain_only: bool = False
 
     def groups(self, cases: Iterable[Case]) -> list[list[Case]]:
-        """Cases that are run, by what they share."""
+        """Cases that are run and compiled for, by what they share."""
         found: dict[object, list[Case]] = {}
         for case in cases:
-            if self.refuses(case) is None:
-                found.setdefault(self.group(case), []).append(case)
+            group = self.group(case) if self.refuses(case) is None else None
+            if group is not None:
+                found.setdefault(group, []).append(case)
         return list(found.values())
