@@ -50,12 +50,17 @@ def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
     base, dim = tuning.choose_split_k(attention_shape(case), arch), case.shape.head_dim
     width = tuning.padded_head_dim(dim)
     if arch.capability == (9, 0) and width >= 128:
-        for block_n, stages in itertools.product((16, 32, 64) if wide else (32, 64), (2, 3, 4)):
+        # Tiles of keys and of values, that is how many of each are in shared memory.
+        slots = ((2, 2), (2, 3), (3, 2), (3, 3), (4, 4)) if wide else ((2, 2), (2, 3), (3, 2), (3, 3))
+        for block_n, (stages, v_stages) in itertools.product((16, 32, 64) if wide else (32, 64), slots):
             left = arch.shared_memory_per_block - 1024 - 64 * width * 2
-            if stages * block_n * 2 * width * 2 <= left:
+            if (stages + v_stages) * block_n * width * 2 <= left:
                 registers = tuning.hopper_registers(width)
                 splits = {"num_splits": base.num_splits, "short_splits": base.short_splits}
-                yield tuning.HopperConfig(block_n, width // 2, stages, *registers, share_rows=True, **splits)
+                more = v_stages - stages
+                yield tuning.HopperConfig(
+                    block_n, width // 2, stages, *registers, share_rows=True, more_v_stages=more, **splits
+                )
     sizes = ((16, 32, 64), (2, 4, 8), (2, 3, 4)) if wide else ((32, 64), (4, 8), (2, 3, 4))
     for block_n, warps, stages in itertools.product(*sizes):
         # 128 registers of a thread for the accumulator.
