@@ -71,7 +71,8 @@ def calls_of_program(inputs: Inputs, shared: tuple[torch.Tensor, ...]) -> Varian
     """The compiled program's calls, on rotating inputs."""
     sets = inputs.sets
     rounds = [[sets[(start + i) % len(sets)] for i in range(LAYERS)] for start in range(0, len(sets), LAYERS)]
-    # The loader itself: its Python front end parses the program's call convention in every call.
-    loader = torch._inductor.aoti_load_package(str(path_of(inputs.case))).loader
+    # The loader itself: its Python front end parses the program's call convention in every call, and before it loads
+    # one it finds out what this machine's processor can do by compiling for each of its extensions, for 50 seconds.
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path_of(inputs.case)), "model", False, 1, -1)
     flat = [[*(tensor for s in chosen for tensor in s), *shared] for chosen in rounds]
     return Variant([lambda i=i: loader.boxed_run(list(i)) for i in flat], lambda result: result[0], LAYERS)
