@@ -98,10 +98,10 @@ class HopperConfig:
     """Tiles of the kernel for Hopper: query rows by ``block_n`` keys, by columns of V.
 
     Each of two warp groups has 64 rows and ``block_dv`` columns. They have rows of their own, or with ``share_rows``
-    the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, at least
-    two: the next tile of keys is waited for before the last tile of values is given back; and ``more_v_stages`` of
-    values, which are held longer (fewer, if negative). With ``wide_stores`` 4 KB more let results be stored 16 bytes a
-    thread. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
+    the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, and
+    ``more_v_stages`` of values, which are held longer (fewer, if negative); at least two of either: the next tile is
+    waited for before the last tile of values is given back. With ``wide_stores`` 4 KB more let results be stored 16
+    bytes a thread. ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in
     :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; of prefill, as many of them are launched as give
     ``fill`` programs at most, and at least one.
     """
@@ -130,8 +130,9 @@ class HopperConfig:
         return 2 * self.block_dv if self.share_rows else self.block_dv
 
     def __post_init__(self) -> None:
-        if self.num_stages < 2:
-            raise ValueError(f"the kernel for Hopper needs at least two stages, got {self.num_stages}")
+        fewest = self.num_stages + min(0, self.more_v_stages)
+        if fewest < 2:
+            raise ValueError(f"the kernel for Hopper needs at least two stages of keys and of values, got {fewest}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,6 +82,12 @@ def test_hopper_tiles_of_few_rows_divide_the_map_and_fit():
     assert served
 
 
+@pytest.mark.parametrize(("stages", "more"), [(1, 0), (1, 1), (2, -1), (3, -2)])
+def test_hopper_kernel_with_one_stage_would_wait_for_ever(stages, more):
+    with pytest.raises(ValueError, match="at least two stages of keys and of values, got 1"):
+        tuning.HopperConfig(64, 128, stages, more_v_stages=more)
+
+
 def test_choices_are_frozen_and_repeatable():
     shape, arch = SHAPES[0], tuning.limits("sm_90")
     choice = tuning.choose_split_k(shape, arch)

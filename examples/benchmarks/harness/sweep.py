@@ -76,7 +76,8 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
     if hopper is not None:
         for block_n, stages in itertools.product((32, 64, 128) if wide else (64, 128), (2, 3, 4)):
             if map_n % block_n == 0 and _fits(block_n, stages, dim, arch):
-                yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages)
+                more = max(hopper.more_v_stages, 2 - stages)
+                yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages, more_v_stages=more)
     base = tuning.choose_tiled(shape, arch)
     for rows, block_n, stages in itertools.product(
         (64, 128) if wide else (128,), (32, 64, 128) if wide else (64, 128), (2, 3)
