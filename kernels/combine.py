@@ -7,8 +7,8 @@ A split leaves for every row its unnormalised accumulator, and its running maxim
 their log-sum-exp: a row whose mask is nothing but the dtype's minimum has a maximum of about -3.4e38, to which adding
 the logarithm of the sum changes nothing.) Of the split-K kernel all are float32. The kernel for Hopper is for many
 rows, where these bytes count (for 8 rows of D = 512 and 4,096 keys as many as those of the keys): it leaves the
-accumulator as float16, in units of about its largest value for each row and slice of columns, which adds an eighth to
-the rounding of a bfloat16 result.
+accumulator as float16, in units (powers of two) that the largest value of each row and slice of columns says, which
+adds an eighth to the rounding of a bfloat16 result.
 """
 
 from __future__ import annotations
