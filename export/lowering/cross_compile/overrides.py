@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import constants, dependent_launch, gluon, host_weights
+from flashpte.export.lowering.cross_compile import constants, dependent_launch, gluon, host_weights, kernel_code
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
@@ -216,8 +216,8 @@ TABLE: tuple[Override, ...] = (
     Override(
         "torch._higher_order_ops.triton_kernel_wrap:generate_ttir",
         "cannot make intermediate code of Gluon, or understand assembly: all arguments would count as written, and be "
-        "copied",
-        lambda target, original: dependent_launch.generate_ttir(gluon.generate_ttir(original)),
+        "copied; and makes it for every launch anew",
+        lambda target, original: kernel_code.remember(dependent_launch.generate_ttir(gluon.generate_ttir(original))),
     ),
     # Kernels that wait by themselves for those before them.
     Override(

@@ -1,0 +1,85 @@
+"""What Inductor learns of a kernel is learnt once for launches that are alike, and anew for others."""
+
+import sympy
+import torch
+import triton
+from torch._subclasses import FakeTensorMode
+from triton.runtime.autotuner import Autotuner
+
+from flashpte.export.lowering.cross_compile import kernel_code
+
+
+@triton.jit
+def _first(x_ptr, n, SIZE):
+    pass
+
+
+@triton.jit
+def _second(x_ptr, n, SIZE):
+    pass
+
+
+def tensor(dtype, *sizes):
+    with FakeTensorMode():
+        return torch.empty(sizes, dtype=dtype)
+
+
+def asked(*launches):
+    """How often the original is asked for launches ``(kernel, arguments)``; each answer must be its own."""
+    calls = []
+
+    def generate_ttir(kernel, kwargs, metadata):
+        calls.append((kernel, kwargs))
+        return (getattr(kernel, "fn", kernel), tuple(kwargs.items())), list(kwargs)
+
+    remembering = kernel_code.remember(generate_ttir)
+    for kernel, kwargs in launches:
+        module, names = remembering(kernel, dict(kwargs), {})
+        assert module[0] is getattr(kernel, "fn", kernel)
+        assert names == list(kwargs)
+        names.clear()  # a caller's own
+    return len(calls)
+
+
+def launch(kernel=_first, **changes):
+    return kernel, {"x_ptr": tensor(torch.float16, 4), "n": 4, "SIZE": 16, **changes}
+
+
+def test_launches_that_are_alike_ask_once():
+    assert asked(launch(), launch(), launch(x_ptr=tensor(torch.float16, 8, 8))) == 1
+    symbolic = [launch(n=sympy.Symbol(name)) for name in "ab"]
+    assert asked(*symbolic, launch()) == 2
+
+
+def test_whatever_the_code_depends_on_asks_again():
+    others = [
+        launch(_second),
+        launch(x_ptr=tensor(torch.float32, 4)),
+        launch(x_ptr=None),
+        launch(n=8),
+        launch(n=4.0),
+        launch(SIZE=1),
+        launch(SIZE=True),
+        launch(SIZE=torch.float16),
+        launch(SIZE=0.0),
+        launch(SIZE=-0.0),
+    ]
+    assert asked(launch(), *others, *others) == 1 + len(others)
+
+
+def configured(size, warps):
+    """A launch that names its number of warps, as PyTorch hands it on."""
+    kernel = Autotuner(_first, _first.arg_names, [triton.Config({"SIZE": size}, num_warps=warps)], [], None, None)
+    return kernel, {"x_ptr": tensor(torch.float16, 4), "n": 4}
+
+
+def test_a_launch_with_one_configuration_is_known_by_it():
+    assert asked(configured(16, 4), configured(16, 8)) == 1
+    assert asked(configured(16, 4), configured(32, 4)) == 2
+
+
+def test_what_is_not_understood_is_never_remembered():
+    real = launch(x_ptr=torch.empty(4, dtype=torch.float16))  # its address may count
+    assert asked(real, real) == 2
+    odd = launch(SIZE=object())
+    assert asked(odd, odd) == 2
