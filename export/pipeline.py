@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.garbage import fewer_collections
 from flashpte.export.lengths import (
     check_cache_size,
     check_verify_window,
@@ -218,6 +219,7 @@ def load_weights(plan: ExportPlan) -> None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 
 
+@fewer_collections()
 def export_programs(
     plan: ExportPlan, *, trace_only: bool = False, progress: Progress | None = None
 ) -> dict[str, ExportedProgram]:

@@ -17,6 +17,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flashpte.export.errors import ExportError
+from flashpte.export.garbage import fewer_collections
 from flashpte.export.lowering.aot_inductor import PT2_NAME, write_pt2
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
 from flashpte.export.lowering.executorch import (
@@ -56,6 +57,7 @@ class LoweredModel:
     manifest: Mapping[str, Any]
 
 
+@fewer_collections()
 def lower(
     programs: Mapping[str, ExportedProgram],
     *,
