@@ -59,6 +59,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("coordinate_descent_tuning", False, "decides by benchmark"),
     Setting("aot_inductor.allow_stack_allocation", False, "ExecuTorch's runtime has no shim for it"),
     Setting("aot_inductor.precompile_headers", False, "they are kept in a shared folder, and save nothing here"),
+    Setting(
+        "cpp_cache_precompile_headers", False, "defines a macro that includes more headers, worth precompiling only"
+    ),
 )
 
 

@@ -164,6 +164,8 @@ class ReproducibleFlags:
             compiler, *arguments = (*find_compiler(), *arguments)
         if platform.machine() == "x86_64":  # Inductor's default is the build machine's own instruction set
             arguments = [f"-march={HOST_MARCH}" if a == "-march=native" else a for a in arguments]
+        # Line numbers, which the linker drops with the symbol table.
+        arguments = [argument for argument in arguments if argument != "-g1"]
         if "-shared" in arguments and "-c" not in arguments:
             # The symbol table is dropped because it names temporary files; the dynamic one stays. Some distributions
             # bind all symbols at load time by default; PyTorch's headers mention functions that are never called
