@@ -37,10 +37,11 @@ check-tools:
 	  { echo "the venv module of $(PYTHON) is missing: install it (Debian: apt install python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is missing: install it (Debian: apt install g++)"; exit 1; }
 
+# --no-compile: of the 20,000 modules that are installed, Python compiles those that are used when they are first used.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | check-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 $(VENV)/.linters: $(VENV)/.installed
