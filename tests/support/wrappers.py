@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
+import functools
 import math
 import operator
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch.export import ExportedProgram
 
+from flashpte.export.lowering import api
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch, overrides
 from flashpte.export.lowering.executorch import write_pte
 
 
 class HaveSource(Exception):
     """Stops a lowering once its wrapper was generated, before minutes of C++."""
+
+
+@functools.cache
+def _compiled_kernels() -> Path:
+    """A folder for the kernels that Triton compiled: the wrapper does not depend on who compiled them, or when."""
+    folder = Path(tempfile.mkdtemp(prefix="flashpte-kernels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def keeping_wrappers() -> Iterator[list[str]]:
+    """Inside, ``lower`` appends the wrapper of each method to the list, and goes on."""
+    sources: list[str] = []
+
+    def keeping(arch, scratch, package, restore_views, on_wrapper):
+        def keep(source):
+            sources.append(source)
+            on_wrapper(source)
+
+        (scratch / "triton").symlink_to(_compiled_kernels())
+        return cross_compile(arch, scratch, package, restore_views, keep)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "cross_compile", keeping)
+        yield sources
 
 
 def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool = True, name: str = "sm_90") -> str:
@@ -28,6 +61,7 @@ def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool 
         raise HaveSource
 
     arch = find_arch(name)
+    (scratch / "triton").symlink_to(_compiled_kernels())  # where the lowering lets Triton keep them
     with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", restore_views, keep):
         write_pte({"forward": program}, scratch, "flashpte", {})
     if not sources:

@@ -112,3 +112,17 @@ def contents(lowered):
     from flashpte.export.lowering import inspect_pte
 
     return inspect_pte(lowered.model)
+
+
+@pytest.fixture
+def cxx(tmp_path, monkeypatch):
+    """Sets CXX to two words, of which the first runs the rest and leaves a mark."""
+    from flashpte.export.lowering.cross_compile.toolchain import find_compiler
+
+    wrapper = tmp_path / "wrapper"
+    wrapper.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls\nexec "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper} g++")
+    find_compiler.cache_clear()
+    yield wrapper
+    find_compiler.cache_clear()

@@ -21,7 +21,7 @@ class Declined(torch.nn.Module):
         return dropped + F.scaled_dot_product_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)
 
 
-def test_declined_attention_still_lowers(tmp_path):
+def test_declined_attention_still_lowers_by_a_compiler_of_two_words(cxx, tmp_path):
     args = tuple(torch.randn(1, 4, 64, 64, dtype=torch.bfloat16) for _ in range(3))
     program, report = replace_sdpa(torch.export.export(Declined(), args))
     assert [("dropout" in n.reason, "stride" in n.reason) for n in report.declined] == [(True, False), (False, True)]
@@ -30,3 +30,4 @@ def test_declined_attention_still_lowers(tmp_path):
     kernels = {kernel for cubin in method.library.cubins for kernel in cubin.kernels}
     assert kernels
     assert not kernels & (executorch_kernels() | {"_tiled_kernel", "_hopper_kernel", "_split_k_kernel"})
+    assert (tmp_path / "calls").read_text().count("g++") >= 2

@@ -13,7 +13,7 @@ from flashpte.export.lowering.cross_compile.toolchain import find_triton_tool
 from flashpte.kernels import split_k
 from flashpte.passes import replace_sdpa
 
-pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("dependent launch")]
+pytestmark = pytest.mark.lowering
 
 
 class DecodeBetween(torch.nn.Module):
@@ -49,6 +49,7 @@ def launches(source: str) -> dict[str, bool]:
     return {kernel: helper == "launchDependentKernel" for helper, kernel in found}
 
 
+@pytest.mark.xdist_group("dependent launch")
 def test_attention_is_launched_dependent_where_the_arch_can_and_nothing_else_is(wrapper):
     arch, source = wrapper
     found = launches(source)
@@ -88,6 +89,7 @@ def instructions(cubin: bytes, folder) -> list[str]:
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", text)
 
 
+@pytest.mark.xdist_group("lowered")
 @pytest.mark.parametrize("method", ["decode", "prefill"])
 def test_what_is_embedded_waits_before_it_reads(contents, tmp_path, method):
     """A dependent launch of a kernel that does not wait would read what is not written yet, now and then."""

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from dynamic_attention import HEAD_DIM, HEADS, HEADS_KV, KEYS, LONGEST, dynamic_program
-from wrappers import allocated, wrapper_source
+from wrappers import allocated, keeping_wrappers, wrapper_source
 
 from flashpte.export.lowering import inspect_pte, lower
 from flashpte.export.lowering.cross_compile import overrides
@@ -28,15 +28,28 @@ def program():
 
 
 @pytest.fixture(scope="module")
-def source(program, tmp_path_factory):
-    return wrapper_source(program, tmp_path_factory.mktemp("wrapper"))
+def described(program):
+    """Before anything compiles the program."""
+    return describe_method(program)
 
 
-def test_one_method_holds_both_kernels_once(program, tmp_path):
-    described = describe_method(program)
-    lowered = lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")  # with its self check
+@pytest.fixture(scope="module")
+def lowered_and_source(program, described, tmp_path_factory):
+    with keeping_wrappers() as sources:
+        lowered = lower({"forward": program}, output_dir=tmp_path_factory.mktemp("dispatch") / "out", arch="sm_90")
+    (source,) = sources
+    return lowered, source
+
+
+@pytest.fixture(scope="module")
+def source(lowered_and_source):
+    return lowered_and_source[1]
+
+
+def test_one_method_holds_both_kernels_once(described, lowered_and_source):
+    lowered, _ = lowered_and_source  # with its self check
     assert lowered.manifest["methods"]["forward"] == described  # the range asked for, whatever compiling made of it
-    (method,) = inspect_pte(tmp_path / "out" / "model.pte").methods.values()
+    (method,) = inspect_pte(lowered.model).methods.values()
     kernels = [kernel for cubin in method.library.cubins for kernel in cubin.kernels]
     # Compiled once for each form of mask.
     for name in ("_split_k_kernel", "_hopper_kernel"):
