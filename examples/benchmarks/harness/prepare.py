@@ -24,7 +24,7 @@ from harness.cases import SHAPES, Case, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = "sweep"  # tiles of our own kernels, beside the runners
-SWEEP_PARTS = {True: 8, False: 4}  # of many rows, whose kernels take long to compile, and of few
+SWEEP_PARTS = 4
 FINISHED = "finished\n"
 
 
@@ -66,9 +66,7 @@ def plan(runners, cases: list[Case], sweeps: list[Case]) -> list[Job]:
     for runner in runners:
         for group in runner.groups(cases):
             jobs += [Job(runner.label, tuple(group), (i, runner.parts)) for i in range(runner.parts)]
-    for case in sorted(sweeps, key=lambda case: not case.prefills):
-        parts = SWEEP_PARTS[case.prefills]
-        jobs += [Job(SWEEP, (case,), (i, parts)) for i in range(parts)]
+    jobs += [Job(SWEEP, (case,), (i, SWEEP_PARTS)) for case in sweeps for i in range(SWEEP_PARTS)]
     order = {"flashinfer": 0, "flashpte aoti": 1, SWEEP: 4}
     ours = {runner.label for runner in runners if runner.ours}
     return sorted(jobs, key=lambda job: (order.get(job.runner, 2 if job.runner in ours else 3), -len(job.cases)))
