@@ -224,13 +224,13 @@ TABLE: tuple[Override, ...] = (
         "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
         "has no helper that launches a kernel beside the end of the one before",
         lambda target, original: dependent_launch.kernel_driver(original),
-        checked=("2.11", "2.13"),
+        checked=("2.11", "2.13", "2.14"),
     ),
     Override(
         "torch._inductor.codegen.cpp_wrapper_gpu:DeferredTritonCallWrapper.generate_launch_kernel",
         "launches every kernel after the end of the one before: 0.5 to 1 us that an attention kernel need not wait",
         lambda target, original: dependent_launch.generate_launch_kernel(original),
-        checked=("2.11", "2.13"),
+        checked=("2.11", "2.13", "2.14"),
     ),
     # Dynamic sizes.
     Override(

@@ -17,7 +17,7 @@ import torch
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags
 from flashpte.kernels.tuning import GpuArch
 
-CHECKED = ("2.11", "2.13", "2.15")
+CHECKED = ("2.11", "2.13", "2.14", "2.15")
 
 
 @dataclasses.dataclass
