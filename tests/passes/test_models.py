@@ -25,7 +25,7 @@ def executorch_gemma4(layers: int):
     return Gemma4_31B(Gemma4_31BConfig(**sizes)).eval()
 
 
-@pytest.mark.parametrize(("rows", "layers"), [(1, 12), (5, 12), (None, 12)])
+@pytest.mark.parametrize(("rows", "layers"), [(1, 12), (5, 12), (None, 60)])
 def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
     """Both proven: one map for the sliding layers, one for each sixth, which is full, and no mask tensor."""
     model, length = executorch_gemma4(layers), rows or 6
