@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextvars
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import triton
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashpte.kernels import tuning
@@ -87,6 +89,23 @@ def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
     """
     dependent = all_of_triton(tensor) and tuning.current_arch(tensor.device).capability >= (9, 0)
     return {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent and _is_data(tensor) else {})}
+
+
+def launch_with_scratch(launch: Callable[[], None], tensor: torch.Tensor) -> None:
+    """Calls ``launch``, of a kernel that needs global memory of its own; a launch now takes it from PyTorch.
+
+    Triton asks the allocator of the current context, and has none: in a copy of the context nobody else's is replaced.
+    (In a lowered program the program allocates it.)
+    """
+    if not _is_data(tensor):
+        launch()
+        return
+
+    def in_own_context() -> None:
+        triton.set_allocator(lambda size, alignment, stream: tensor.new_empty(size, dtype=torch.int8))
+        launch()
+
+    contextvars.copy_context().run(in_own_context)
 
 
 def copies_in_16_bytes(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flashpte.kernels.launch import (
     cdiv,
     copies_in_16_bytes,
     dependent_launch,
+    launch_with_scratch,
     static_int,
 )
 
@@ -75,7 +77,8 @@ def launch_hopper(
     slices = cdiv(v_head_dim, config.columns)
     programs = cdiv(q_len * pack, config.block_m) * slices * (heads_q // pack) * batch
     grid = (programs * enabled, 1, num_splits)
-    wrap_triton(_hopper_kernel)[grid](
+    launch = functools.partial(
+        wrap_triton(_hopper_kernel)[grid],
         query,
         key,
         value,
@@ -105,6 +108,7 @@ def launch_hopper(
         STATS=partials.numbers,
         BLOCK_N=config.block_n,
         SHARE_ROWS=config.share_rows,
+        TMA=config.tma,
         SINGLE_SPLIT=static_int(num_splits) == 1,
         LONG_KEYS=config.long_keys,
         STAGES=config.num_stages,
@@ -118,3 +122,7 @@ def launch_hopper(
         num_warps=4,
         **dependent_launch(query),
     )
+    if config.tma:
+        launch_with_scratch(launch, query)
+    else:
+        launch()

@@ -3,12 +3,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flashpte.kernels.hopper.work import start_of
+from flashpte.kernels.hopper.work import FIRST_TILES, start_of
 
-# Triton 3.9 has another name for it.
+# Triton 3.9 has another name for it, and for a tile's copy 3.8.
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -31,6 +32,14 @@ def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr,
 
 
 @gluon.jit
+def _copy_by_map(tensor_map, first, full, smem):
+    """Copies a tile by one instruction. Its arrival at ``full`` stands for those of all threads of the producer."""
+    mbarrier.expect(full, tensor_map.block_type.nbytes)
+    mbarrier.arrive(full, count=127)
+    load_tile(tensor_map, [first, 0], full, smem)
+
+
+@gluon.jit
 def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: gl.constexpr, CHECK_COLS: gl.constexpr):
     """Copies 64 packed rows to ``smem [64, cols]``: row ``r`` is position ``r // PACK`` of head ``r % PACK``."""
     CHUNK: gl.constexpr = 16
@@ -45,6 +54,62 @@ def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: 
 
 
 @gluon.jit
+def _copy_tiles(
+    steps,  # from, to
+    start,  # first key of the first of them
+    visited,  # tiles, first_step, full_base, partial_base, n_full, n_listed: see keys_of_tile
+    keys,
+    smem,
+    barriers,
+    v_width,
+    maps,  # of keys and values, with TMA
+    TMA: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    CHECK_DV: gl.constexpr,
+    MAP_BLOCK_N: gl.constexpr,
+    MAPPED: gl.constexpr,
+    SHARE_ROWS: gl.constexpr,
+):
+    """Copies tiles of keys and values, each as soon as its slot is free; returns the first key of the tile behind."""
+    k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
+    _, _, k_smem, v0_smem, v1_smem = smem
+    _, k_full, v_full, k_empty, v_empty = barriers
+    tiles, first_step, full_base, partial_base, n_full, n_listed = visited
+    k_map, v_map = maps
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_D: gl.constexpr = k_smem.shape[2]
+    V_STAGES: gl.constexpr = v0_smem.shape[0]
+    BLOCK_DV: gl.constexpr = v0_smem.shape[2]
+    COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    d = gl.arange(0, BLOCK_D, layout=COLS)
+    dv = gl.arange(0, BLOCK_DV, layout=COLS)
+    for step in range(steps[0], steps[1]):
+        # Read ahead: the copies would wait for it.
+        base = gl.where(step + 1 < n_full, full_base, partial_base)
+        after = start_of((tiles, first_step, base), step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        slot = step % STAGES
+        mbarrier.wait(k_empty.index(slot), ((step // STAGES) & 1) ^ 1)
+        if TMA:
+            _copy_by_map(k_map, start, k_full.index(slot), k_smem.index(slot))
+        else:
+            _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, BLOCK_D != HEAD_DIM)
+            async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+        v_slot = step % V_STAGES
+        mbarrier.wait(v_empty.index(v_slot), ((step // V_STAGES) & 1) ^ 1)
+        if TMA:
+            _copy_by_map(v_map, start, v_full.index(v_slot), v0_smem.index(v_slot))
+        else:
+            _copy_rows(v0_smem.index(v_slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
+            if SHARE_ROWS:
+                more, width = v_ptr + BLOCK_DV, v_width - BLOCK_DV
+                _copy_rows(v1_smem.index(v_slot), more, stride_vn, start, kv_len, dv, width, BLOCK_N, CHECK_DV)
+            async_copy.mbarrier_arrive(v_full.index(v_slot), increment_count=False)
+        start = after
+    return start
+
+
+@gluon.jit
 def producer(
     first_row,
     visit,  # which keys: see keys_of_tile
@@ -56,26 +121,26 @@ def producer(
     v_width,
     PACK: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
     CHECK_DV: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
     MAPPED: gl.constexpr,
     SHARE_ROWS: gl.constexpr,
-    STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
+    TMA: gl.constexpr,
 ):
-    """Copies the query rows once, then every visited tile of keys and values as soon as its slot is free."""
-    CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
-    COLS: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    """Copies the query rows once, then every visited tile of keys and values.
+
+    With ``TMA`` one instruction copies a tile by a map of the tensor. Every program makes its own maps, since a lowered
+    program cannot pass any. That takes 0.7 us, in which the first tiles are already on their way: they are copied as
+    without.
+    """
     q_ptr, stride_qh, stride_qm, n_rows = query
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
-    q0, q1, k_smem, v0_smem, v1_smem = smem
-    q_full, k_full, v_full, k_empty, v_empty = barriers
+    q0, q1, k_smem, v_smem, _ = smem
     first_step, n_full, n_listed, full_base, partial_base, _ = visit
-    d = gl.arange(0, BLOCK_D, layout=COLS)
-    dv = gl.arange(0, BLOCK_DV, layout=COLS)
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_D: gl.constexpr = k_smem.shape[2]
+    CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
     n_steps = n_listed
     if MAPPED:
         # Where there is nothing to see, one tile of it is looked at.
@@ -85,20 +150,44 @@ def producer(
     _copy_query(q0, q_ptr, stride_qm, stride_qh, first_row, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     if not SHARE_ROWS:
         _copy_query(q1, q_ptr, stride_qm, stride_qh, first_row + 64, n_rows, d, HEAD_DIM, PACK, CHECK_D)
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
-    for step in range(n_steps):
-        # Read ahead: the copies would wait for it.
-        base = gl.where(step + 1 < n_full, full_base, partial_base)
-        after = start_of((tiles, first_step, base), step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
-        slot = step % STAGES
-        mbarrier.wait(k_empty.index(slot), ((step // STAGES) & 1) ^ 1)
-        _copy_rows(k_smem.index(slot), k_ptr, stride_kn, start, kv_len, d, HEAD_DIM, BLOCK_N, CHECK_D)
-        async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-        v_slot = step % V_STAGES
-        mbarrier.wait(v_empty.index(v_slot), ((step // V_STAGES) & 1) ^ 1)
-        _copy_rows(v0_smem.index(v_slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
-        if SHARE_ROWS:
-            more, width = v_ptr + BLOCK_DV, v_width - BLOCK_DV
-            _copy_rows(v1_smem.index(v_slot), more, stride_vn, start, kv_len, dv, width, BLOCK_N, CHECK_DV)
-        async_copy.mbarrier_arrive(v_full.index(v_slot), increment_count=False)
-        start = after
+    async_copy.mbarrier_arrive(barriers[0], increment_count=False)
+    visited = (tiles, first_step, full_base, partial_base, n_full, n_listed)
+    n_first = gl.minimum(n_steps, FIRST_TILES) if TMA else n_steps
+    start = _copy_tiles(
+        (0, n_first),
+        start,
+        visited,
+        keys,
+        smem,
+        barriers,
+        v_width,
+        (k_ptr, v_ptr),
+        False,
+        HEAD_DIM,
+        CHECK_DV,
+        MAP_BLOCK_N,
+        MAPPED,
+        SHARE_ROWS,
+    )
+    if TMA:
+        # Beyond the context and the columns they read zeros.
+        K_TILE: gl.constexpr = [BLOCK_N, BLOCK_D]
+        V_TILE: gl.constexpr = [BLOCK_N, v_smem.shape[2]]
+        k_map = tma.make_tensor_descriptor(k_ptr, [kv_len, HEAD_DIM], [stride_kn, 1], K_TILE, k_smem.index(0).layout)
+        v_map = tma.make_tensor_descriptor(v_ptr, [kv_len, v_width], [stride_vn, 1], V_TILE, v_smem.index(0).layout)
+        _copy_tiles(
+            (n_first, n_steps),
+            start,
+            visited,
+            keys,
+            smem,
+            barriers,
+            v_width,
+            (k_map, v_map),
+            True,
+            HEAD_DIM,
+            CHECK_DV,
+            MAP_BLOCK_N,
+            MAPPED,
+            SHARE_ROWS,
+        )

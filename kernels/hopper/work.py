@@ -12,6 +12,9 @@ SCATTERED = gl.constexpr(-(1 << 31))
 # Up to this many columns of a query row every thread of a consumer gives a slot back, else one for all: see _give_back.
 EACH_UP_TO = gl.constexpr(256)
 
+# So many tiles of keys and of values are copied without tensor maps: what shared memory holds while those are made.
+FIRST_TILES = gl.constexpr(2)
+
 
 @gluon.jit
 def place(kv_len, heads, row_tiles, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):

@@ -142,6 +142,23 @@ def test_large_scores_do_not_overflow():
         check(p, op(p.query, p.key, p.value, p.mask, None, None, False, p.scale, [0, 2, 1, 3]))
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+@pytest.mark.parametrize("kv_len", [1, 7, 130, 3000])
+def test_prefill_of_keys_that_lie_in_memory_in_any_way(kv_len, head_dim):
+    """One row for all keys, heads inside of rows, wider rows, a cache that is longer and has no numbers behind them."""
+    p = build(Case(200, kv_len, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask="none"), "cuda")
+    one_row = [x[:, :, :1].expand_as(x) for x in (p.key, p.value)]
+    heads_inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.key, p.value)]
+    wider = [
+        torch.nn.functional.pad(x, (16, 48), value=float("nan"))[..., 16 : 16 + head_dim] for x in (p.key, p.value)
+    ]
+    behind = (0, 0, 0, 100)
+    longer = [torch.nn.functional.pad(x, behind, value=float("nan"))[:, :, :kv_len] for x in (p.key, p.value)]
+    for key, value in (one_row, heads_inside, wider, longer):
+        found = sdpa_prefill(p.query, key, value, None, None, None, False, p.scale, [0, 2, 1, 3])
+        check(dataclasses.replace(p, key=key, value=value), found)
+
+
 def test_masked_values_are_never_read():
     """NaN in the values of every fully masked key tile must not reach the result."""
     for case in (Case(1, 1000, mask="bool_ring"), Case(5, 1000, mask="bool_ring"), Case(200, 1000, mask="bool_window")):
@@ -198,6 +215,9 @@ HOPPER_TILES = (
     tuning.HopperConfig(64, 64, 3),
     tuning.HopperConfig(64, 128, 3, wide_stores=True),
     tuning.HopperConfig(32, 64, 4, wide_stores=True),
+    tuning.HopperConfig(128, 128, 2, tma=True),
+    tuning.HopperConfig(64, 128, 3, more_v_stages=-1, tma=True),
+    tuning.HopperConfig(32, 64, 4, wide_stores=True, tma=True),
 )
 HOPPER_TILES_OF_FEW_ROWS = tuple(
     tuning.HopperConfig(n, 64, stages, share_rows=True, num_splits=splits, short_splits=splits)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from triton.runtime import _allocation
 
 from flashpte.kernels import combine, split_k, tiled, tuning
 from flashpte.kernels.hopper import launch as hopper_launch
+from flashpte.kernels.launch import launch_with_scratch
 
 
 @pytest.fixture
@@ -67,6 +69,14 @@ def test_rows_that_do_not_end_at_a_multiple_of_16_bytes_are_left_to_triton(launc
     attend(launch, 1, 2, q_len, head_dim=99, width=112, group=4)
     attend(launch, 1, 2, q_len, head_dim=104, width=112, group=4)
     assert [name for name, _ in launches if name != "_combine_kernel"] == [other, "_hopper_kernel"]
+
+
+def test_memory_for_tensor_maps_comes_from_pytorch_and_nobody_elses_allocator_is_replaced():
+    found = []
+    outside = _allocation._allocator.get()
+    launch_with_scratch(lambda: found.append(_allocation._allocator.get()(256, 128, None)), torch.empty(1))
+    assert (found[0].shape, found[0].dtype) == ((256,), torch.int8)
+    assert _allocation._allocator.get() is outside
 
 
 def test_keys_of_a_causal_mask_are_not_split(launches):

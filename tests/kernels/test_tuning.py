@@ -88,6 +88,11 @@ def test_hopper_kernel_with_one_stage_would_wait_for_ever(stages, more):
         tuning.HopperConfig(64, 128, stages, more_v_stages=more)
 
 
+def test_warp_groups_that_share_rows_copy_without_tensor_maps():
+    with pytest.raises(ValueError, match="does not copy by tensor maps where warp groups share rows"):
+        tuning.HopperConfig(64, 128, 3, share_rows=True, tma=True)
+
+
 def test_choices_are_frozen_and_repeatable():
     shape, arch = SHAPES[0], tuning.limits("sm_90")
     choice = tuning.choose_split_k(shape, arch)

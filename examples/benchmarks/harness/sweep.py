@@ -74,6 +74,7 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
     map_n = tuning.tiled_map_block(dim, dim)[1]
     hopper = tuning.choose_hopper(shape, arch)
     if hopper is not None:
+        yield dataclasses.replace(hopper, tma=not hopper.tma)
         for block_n, stages in itertools.product((32, 64, 128) if wide else (64, 128), (2, 3, 4)):
             if map_n % block_n == 0 and _fits(block_n, stages, dim, arch):
                 more = max(hopper.more_v_stages, 2 - stages)

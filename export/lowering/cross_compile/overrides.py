@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import constants, dependent_launch, gluon, host_weights, kernel_code
+from flashpte.export.lowering.cross_compile import (
+    constants,
+    dependent_launch,
+    gluon,
+    host_weights,
+    kernel_code,
+    scratch,
+)
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
 from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
@@ -230,6 +237,12 @@ TABLE: tuple[Override, ...] = (
         "torch._inductor.codegen.cpp_wrapper_gpu:DeferredTritonCallWrapper.generate_launch_kernel",
         "launches every kernel after the end of the one before: 0.5 to 1 us that an attention kernel need not wait",
         lambda target, original: dependent_launch.generate_launch_kernel(original),
+        checked=("2.11", "2.13", "2.14"),
+    ),
+    Override(
+        "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.cpp_scratch",
+        "2.11 allocates for all programs of a launch what one needs for itself: they would write behind it",
+        lambda target, original: scratch.cpp_scratch(original),
         checked=("2.11", "2.13", "2.14"),
     ),
     # Dynamic sizes.
