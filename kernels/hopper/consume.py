@@ -138,7 +138,7 @@ def _step(
     previous = (step - 1) % V_STAGES
     if EDGE:
         start = start_of(visited, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
-    # Copies write shared memory as ordinary stores do, matrix instructions read it through another proxy.
+    # Copies but those by TMA write shared memory as ordinary stores do, matrix instructions read it by another proxy.
     fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)

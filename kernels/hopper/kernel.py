@@ -137,7 +137,8 @@ def _hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
-    # Every thread of the producer arrives when its copies have landed; for the consumers see _give_back.
+    # Every thread of the producer arrives when its copies have landed, or one for all (_copy_by_map); for the consumers
+    # see _give_back.
     READERS: gl.constexpr = 2 * 128 if BLOCK_D <= EACH_UP_TO else 2
     mbarrier.init(q_full, count=128)
     for i in gl.static_range(STAGES):

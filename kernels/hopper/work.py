@@ -12,7 +12,8 @@ SCATTERED = gl.constexpr(-(1 << 31))
 # Up to this many columns of a query row every thread of a consumer gives a slot back, else one for all: see _give_back.
 EACH_UP_TO = gl.constexpr(256)
 
-# So many tiles of keys and of values are copied without tensor maps: what shared memory holds while those are made.
+# So many tiles of keys and of values are copied without tensor maps, while those are made: any choice of tiles has room
+# for them.
 FIRST_TILES = gl.constexpr(2)
 
 

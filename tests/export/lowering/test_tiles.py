@@ -76,4 +76,7 @@ def test_prefill(compiled):
         config.num_stages,
         config.consumer_registers,
     )
+    assert constants["V_STAGES"] == config.num_stages + config.more_v_stages
+    assert constants["WIDE_STORES"] == config.wide_stores
+    assert constants["TMA"] == config.tma
     assert warps == 12  # two warp groups that compute and one that copies
