@@ -57,11 +57,7 @@ def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: 
 def _copy_tiles(
     steps,  # from, to
     start,  # first key of the first of them
-    visited,  # tiles, first_step, full_base, partial_base, n_full, n_listed: see keys_of_tile
-    keys,
-    smem,
-    barriers,
-    v_width,
+    given,  # visited (tiles, first_step, full_base, partial_base, n_full, n_listed), keys, smem, barriers, v_width
     maps,  # of keys and values, with TMA
     TMA: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -71,6 +67,7 @@ def _copy_tiles(
     SHARE_ROWS: gl.constexpr,
 ):
     """Copies tiles of keys and values, each as soon as its slot is free; returns the first key of the tile behind."""
+    visited, keys, smem, barriers, v_width = given
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     _, _, k_smem, v0_smem, v1_smem = smem
     _, k_full, v_full, k_empty, v_empty = barriers
@@ -152,42 +149,15 @@ def producer(
         _copy_query(q1, q_ptr, stride_qm, stride_qh, first_row + 64, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     async_copy.mbarrier_arrive(barriers[0], increment_count=False)
     visited = (tiles, first_step, full_base, partial_base, n_full, n_listed)
+    given = (visited, keys, smem, barriers, v_width)
     n_first = gl.minimum(n_steps, FIRST_TILES) if TMA else n_steps
-    start = _copy_tiles(
-        (0, n_first),
-        start,
-        visited,
-        keys,
-        smem,
-        barriers,
-        v_width,
-        (k_ptr, v_ptr),
-        False,
-        HEAD_DIM,
-        CHECK_DV,
-        MAP_BLOCK_N,
-        MAPPED,
-        SHARE_ROWS,
-    )
+    steps, maps = (0, n_first), (k_ptr, v_ptr)
+    start = _copy_tiles(steps, start, given, maps, False, HEAD_DIM, CHECK_DV, MAP_BLOCK_N, MAPPED, SHARE_ROWS)
     if TMA:
         # Beyond the context and the columns they read zeros.
         K_TILE: gl.constexpr = [BLOCK_N, BLOCK_D]
         V_TILE: gl.constexpr = [BLOCK_N, v_smem.shape[2]]
         k_map = tma.make_tensor_descriptor(k_ptr, [kv_len, HEAD_DIM], [stride_kn, 1], K_TILE, k_smem.index(0).layout)
         v_map = tma.make_tensor_descriptor(v_ptr, [kv_len, v_width], [stride_vn, 1], V_TILE, v_smem.index(0).layout)
-        _copy_tiles(
-            (n_first, n_steps),
-            start,
-            visited,
-            keys,
-            smem,
-            barriers,
-            v_width,
-            (k_map, v_map),
-            True,
-            HEAD_DIM,
-            CHECK_DV,
-            MAP_BLOCK_N,
-            MAPPED,
-            SHARE_ROWS,
-        )
+        rest, maps = (n_first, n_steps), (k_map, v_map)
+        _copy_tiles(rest, start, given, maps, True, HEAD_DIM, CHECK_DV, MAP_BLOCK_N, MAPPED, SHARE_ROWS)
