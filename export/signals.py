@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_raised: list[int] = []
 
 
 class Terminated(KeyboardInterrupt):
@@ -25,26 +27,38 @@ class Terminated(KeyboardInterrupt):
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    _raised.append(number)
     raise Terminated(number)
+
+
+def raise_what_was_swallowed() -> None:
+    """Raises once more what a signal raised inside of :func:`raise_on_termination`, if the program still runs.
+
+    The exception can come up anywhere, in a finalizer or a callback of a library's C++ too, where it is dropped.
+    """
+    if _raised and not isinstance(sys.exception(), KeyboardInterrupt):  # that is on its way
+        raise Terminated(_raised[0])
 
 
 @contextlib.contextmanager
 def raise_on_termination() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise :class:`Terminated`, where they would end the process without any cleanup.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP raise :class:`Terminated`, so that cleanup runs.
 
     A signal that is ignored (``nohup``) or handled by somebody else stays so. Python allows handlers in the main
     thread only; in another one this does nothing.
     """
-    chosen = []
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        chosen = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in chosen:
+        handlers = {number: signal.getsignal(number) for number in _HELD_BACK}
+        before = {n: h for n, h in handlers.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
         signal.signal(number, _raise_terminated)
     try:
         yield
     finally:
-        for number in chosen:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _raised.clear()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from flashpte.export.signals import raise_what_was_swallowed
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -40,7 +42,11 @@ class StageLog:
         return self
 
     def __call__(self, stage: str) -> None:
-        """A stage begins."""
+        """A stage begins, unless the process was asked to end and something swallowed that."""
+        raise_what_was_swallowed()
+        self._show(stage)
+
+    def _show(self, stage: str) -> None:
         if self._quiet:
             return
         if self._bar is None:
@@ -63,4 +69,4 @@ class StageLog:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None:
-            self("done")
+            self._show("done")
