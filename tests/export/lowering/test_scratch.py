@@ -1,6 +1,7 @@
 """Memory that kernels of a lowered program have for themselves."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,6 @@ def test_every_program_has_memory_for_its_tensor_maps(tmp_path):
     assert found == ["static_cast<int64_t>(256) * grid_0 * grid_1 * grid_2"]
 
 
-class Workspace:
-    def __init__(self, size):
-        self.size = size
-
-
 def inductor(size: str):
     """What Inductor writes for memory named ``x``, whose size it says as ``size``."""
     return lambda self, idx, workspace, prefix=None: (
@@ -40,15 +36,15 @@ def inductor(size: str):
 
 @pytest.mark.parametrize("size", ["256", "static_cast<int64_t>(256) * grid_0 * grid_1 * grid_2"])
 def test_what_inductor_allocates_for_one_program_becomes_that_of_all(size):
-    lines, name = scratch.cpp_scratch(inductor(size))(None, 3, Workspace(256), "global_scratch")
+    lines, name = scratch.cpp_scratch(inductor(size))(None, 3, SimpleNamespace(size=256), "global_scratch")
     assert lines == ["int64_t x_size[] = {static_cast<int64_t>(256) * grid_0 * grid_1 * grid_2};", "..."]
     assert name == "x"
 
 
 def test_a_kernel_without_memory_is_left_alone():
-    assert scratch.cpp_scratch(inductor("0"))(None, 3, Workspace(0)) == (["CUdeviceptr x = 0;"], "x")
+    assert scratch.cpp_scratch(inductor("0"))(None, 3, SimpleNamespace(size=0)) == (["CUdeviceptr x = 0;"], "x")
 
 
 def test_other_code_of_inductor_stops_the_lowering():
     with pytest.raises(RuntimeError, match="is not what was expected"):
-        scratch.cpp_scratch(inductor("size_of_scratch"))(None, 3, Workspace(256))
+        scratch.cpp_scratch(inductor("size_of_scratch"))(None, 3, SimpleNamespace(size=256))
