@@ -8,12 +8,13 @@ name that is gone stops the lowering with a message naming it, and every name is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flashpte.export.lowering.cross_compile import (
+    compile_kernels,
     constants,
     dependent_launch,
     gluon,
@@ -52,31 +53,6 @@ def _with_original(function: Callable[..., Any]) -> Make:
 
 def _triton_backend(target: Target, original: Any) -> Any:
     return type(original)(compiler=original.compiler, driver=make_driver(target.arch))
-
-
-def _compile_kernels(target: Target, original: Any) -> Callable[..., None]:
-    """Replaces Inductor's compile-time tuning: compiles every kernel and saves it, launches none."""
-
-    def generate_and_run_autotune_block(wrapper: Any) -> None:
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-
-        scope: dict[str, Any] = {}
-        wait = "\nasync_compile.wait(globals())\ndel async_compile\n"
-        exec(wrapper.kernel_autotune_defs.getvalue() + wait, scope)
-        for kernel in scope.values():
-            if isinstance(kernel, CachingAutotuner):
-                if not kernel.launchers:
-                    kernel.precompile()
-                launcher = _pick_launcher(kernel.launchers)
-                kernel.launchers = [launcher]
-                kernel.save_gpu_kernel("stream", launcher)
-
-    return generate_and_run_autotune_block
-
-
-def _pick_launcher(launchers: Sequence[Any]) -> Any:
-    """The first configuration, in its author's order, that spills no registers; else the one that spills least."""
-    return min(launchers, key=lambda launcher: launcher.n_spills or 0)
 
 
 def _compile_command(target: Target, original: Callable[[str, str], None]) -> Callable[[str, str], None]:
@@ -202,7 +178,13 @@ TABLE: tuple[Override, ...] = (
     Override(
         "torch._inductor.codegen.wrapper:PythonWrapperCodegen.generate_and_run_autotune_block",
         "launches every kernel to compile and time it",
-        _compile_kernels,
+        compile_kernels.compile_and_save,
+    ),
+    Override(
+        "torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile",
+        "is called for each kernel where it is defined, when the others are not known yet",
+        compile_kernels.hold_back,
+        checked=("2.11", "2.13", "2.14"),
     ),
     # Kernels that use more than Triton's core: Gluon, assembly.
     Override(

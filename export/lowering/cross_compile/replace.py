@@ -30,6 +30,7 @@ class Target:
         cuda_home: folder that stands for a CUDA toolkit.
         flags: rewrites host compiler command lines.
         compiling: how many of Inductor's code generators are on the stack.
+        defining: whether a program's kernels are being defined, to be compiled when all of them are known.
         restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
         on_wrapper: called with the C++ source of each method's wrapper.
     """
@@ -40,6 +41,7 @@ class Target:
     flags: ReproducibleFlags
     restore_views: bool = True
     compiling: int = 0
+    defining: bool = False
     on_wrapper: Callable[[str], None] | None = None
 
 

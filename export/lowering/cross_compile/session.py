@@ -41,7 +41,7 @@ class Setting:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("compile_threads", 1, "worker processes would not see the overrides"),
+    Setting("compile_threads", 1, "its worker processes would not see the overrides"),
     Setting("triton.autotune_at_compile_time", True, "kernels are compiled from Python, so that they can be saved"),
     Setting("always_keep_tensor_constants", True, "a small constant would be read for inlining; it is fake"),
     Setting("joint_graph_constant_folding", False, "folding computes with constants; they are fake"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from wrappers import wrapper_source
 
-from flashpte.export.lowering.cross_compile import overrides
+from flashpte.export.lowering.cross_compile import compile_kernels
 from flashpte.kernels import tuning
 from flashpte.passes import replace_sdpa
 
@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
     program, report = replace_sdpa(torch.export.export(DecodeAndPrefill(), example))
     assert report.declined == ()
     kernels = {}
-    pick = overrides._pick_launcher
+    pick = compile_kernels._pick_launcher
 
     def record(launchers):
         chosen = pick(launchers)
@@ -43,7 +43,7 @@ def compiled(tmp_path_factory):
         return chosen
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overrides, "_pick_launcher", record)
+        patch.setattr(compile_kernels, "_pick_launcher", record)
         wrapper_source(program, tmp_path_factory.mktemp("tiles"))
     return kernels
 
