@@ -1,15 +1,18 @@
 """Sweeps the tiles of our kernels on this machine's GPU and compares the tables' choices with the best ones.
 
     python examples/benchmarks/tune.py --kernel decode verify prefill --dims 64 128 256 512 --json tiles.json
+    python examples/benchmarks/tune.py --random 40 --seed 1 --narrow --json random.json
 
-For every shape of the grid each tile (and, for decode and verify, number of splits) is compiled, checked against
-float32 attention and timed as in ``attention.py``. Printed is the best one and how far the table's choice is from it:
-the numbers to fit ``flashpte/kernels/tuning/choose.py`` to, for another GPU or after a kernel changed.
+For every shape of the grid, or of shapes drawn from all that the tables are for, each tile (and, for decode and verify,
+number of splits) is compiled, checked against float32 attention and timed as in ``attention.py``. Printed is the best
+one and how far the table's choice is from it: the numbers to fit ``flashpte/kernels/tuning/`` to, for another GPU or
+after a kernel changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from pathlib import Path
@@ -20,12 +23,40 @@ from harness.cases import Case, Shape
 from harness.timing import ceilings, require_gpu
 
 ROWS = {"decode": [1], "verify": [4, 16], "prefill": []}
-SUITE = "tune"
+SUITE, NARROW_SUITE = "tune", "other"  # of the latter a sweep tries as many tiles as in the benchmark
+
+# What random shapes are drawn from: multiples of 8, which are what can be copied 16 bytes at a time.
+DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 320, 512)
+GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+HEADS_KV = (1, 2, 3, 4, 8, 16, 32)
+BATCHES = (1, 1, 1, 2, 3, 4, 8)
+CONTEXTS = {"decode": (128, 262144), "verify": (128, 262144), "prefill": (128, 32768)}
+MOST_BYTES, MOST_FLOP = 2e9, 1e13
+
+
+def drawn(count: int, seed: int, kernels: list[str], suite: str = SUITE) -> list[Case]:
+    """``count`` cases, the kernels in turn; lengths are even on a logarithmic scale. The same for the same ``seed``."""
+    generator, found = random.Random(seed), []
+    while len(found) < count:
+        kernel = kernels[len(found) % len(kernels)]
+        least, most = CONTEXTS[kernel]
+        length = round(least * (most / least) ** generator.random())
+        dim, group, heads_kv = (generator.choice(choices) for choices in (DIMS, GROUPS, HEADS_KV))
+        rows = {"decode": 1, "verify": generator.randint(2, 16), "prefill": length}[kernel]
+        name = f"D={dim} heads={heads_kv * group}/{heads_kv}"
+        case_table.SHAPES[name] = Shape(heads_kv * group, heads_kv, dim, 1)
+        case = Case(suite, name, length, rows, batch=generator.choice(BATCHES))
+        if case.input_bytes <= MOST_BYTES and case.flop <= MOST_FLOP:
+            found.append(case)
+    return found
 
 
 def grid(args: argparse.Namespace) -> list[Case]:
     """Every combination; shapes are entered into the table of shapes, under a name that says what they are."""
     found = []
+    suite = NARROW_SUITE if args.narrow else SUITE
+    if args.random is not None:
+        return drawn(args.random, args.seed, args.kernel, suite)
     for dim in args.dims:
         for group in args.groups:
             name = f"D={dim} group={group}"
@@ -34,7 +65,7 @@ def grid(args: argparse.Namespace) -> list[Case]:
                 lengths = args.prefill_lengths if kernel == "prefill" else args.lengths
                 rows = [args.rows or ROWS[kernel]] if kernel == "verify" else [ROWS[kernel]]
                 for length in lengths:
-                    found += [Case(SUITE, name, length, m) for m in rows[0] or [length]]
+                    found += [Case(suite, name, length, m) for m in rows[0] or [length]]
     return found
 
 
@@ -47,6 +78,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, help="rows of verify (default: 4 and 16)")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 32768], help="of decode and verify")
     parser.add_argument("--prefill-lengths", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument(
+        "--random", type=int, metavar="COUNT", help="that many shapes drawn at random instead of a grid"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--narrow", action="store_true", help="fewer tiles of each shape")
     parser.add_argument("--prepare-limit", type=float, default=1800.0, metavar="SECONDS")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the result says what is left")
     parser.add_argument("--workers", type=int, help="processes that compile side by side (default: the cores but one)")

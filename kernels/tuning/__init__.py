@@ -4,7 +4,8 @@ A build is therefore deterministic and the same on a machine with no GPU.
 """
 
 from flashpte.kernels.tuning.arch import ARCHES, GpuArch, current_arch, limits
-from flashpte.kernels.tuning.choose import (
+from flashpte.kernels.tuning.choose import choose_combine, choose_split_k, choose_tiled, tiled_map_block
+from flashpte.kernels.tuning.configs import (
     LONG_KEYS,
     SPLIT_K_MAP_BLOCK_N,
     AttentionShape,
@@ -12,15 +13,9 @@ from flashpte.kernels.tuning.choose import (
     HopperConfig,
     SplitKConfig,
     TiledConfig,
-    choose_combine,
-    choose_hopper,
-    choose_hopper_split_k,
-    choose_split_k,
-    choose_tiled,
-    hopper_registers,
     padded_head_dim,
-    tiled_map_block,
 )
+from flashpte.kernels.tuning.hopper import choose_hopper, choose_hopper_split_k, hopper_registers
 
 __all__ = [
     "ARCHES",

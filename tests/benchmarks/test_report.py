@@ -67,6 +67,19 @@ def test_without_a_gpu_one_line_says_so(module, monkeypatch):
         module.main()
 
 
+def test_random_shapes_are_the_same_for_a_seed_and_small_enough():
+    first, again, other = (
+        tune.grid(tune.parse(["--random", "30", "--seed", seed, *more]))
+        for seed, more in (("1", []), ("1", ["--narrow"]), ("2", []))
+    )
+    assert [case.name for case in first] == [case.name for case in again] != [case.name for case in other]
+    assert {case.suite for case in first} == {"tune"}
+    assert {case.suite for case in again} == {"other"}  # the benchmark's choice of tiles
+    assert all(case.input_bytes <= tune.MOST_BYTES and case.flop <= tune.MOST_FLOP for case in first)
+    assert [case.rows == 1 for case in first[:3]] == [True, False, False]
+    assert all(case.rows == case.length for case in first[2::3])
+
+
 def test_grid_of_the_tuning_script():
     args = tune.parse(["--dims", "64", "--groups", "2", "--lengths", "4096", "--prefill-lengths", "2048"])
     assert [(case.rows, case.length, case.shape.group) for case in tune.grid(args)] == [

@@ -76,6 +76,13 @@ def test_few_rows_by_the_kernel_of_other_archs(case, monkeypatch):
     check(*run(case))
 
 
+@pytest.mark.parametrize("case", random_cases(60, (2, 5, 8, 16), 6), ids=str)
+def test_few_rows_and_keys_by_the_kernel_for_hopper(case, monkeypatch):
+    """Which the table leaves to the other kernel."""
+    monkeypatch.setattr(tuning.hopper, "little_for_each", lambda shape, arch: False)
+    check(*run(case))
+
+
 @pytest.mark.parametrize("kv_len", [2047, 2048, 5000])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 @pytest.mark.parametrize("mask", ["none", "bool_context", "bool_window", "float_min_rows"])
@@ -246,7 +253,7 @@ def test_results_do_not_depend_on_the_tiles():
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 16, 300])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320, 512])
 def test_every_tile_of_the_table(q_len, head_dim):
     """What the table says for this GPU and any length, group and batch, on one problem and its own splits."""
     arch, tiles = tuning.current_arch(torch.device("cuda")), {}

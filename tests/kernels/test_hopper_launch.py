@@ -61,13 +61,34 @@ def test_few_rows_are_split_and_combined_many_are_not(launches):
 
 
 @pytest.mark.parametrize(
+    ("heads", "q_len", "head_dim", "kv_len", "kernel"),
+    [
+        (2, 8, 128, 4096, "_split_k_kernel"),  # 64 keys for each of 128 programs
+        (2, 8, 128, 4224, "_split_k_kernel"),  # 132, as many as there are multiprocessors
+        (2, 8, 128, 4225, "_hopper_kernel"),
+        (2, 4, 128, 40000, "_split_k_kernel"),  # 16 rows
+        (1, 16, 192, 3941, "_split_k_kernel"),
+        (1, 17, 192, 3941, "_hopper_kernel"),  # 68 rows
+        (1, 8, 256, 1024, "_hopper_kernel"),  # no columns to leave out
+        (1, 8, 192, None, "_hopper_kernel"),
+    ],
+)
+def test_verify_of_few_keys_is_left_to_triton(heads, q_len, head_dim, kv_len, kernel):
+    """What the kernel for Hopper takes to begin would be most of it."""
+    dims = (head_dim, head_dim)
+    shape = tuning.AttentionShape(1, 4 * heads, heads, q_len, kv_len, *dims, torch.bfloat16)
+    served = tuning.choose_hopper_split_k(shape, tuning.limits("sm_90")) is not None
+    assert served == (kernel == "_hopper_kernel")
+
+
+@pytest.mark.parametrize(
     ("launch", "q_len", "other"),
     [(tiled.launch_tiled, 200, "_tiled_kernel"), (split_k.launch_split_k, 8, "_split_k_kernel")],
 )
 def test_rows_that_do_not_end_at_a_multiple_of_16_bytes_are_left_to_triton(launches, launch, q_len, other):
     """A copy of less than 4 bytes does not compile."""
-    attend(launch, 1, 2, q_len, head_dim=99, width=112, group=4)
-    attend(launch, 1, 2, q_len, head_dim=104, width=112, group=4)
+    attend(launch, 1, 2, q_len, head_dim=99, width=112, group=4, kv_len=8192)
+    attend(launch, 1, 2, q_len, head_dim=104, width=112, group=4, kv_len=8192)
     assert [name for name, _ in launches if name != "_combine_kernel"] == [other, "_hopper_kernel"]
 
 

@@ -31,6 +31,7 @@ class Call:
     launch: Callable[..., torch.Tensor]
     q_len: int
     group: int
+    keys: int = KEYS
 
 
 CALLS = {
@@ -39,10 +40,15 @@ CALLS = {
     "verify 16": Call(launch_split_k, 16, 8),
     "prefill 33": Call(launch_tiled, 33, 2),  # fewer rows than the kernel for Hopper takes
     "prefill": Call(launch_tiled, 512, 2),
+    "verify of few keys": Call(launch_split_k, 8, 8, 200),
 }
+NAMES = tuple(CALLS)[:-1]
+RAGGED = (96, 192, 320)  # what is left of a tile's columns is zeros
 CASES = [
-    *itertools.product(ARCHES, HEAD_DIMS, CALLS, ["positions"]),
+    *itertools.product(ARCHES, HEAD_DIMS, NAMES, ["positions"]),
     *itertools.product(ARCHES, HEAD_DIMS, ["decode", "verify 16", "prefill"], ["tensor"]),
+    *itertools.product(["sm_90"], RAGGED, ["prefill", "verify 5"], ["positions"]),
+    *itertools.product(["sm_90"], (64, 128, *RAGGED), ["verify of few keys"], ["positions"]),
     *itertools.product(LIKE_SM_89, HEAD_DIMS[2:], ["decode", "verify 16", "prefill"], ["positions"]),
 ]
 
@@ -66,23 +72,25 @@ SPILLS = {
     ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
     ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
     ("_hopper_kernel", 512, "prefill"): FEW,
+    ("_hopper_kernel", 320, "verify 5"): (176, FULL),
+    ("_hopper_kernel", 320, "verify of few keys"): (176, FULL),
     ("_hopper_kernel", 512, "verify 5"): (176, FULL),
     ("_hopper_kernel", 512, "verify 16"): (176, FULL),
 }
 
 
-def masks(q_len: int) -> dict[str, tuple[torch.Tensor | None, Intervals | None]]:
+def masks(q_len: int, keys: int) -> dict[str, tuple[torch.Tensor | None, Intervals | None]]:
     """What the passes hand to kernels: bounds of the keys' indices, a tensor."""
     bounds = torch.zeros(2, 1, q_len, dtype=torch.int64)
-    dense = torch.ones(1, 1, q_len, KEYS, dtype=torch.bool)
+    dense = torch.ones(1, 1, q_len, keys, dtype=torch.bool)
     return {"positions": (None, Intervals(bounds, None)), "tensor": (dense, None)}
 
 
 def compiled(arch: str, head_dim: int, call: Call, mask: str) -> list[Compiled]:
     heads = HEADS_KV * call.group
     query = torch.empty(1, call.q_len, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
-    key, value = (torch.empty(1, HEADS_KV, KEYS, head_dim, dtype=torch.bfloat16) for _ in range(2))
-    dense, intervals = masks(call.q_len)[mask]
+    key, value = (torch.empty(1, HEADS_KV, call.keys, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    dense, intervals = masks(call.q_len, call.keys)[mask]
     with compiling_for(arch) as kernels:
         call.launch(query, key, value, dense, None, None, False, 0.1, (0, 2, 1, 3), intervals=intervals)
     return kernels

@@ -80,16 +80,14 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
                 more = max(hopper.more_v_stages, 2 - stages)
                 yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages, more_v_stages=more)
     base = tuning.choose_tiled(shape, arch)
-    for rows, block_n, stages in itertools.product(
-        (64, 128) if wide else (128,), (32, 64, 128) if wide else (64, 128), (2, 3)
-    ):
-        if (
-            map_n % block_n == 0
-            and rows * tuning.padded_head_dim(dim) <= 128 * 256
-            and _fits(block_n, stages, dim, arch)
-        ):
+    sizes = ((64, 128), (32, 64, 128), (4, 8), (2, 3)) if wide else ((128,), (64, 128), (8,), (2, 3))
+    for rows, block_n, warps, stages in itertools.product(*sizes):
+        crowded = rows * tuning.padded_head_dim(dim) > warps * 32 * 128
+        if map_n % block_n == 0 and not crowded and _fits(block_n, stages, dim, arch):
             edge = min(block_n, base.edge_block_n)
-            yield dataclasses.replace(base, block_m=rows, block_n=block_n, num_stages=stages, edge_block_n=edge)
+            yield dataclasses.replace(
+                base, block_m=rows, block_n=block_n, num_warps=warps, num_stages=stages, edge_block_n=edge
+            )
 
 
 def tiles(case: Case, arch: tuning.GpuArch) -> list[Config]:
