@@ -27,6 +27,7 @@ from flashpte.kernels.tuning.hopper import (
     hopper_serves,
     little_for_each,
     programs_of,
+    reads_keys_twice,
 )
 
 # From this many results with D_v above 256 on, fewer splits are added in a step.
@@ -141,6 +142,8 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     little = little_for_each(shape, arch)
     if little and (width > 128 or 2 * programs_of(shape, 32) <= arch.sm_count):
         block_n = 32  # for twice as many programs
+    if reads_keys_twice(shape, arch):
+        block_n, stages = 32, 4
     if hopper and width <= 64 and rows >= 64:
         stages = 4
     if shape.dtype == torch.float32:
@@ -161,7 +164,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     warps = 8 if rows * width > 32 * 256 or rows >= 64 or (width == 256 and packed_rows >= 4) else 4
     if little or (hopper and width <= 64 and (rows <= 64 or in_long > 1)):
         # One warp group multiplies 64 rows: 58 us instead of 77 for 35 rows of 32 heads of D = 64 and 18,116 keys of an
-        # H100, 8.7 instead of 10.4 for 48 rows of 8 heads and 4,096 keys.
+        # H100.
         warps = 4
     # On an H200 two loops made D = 512 15 to 25% slower with 2 stages (registers), not with 3, and narrower heads up to
     # 25% faster.

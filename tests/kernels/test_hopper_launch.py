@@ -71,10 +71,14 @@ def test_few_rows_are_split_and_combined_many_are_not(launches):
         (1, 17, 192, 3941, "_hopper_kernel"),  # 68 rows
         (1, 8, 256, 1024, "_hopper_kernel"),  # no columns to leave out
         (1, 8, 192, None, "_hopper_kernel"),
+        (12, 30, 192, 119219, "_split_k_kernel"),  # 120 rows, of which the other would read the keys twice
+        (12, 30, 192, 4096, "_hopper_kernel"),
+        (12, 16, 192, 119219, "_hopper_kernel"),
+        (12, 33, 192, 119219, "_hopper_kernel"),
+        (12, 30, 256, 119219, "_hopper_kernel"),
     ],
 )
-def test_verify_of_few_keys_is_left_to_triton(heads, q_len, head_dim, kv_len, kernel):
-    """What the kernel for Hopper takes to begin would be most of it."""
+def test_verify_of_few_keys_or_of_ragged_rows_is_left_to_triton(heads, q_len, head_dim, kv_len, kernel):
     dims = (head_dim, head_dim)
     shape = tuning.AttentionShape(1, 4 * heads, heads, q_len, kv_len, *dims, torch.bfloat16)
     served = tuning.choose_hopper_split_k(shape, tuning.limits("sm_90")) is not None

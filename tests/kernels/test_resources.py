@@ -41,14 +41,17 @@ CALLS = {
     "prefill 33": Call(launch_tiled, 33, 2),  # fewer rows than the kernel for Hopper takes
     "prefill": Call(launch_tiled, 512, 2),
     "verify of few keys": Call(launch_split_k, 8, 8, 200),
+    "verify of many keys": Call(launch_split_k, 15, 8, 200_000),
 }
-NAMES = tuple(CALLS)[:-1]
+NAMES = tuple(CALLS)[:-2]
 RAGGED = (96, 192, 320)  # what is left of a tile's columns is zeros
 CASES = [
     *itertools.product(ARCHES, HEAD_DIMS, NAMES, ["positions"]),
     *itertools.product(ARCHES, HEAD_DIMS, ["decode", "verify 16", "prefill"], ["tensor"]),
     *itertools.product(["sm_90"], RAGGED, ["prefill", "verify 5"], ["positions"]),
     *itertools.product(["sm_90"], (64, 128, *RAGGED), ["verify of few keys"], ["positions"]),
+    ("sm_90", 64, "verify of many keys", "positions"),
+    ("sm_90", 192, "verify of many keys", "positions"),
     *itertools.product(LIKE_SM_89, HEAD_DIMS[2:], ["decode", "verify 16", "prefill"], ["positions"]),
 ]
 
