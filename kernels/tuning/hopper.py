@@ -95,9 +95,9 @@ def little_for_each(shape: AttentionShape, arch: GpuArch) -> bool:
 def reads_keys_twice(shape: AttentionShape, arch: GpuArch) -> bool:
     """Whether the kernel for Hopper would copy many keys of ragged rows twice, once for each of two tiles of 64 rows.
 
-    The other then has 128 rows and reads them once: on an H100 403 us instead of 511 for 105 rows, 12 heads of D = 192 and
-    119,219 keys, 44.9 instead of 46.9 for 120 rows of 16 heads of D = 160 and 6,260. At D = 256, where no columns
-    are left out, two tiles are faster.
+    The other then has 128 rows and reads them once: on an H100 403 us instead of 511 for 105 rows, 12 heads of D = 192
+    and 119,219 keys, 44.9 instead of 46.9 for 120 rows, 16 heads of D = 160 and 6,260. At D = 256, where no columns are
+    left out, two tiles are faster.
     """
     widest = max(shape.head_dim, shape.v_head_dim)
     rows = (shape.q_len or 16) * shape.group
