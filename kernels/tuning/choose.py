@@ -33,6 +33,9 @@ from flashpte.kernels.tuning.hopper import (
 # From this many results with D_v above 256 on, fewer splits are added in a step.
 _MANY_RESULTS = 65536
 
+# From this many keys on, splits that would not be needed to fill the GPU are worth combining.
+_WORTH_ANOTHER_SPLIT = 2048
+
 # Rows, keys, stages. Scores of float32 tensors are summed element by element, which wants small tiles.
 _FLOAT32_TILE = (16, 16, 1)
 
@@ -97,25 +100,27 @@ def _fit(
 def _programs_each(
     shape: AttentionShape, rows: int, block_n: int, stages: int, parallel: int, arch: GpuArch
 ) -> tuple[int, int]:
-    """How many split-K programs a multiprocessor has below :data:`LONG_KEYS` keys, and from there on.
+    """How many split-K programs a multiprocessor has, of buffers below :data:`LONG_KEYS` keys, and of longer ones.
 
     ``parallel`` programs are there without splits. A second one helps where two fit beside each other and one has few
     bytes on their way. With D = 128 one has enough: 50.1 us for 32,768 keys of an H100 instead of 51.1, and 51.1
     instead of 52.7 for 4 rows.
     """
-    width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
+    width = shape.width
     # Of the stages one is in registers, unless the matrix instructions of a warp group read it from shared memory.
     staged = stages if rows >= 64 else stages - 1
     needed = (staged * block_n * 2 + rows) * width * shape.dtype.itemsize
     if width > 128 or 2 * needed > arch.shared_memory_per_block:
         return 1, 1
+    hopper = hopper_serves(shape, arch)
     one, two = arch.sm_count // parallel * parallel, 2 * arch.sm_count // parallel * parallel
-    if rows <= 32 and one < 0.8 * arch.sm_count and two >= 1.6 * arch.sm_count:
-        # One would leave many without work: 22.0 us instead of 24.3 for 48 heads of D = 96 and 2,201 keys of an H100.
+    idle = one < 0.8 * arch.sm_count and two >= 1.6 * arch.sm_count
+    if hopper and rows <= 32 and idle and shape.kv_len is not None and shape.kv_len >= _WORTH_ANOTHER_SPLIT:
+        # 22.0 us instead of 24.3 for 48 heads of D = 96 and 2,201 keys of an H100.
         return 2, 2
     if width > 64:
         return 1, 1
-    if not hopper_serves(shape, arch) or rows <= 16:
+    if not hopper or rows <= 16:
         return 1, 2
     # 24 rows of 8 heads and 4,096 keys of an H100 take 8.9 us with two, 9.7 with one; 64 rows 18.2 with one for 16,384,
     # 18.6 with two; 128 rows 22.4 with one, 23.9 with two, but 98 rows of 16 heads and 170,497 keys 256 with two, 286
@@ -133,8 +138,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     Rows: all ``L_q x group`` packed rows in one tile where the accumulator fits, so that keys are read once. Splits:
     enough programs for one per multiprocessor, or for two; with a dynamic L_kv, as for a long one.
     """
-    packed_rows = (shape.q_len or 16) * shape.group
-    width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
+    width, packed_rows = shape.width, shape.packed_rows
     rows = min(max(16, next_power_of_2(packed_rows)), 64 if width > 256 else 128)
     # With 2 stages instead of 3, 8 rows of D = 512 took 303 instead of 246 us for 131,072 keys of an H200.
     block_n, stages = (32, 3 if rows == 16 else 2) if width > 256 else (64, 3)
@@ -155,8 +159,8 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
     splits = short_splits = even(max(1, in_short * arch.sm_count // parallel))
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:
         splits = max(1, in_long * arch.sm_count // parallel)
-    if little and rows >= 64:
-        splits = max(1, splits // 2)  # as many bytes of partial results as of keys otherwise
+    if little and rows >= 64 and splits > 32:
+        splits //= 2  # as many bytes of partial results as of keys otherwise
     if shape.kv_len is not None:
         tiles = max(1, -(-shape.kv_len // block_n))
         splits = min(even(splits, tiles), tiles)
@@ -178,7 +182,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
 
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     """Tiles for prefill: the map's tile where it fits, smaller for short L_q, small shared memory and float32."""
-    width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
+    width = shape.width
     rows, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)
     stages = 3 if width <= 128 else 2
     if width > 256:

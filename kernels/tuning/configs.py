@@ -38,6 +38,21 @@ class AttentionShape:
         """Query heads per key/value head."""
         return self.heads_q // self.heads_kv
 
+    @property
+    def packed_rows(self) -> int:
+        """Rows that share a key/value head; with a dynamic L_q those of the longest verify."""
+        return (self.q_len or 16) * self.group
+
+    @property
+    def width(self) -> int:
+        """Columns of the wider of the tiles of keys and of values."""
+        return padded_head_dim(max(self.head_dim, self.v_head_dim))
+
+    @property
+    def columns_left_out(self) -> bool:
+        """Whether rows are narrower than the tiles that hold them."""
+        return max(self.head_dim, self.v_head_dim) < self.width
+
 
 @dataclasses.dataclass(frozen=True)
 class SplitKConfig:

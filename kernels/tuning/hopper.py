@@ -67,7 +67,7 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
         # On an H100 32,768 rows of D = 128 took 14,201 us instead of 15,240, 2,048 77.3 instead of 80.7; of D = 256
         # 226 instead of 237 for 4,096; of D = 512, whose tiles are of 32 keys, 462 instead of 453 for 2,048. But a map
         # knows where narrower rows end: of D = 320 410 instead of 447, of D = 384 428 instead of 455.
-        tma=long_enough and (widest <= 256 or max(shape.head_dim, shape.v_head_dim) < widest),
+        tma=long_enough and (widest <= 256 or shape.columns_left_out),
     )
 
 
@@ -77,19 +77,23 @@ def programs_of(shape: AttentionShape, block_n: int) -> int:
     return (shape.batch or 1) * shape.heads_kv * -(-shape.kv_len // block_n)
 
 
+def _splits_serve(shape: AttentionShape, arch: GpuArch) -> bool:
+    """Whether the kernel for Hopper could split these keys: 17 rows and more, and two halves of at least 64 columns."""
+    return hopper_serves(shape, arch) and shape.packed_rows > 16 and padded_head_dim(shape.v_head_dim) >= 128
+
+
 def little_for_each(shape: AttentionShape, arch: GpuArch) -> bool:
-    """Whether 17 to 64 packed rows have so few keys that a multiprocessor of Hopper gets no more than 64 of them.
+    """Whether up to 64 rows have so few keys that no multiprocessor of Hopper would get more than 64 of them.
 
     What the kernel for Hopper takes to begin is then most of its time. On an H100 the other takes 4.6 us instead of 6.5
     for 60 rows of one head of D = 96 and 512 keys, 7.9 instead of 9.6 for 6,000, 7.7 instead of 8.4 for 32 rows of two
     heads of D = 128 and 4,096, 8.9 instead of 9.4 for 36 rows of one head of D = 192 and 3,941. At D = 256 it takes
     longer: 64 rows of two heads and 1,024 keys 9.4 instead of 7.9.
     """
-    width = padded_head_dim(max(shape.head_dim, shape.v_head_dim))
-    few_rows = 16 < (shape.q_len or 16) * shape.group <= 64
-    if not (few_rows and 64 < width <= 256 and shape.kv_len is not None and hopper_serves(shape, arch)):
+    if not _splits_serve(shape, arch) or shape.packed_rows > 64 or shape.kv_len is None:
         return False
-    return (width <= 128 or max(shape.head_dim, shape.v_head_dim) < width) and programs_of(shape, 64) <= arch.sm_count
+    fits = shape.width <= 128 or (shape.width == 256 and shape.columns_left_out)
+    return fits and programs_of(shape, 64) <= arch.sm_count
 
 
 def reads_keys_twice(shape: AttentionShape, arch: GpuArch) -> bool:
@@ -99,11 +103,9 @@ def reads_keys_twice(shape: AttentionShape, arch: GpuArch) -> bool:
     and 119,219 keys, 44.9 instead of 46.9 for 120 rows, 16 heads of D = 160 and 6,260. At D = 256, where no columns are
     left out, two tiles are faster.
     """
-    widest = max(shape.head_dim, shape.v_head_dim)
-    rows = (shape.q_len or 16) * shape.group
-    if not (128 < widest < 256 and 64 < rows <= 128 and shape.kv_len is not None and hopper_serves(shape, arch)):
+    if not _splits_serve(shape, arch) or not 64 < shape.packed_rows <= 128 or shape.kv_len is None:
         return False
-    return programs_of(shape, 64) >= 8 * arch.sm_count
+    return shape.width == 256 and shape.columns_left_out and programs_of(shape, 64) >= 8 * arch.sm_count
 
 
 def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
@@ -113,14 +115,8 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
     instead of 9.3 us for 8 rows of D = 256 and 4,096 keys of an H100, 12.7 instead of 11.8 for 8 of D = 128. Splits:
     one program per multiprocessor, which is all that fits, or for every second one.
     """
-    width = max(padded_head_dim(shape.head_dim), padded_head_dim(shape.v_head_dim))
-    packed_rows = (shape.q_len or 16) * shape.group
-    if not hopper_serves(shape, arch):
-        return None
-    # A warp group's half of the columns is at least the 64 that are swizzled at a time.
-    if padded_head_dim(shape.v_head_dim) < 128 or packed_rows <= 16:
-        return None
-    if little_for_each(shape, arch) or reads_keys_twice(shape, arch):
+    width, packed_rows = shape.width, shape.packed_rows
+    if not _splits_serve(shape, arch) or little_for_each(shape, arch) or reads_keys_twice(shape, arch):
         return None
     block_n = 32 if width > 256 else 64
     parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)

@@ -12,12 +12,16 @@ import gc
 import multiprocessing
 import os
 import select
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flashpte.export.lowering.cross_compile.replace import Target
+from flashpte.export.signals import deferred_signals
 
 _FEW = 2  # a process costs a tenth of a second, a kernel half a second and more
+_MOST = 8  # a container may have fewer cores and less memory than it sees
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def hold_back(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +47,7 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
         finally:
             target.defining = False
         kernels = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-        fill_cache(kernels, len(os.sched_getaffinity(0)))
+        fill_cache(kernels, min(_MOST, len(os.sched_getaffinity(0))))
         for kernel in kernels:
             if not kernel.launchers:
                 kernel.precompile()
@@ -68,7 +72,7 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
         patience: seconds that may go by without a kernel being done; then the processes are ended.
     """
     processes = min(processes, len(kernels) // _FEW)
-    if processes < 2:
+    if processes < 2 or multiprocessing.current_process().daemon:  # which may have no processes of its own
         return
     with contextlib.ExitStack() as stack:
         # A pipe gives every number to one reader, whatever becomes of the others. It holds 64 KiB that nobody reads.
@@ -80,7 +84,7 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
         done, write_done = os.pipe()
         stack.callback(os.close, done)
         try:
-            stack.enter_context(_forked(processes, _work, (kernels, numbers, write_done)))
+            stack.enter_context(_forked(processes, _work, (kernels, numbers, done, write_done)))
         finally:
             os.close(write_done)
         # Nothing to read is the end of the last process, which had the other end open.
@@ -92,28 +96,45 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
 
 @contextlib.contextmanager
 def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Processes at work, of which none is left when the block ends, whatever ends it."""
-    workers = [
-        multiprocessing.get_context("fork").Process(target=work, args=arguments, daemon=True) for _ in range(count)
-    ]
+    """Up to ``count`` processes at work, each in a group of its own, of which none is left when the block ends."""
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(count)]
     try:
         for worker in workers:
-            worker.start()
+            # No signal comes between a process and the note of it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            try:
+                worker.start()
+            except OSError:  # no memory for another
+                break
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield
     finally:
-        for worker in workers:
-            if worker.pid is not None:
-                worker.kill()
+        with deferred_signals():
+            started = {worker.pid: worker for worker in workers if worker.pid is not None}
+            for group, worker in started.items():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)  # with the assembler that it may have started
+                worker.kill()  # which may not have come to its group yet
+            for worker in started.values():
                 worker.join()
 
 
-def _work(kernels: Sequence[Any], numbers: int, done: int) -> None:
+def _work(kernels: Sequence[Any], numbers: int, done: int, write_done: int) -> None:
+    os.setpgid(0, 0)
+    for number in _ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    # With no reader left, because the parent died, writing ends this process.
+    os.close(done)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # What the parent made stays as it is: compilers' contexts wait for threads when they are freed, and have none here.
     gc.freeze()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # the parent meets the same errors, and says them
         os.dup2(nowhere, stream)
-    while number := os.read(numbers, 2):
+    while taken := os.read(numbers, 2):
         with contextlib.suppress(Exception):
-            kernels[int.from_bytes(number, "big")].precompile(warm_cache_only=True)
-        os.write(done, b".")
+            kernels[int.from_bytes(taken, "big")].precompile(warm_cache_only=True)
+        os.write(write_done, b".")

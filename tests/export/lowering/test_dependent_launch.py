@@ -36,7 +36,7 @@ def wrapper(request, tmp_path_factory):
     def random(heads, length):
         return torch.randn(1, heads, length, 128, dtype=torch.bfloat16)
 
-    example = (random(16, 1), random(16, 8), random(2, 4096), random(2, 4096))
+    example = (random(32, 1), random(32, 8), random(8, 4096), random(8, 4096))
     program, report = replace_sdpa(torch.export.export(DecodeBetween(), example))
     assert report.declined == ()
     folder = tmp_path_factory.mktemp("dependent")
