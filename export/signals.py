@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-_HELD_BACK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _raised: list[int] = []
 
 
@@ -49,7 +49,7 @@ def raise_on_termination() -> Iterator[None]:
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in _HELD_BACK}
+        handlers = {number: signal.getsignal(number) for number in ENDING}
         before = {n: h for n, h in handlers.items() if h in (signal.SIG_DFL, signal.default_int_handler)}
     for number in before:
         signal.signal(number, _raise_terminated)
@@ -68,7 +68,7 @@ def deferred_signals() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    before = {number: signal.getsignal(number) for number in _HELD_BACK}
+    before = {number: signal.getsignal(number) for number in ENDING}
     for number, handler in before.items():
         if handler not in (None, signal.SIG_IGN):
             signal.signal(number, lambda number, frame: arrived.append(number))

@@ -52,7 +52,7 @@ def drawn(count: int, seed: int, kernels: list[str], suite: str = SUITE) -> list
 
 
 def grid(args: argparse.Namespace) -> list[Case]:
-    """Every combination; shapes are entered into the table of shapes, under a name that says what they are."""
+    """What is drawn, or every combination; shapes enter the table of shapes under a name that says what they are."""
     found = []
     suite = NARROW_SUITE if args.narrow else SUITE
     if args.random is not None:

@@ -154,7 +154,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
         rows, block_n, stages = _FLOAT32_TILE
     # The mask is loaded in a loop of its own, which is not pipelined.
     rows, block_n, stages = _fit(dataclasses.replace(shape, mask_itemsize=0), rows, block_n, stages, 4, arch)
-    parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // rows)
+    parallel = shape.heads_of_batch * -(-packed_rows // rows)
     in_short, in_long = _programs_each(shape, rows, block_n, stages, parallel, arch)
     splits = short_splits = even(max(1, in_short * arch.sm_count // parallel))
     if shape.kv_len is None or shape.kv_len >= LONG_KEYS:

@@ -39,6 +39,11 @@ class AttentionShape:
         return self.heads_q // self.heads_kv
 
     @property
+    def heads_of_batch(self) -> int:
+        """Key/value heads of all entries of the batch; of a dynamic batch those of one."""
+        return (self.batch or 1) * self.heads_kv
+
+    @property
     def packed_rows(self) -> int:
         """Rows that share a key/value head; with a dynamic L_q those of the longest verify."""
         return (self.q_len or 16) * self.group

@@ -74,7 +74,7 @@ def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
 def programs_of(shape: AttentionShape, block_n: int) -> int:
     """How many programs there are if each has ``block_n`` keys of a head; the length is known."""
     assert shape.kv_len is not None
-    return (shape.batch or 1) * shape.heads_kv * -(-shape.kv_len // block_n)
+    return shape.heads_of_batch * -(-shape.kv_len // block_n)
 
 
 def _splits_serve(shape: AttentionShape, arch: GpuArch) -> bool:
@@ -119,7 +119,7 @@ def choose_hopper_split_k(shape: AttentionShape, arch: GpuArch) -> HopperConfig 
     if not _splits_serve(shape, arch) or little_for_each(shape, arch) or reads_keys_twice(shape, arch):
         return None
     block_n = 32 if width > 256 else 64
-    parallel = (shape.batch or 1) * shape.heads_kv * -(-packed_rows // 64)
+    parallel = shape.heads_of_batch * -(-packed_rows // 64)
     splits = max(1, arch.sm_count // parallel)
     short_splits = even(splits)
     if short_splits > 32:

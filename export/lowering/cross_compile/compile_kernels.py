@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flashpte.export.lowering.cross_compile.replace import Target
-from flashpte.export.signals import deferred_signals
+from flashpte.export.signals import ENDING, deferred_signals
 
 _FEW = 2  # a process costs a tenth of a second, a kernel half a second and more
 _MOST = 8  # a container may have fewer cores and less memory than it sees
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def hold_back(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +101,7 @@ def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -
     try:
         for worker in workers:
             # No signal comes between a process and the note of it.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             try:
                 worker.start()
             except OSError:  # no memory for another
@@ -123,9 +122,9 @@ def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -
 
 def _work(kernels: Sequence[Any], numbers: int, done: int, write_done: int) -> None:
     os.setpgid(0, 0)
-    for number in _ENDING:
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     # With no reader left, because the parent died, writing ends this process.
     os.close(done)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
