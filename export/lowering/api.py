@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,12 +168,13 @@ class LoweringError(ExportError):
 @contextlib.contextmanager
 def _plain_errors(what: str, output: Path) -> Iterator[None]:
     """Turns an error of a compiler or of the disk into one line, with the original as its cause."""
+    handled = sys.exception()  # what the caller was handling already is no cause of ours
     try:
         yield
     except OutputError:
         raise
     except Exception as error:
-        chain = list(_chain(error))
+        chain = list(_chain(error, handled))
         if any(map(_is_full_disk, chain)):
             raise OutputError(f"disk full at {_full_folder(chain, output.absolute().parent)}") from error
         for inner in chain:  # an error of ours that a compiler wrapped in one of its own
@@ -183,9 +185,9 @@ def _plain_errors(what: str, output: Path) -> Iterator[None]:
         raise LoweringError(f"{what}: {type(error).__name__}: {_summary(str(error))}") from error
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those it came from."""
-    seen: set[int] = set()
+def _chain(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came from, up to ``handled``."""
+    seen: set[int] = {id(handled)}
     waiting: list[BaseException | None] = [error]
     while waiting:
         current = waiting.pop(0)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.mutation import mutated_buffers
+from flashpte.export.lowering.prepare import prepare_pte
 
 PTE_NAME = "model.pte"
 PTD_NAME = "aoti_cuda_blob.ptd"  # the name ExecuTorch gives the CUDA backend's external data
@@ -56,10 +57,12 @@ def write_pte(
         name: [CudaPartitioner([CudaBackend.generate_method_name_compile_spec(name), *specs])] for name in programs
     }
     edge = to_edge_transform_and_lower(
-        dict(programs),
+        {name: prepare_pte(program) for name, program in programs.items()},
         partitioner=partitioner,
         # The CUDA backend takes ATen operators; dim-order variants of copies have no kernel in it.
-        compile_config=EdgeCompileConfig(_check_ir_validity=True, _skip_dim_order=True),
+        # The verifier is for backends with a kernel for each operator. AOTInductor compiles any, and ExecuTorch's own
+        # CUDA exports turn it off: it refuses ``split``, ``sum`` and powers of a length.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(constant_methods),
     )
     manager = edge.to_executorch(ExecutorchBackendConfig(emit_mutable_buffer_names=True))

@@ -99,7 +99,8 @@ def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | 
         bounds = size.node.shape_env.bound_sympy(size.node.expr)
     limits: list[int | None] = []
     for bound in (bounds.lower, bounds.upper):
-        limits.append(int(bound) if bound.is_finite and int(bound) < 2**62 else None)
+        # No bound at all is ``int_oo``, which says of itself that it is finite, or sympy's infinity.
+        limits.append(int(bound) if bound.is_Integer and int(bound) < 2**62 else None)
     return limits
 
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from flashpte.export.errors import ExportError, UsageError
-from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_compiler
+from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_cccl_include, find_compiler
 from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA, Attention
 from flashpte.export.lowering.mutation import mutated_inputs, returned_buffers
 from flashpte.export.lowering.output import MANIFEST_NAME, check_output_folder
@@ -47,6 +47,7 @@ def check_surroundings(output: Path, extra_files: Sequence[Path]) -> None:
             raise UsageError(f"extra file {file} would replace another file of that name in the output")
         taken.add(file.name)
     find_compiler()
+    find_cccl_include()
 
 
 def check_request(

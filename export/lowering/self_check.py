@@ -9,11 +9,12 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from flashpte.export.errors import ExportError
 from flashpte.export.lowering.cross_compile import GpuArch
@@ -45,8 +46,9 @@ def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuAr
     contents = inspect_pte(folder / "model.pte")
     if set(contents.methods) != set(programs):
         raise SelfCheckError(f"the file has methods {sorted(contents.methods)}, not {sorted(programs)}")
-    foreign = frozenset() if attention == "executorch" else executorch_kernels()
     for name, method in contents.methods.items():
+        # What ExecuTorch put in by itself, not what the program asks for.
+        foreign = frozenset() if attention == "executorch" else executorch_kernels(_called_operators(programs[name]))
         for problem in _method_problems(method, arch, foreign):
             raise SelfCheckError(f"method {name}: {problem}")
         for problem in _weight_problems(contents, name, programs[name]):
@@ -117,20 +119,45 @@ def _code_problems(library: SharedLibrary, arch: GpuArch) -> Iterator[str]:
         yield f"host code names a folder of this machine: {path}"
 
 
-def executorch_kernels() -> frozenset[str]:
-    """Names of the Triton functions in the modules of ExecuTorch's CUDA backend that can be imported here."""
+def executorch_kernels(called: Collection[str] = ()) -> frozenset[str]:
+    """Names of the Triton functions in the modules of ExecuTorch's CUDA backend that can be imported here.
+
+    Args:
+        called: operators that a program calls itself (``triton::int4_matmul``); the modules that define them are left
+            out.
+    """
     import executorch.backends.cuda.triton.kernels as package
+    from torch._library.custom_ops import CustomOpDef
+
+    names: set[str] = set()
+    for name, module in list(sys.modules.items()):
+        if name.startswith(f"{package.__name__}."):
+            values = list(vars(module).values())
+            operators = {value._qualname for value in values if isinstance(value, CustomOpDef)}
+            if operators.isdisjoint(called):
+                names.update(_triton_functions(values, name))
+    return frozenset(names)
+
+
+def _triton_functions(values: Iterable[object], module: str) -> Iterator[str]:
     from triton.runtime import JITFunction
 
-    names = set()
-    for name, module in list(sys.modules.items()):
-        if name.startswith(package.__name__):
-            for value in vars(module).values():
-                while value is not None and not isinstance(value, JITFunction):  # under @triton.autotune
-                    value = getattr(value, "fn", None) if type(value).__module__.startswith("triton") else None
-                if value is not None:
-                    names.add(value.__name__)
-    return frozenset(names)
+    for value in values:
+        while value is not None and not isinstance(value, JITFunction):  # under @triton.autotune
+            value = getattr(value, "fn", None) if type(value).__module__.startswith("triton") else None
+        if value is not None and value.fn.__module__ == module:
+            yield value.__name__
+
+
+def _called_operators(program: ExportedProgram) -> frozenset[str]:
+    """Qualified names (``namespace::name``) of the operators that a program calls, in regions and branches too."""
+    return frozenset(
+        node.target._schema.name
+        for module in program.graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    )
 
 
 def can_disassemble() -> bool:

@@ -1,4 +1,4 @@
-"""Replacements in Inductor that are about where and how the arguments of Triton kernels lie in memory."""
+"""Replacements in Inductor for how tensors lie in memory: arguments of Triton kernels, and a program's outputs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
 
 
 def realise_once(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,3 +47,84 @@ def pin_cond_operands(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(graph, fn, args, kwargs)
 
     return call_function
+
+
+def whole_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Has every output of a program written contiguously from the start of memory of its own.
+
+    ExecuTorch's CUDA delegate refuses an output with a storage offset or with gaps (``_check_tensor_metadata`` in
+    ``backends/cuda/runtime/utils.h``), and frees an output twice that two results share. Inductor returns views of its
+    buffers, and drops a ``clone`` in front of an output. A whole buffer stays as it is, at no cost.
+    """
+
+    def output(graph: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        if not _is_program(graph):
+            return original(graph, target, args, kwargs)
+        taken: set[str] = set(graph.graph_input_names)
+        results = [_whole(result, taken) for result in args[0]]
+        return original(graph, target, (type(args[0])(results), *args[1:]), kwargs)
+
+    return output
+
+
+def _whole(result: Any, taken: set[str]) -> Any:
+    from torch._inductor.ir import BaseView, ExternKernel, TensorBox, is_storage_and_layout
+
+    if not isinstance(result, TensorBox | BaseView):
+        return result  # a number, or nothing
+    realised = ExternKernel.realize_input(result)
+    if not is_storage_and_layout(realised):
+        return result
+    contiguous = ExternKernel.require_contiguous_strides(realised)
+    name = contiguous.get_name()
+    if name in taken or partial_output(contiguous) is not None:
+        contiguous = ExternKernel.require_contiguous_strides(ExternKernel.copy_input(contiguous))
+        name = contiguous.get_name()
+    taken.add(name)
+    return contiguous if isinstance(contiguous, TensorBox) else TensorBox(contiguous)
+
+
+def partial_output(output: Any) -> str | None:
+    """What ExecuTorch's runtime would refuse in an output of a compiled program, or ``None``."""
+    from torch._inductor.ir import FlexibleLayout
+    from torch._inductor.virtualized import V
+
+    layout = output.get_output_spec()
+    size, stride = list(layout.size), list(layout.stride)
+    same = V.graph.sizevars.statically_known_equals
+    if not same(layout.offset, 0):
+        return f"begins at element {layout.offset} of its memory"
+    if not all(
+        same(have, want) or same(length, 1)
+        for have, want, length in zip(stride, FlexibleLayout.contiguous_strides(size), size, strict=True)
+    ):
+        return f"has strides {stride} for sizes {size}, which are not contiguous"
+    return None
+
+
+def check_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a compiled program with an output that ExecuTorch's runtime would refuse at the first call."""
+
+    def codegen(graph: Any) -> Any:
+        result = original(graph)
+        seen: set[str] = set()
+        for index, output in enumerate(graph.graph_outputs if _is_program(graph) else ()):
+            if not hasattr(output, "get_output_spec") or output.maybe_get_layout() is None:
+                continue
+            problem = partial_output(output)
+            name = output.get_name()
+            if problem is None and name in seen:
+                problem = "shares its memory with another output"
+            if problem is not None:
+                raise CrossCompileError(f"output {index} {problem}: ExecuTorch's runtime would refuse it")
+            seen.add(name)
+        return result
+
+    return codegen
+
+
+def _is_program(graph: Any) -> bool:
+    """Whether a graph that Inductor lowers is the program, not a subgraph or a graph that computes constants."""
+    from torch._inductor.graph import GraphLowering
+
+    return type(graph) is GraphLowering and not graph.is_const_graph

@@ -23,7 +23,12 @@ from flashpte.export.lowering.cross_compile import (
     scratch,
 )
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
-from flashpte.export.lowering.cross_compile.layouts import pin_cond_operands, realise_once
+from flashpte.export.lowering.cross_compile.layouts import (
+    check_outputs,
+    pin_cond_operands,
+    realise_once,
+    whole_outputs,
+)
 from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
 from flashpte.export.lowering.cross_compile.toolchain import embed_cubin
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
@@ -273,6 +278,18 @@ TABLE: tuple[Override, ...] = (
 )
 
 EXECUTORCH_TABLE: tuple[Override, ...] = (
+    Override(
+        "torch._inductor.graph:GraphLowering.output",
+        "returns views, which ExecuTorch's runtime refuses when the program is called",
+        lambda target, original: whole_outputs(original),
+        checked=("2.11", "2.13"),
+    ),
+    Override(
+        "torch._inductor.graph:GraphLowering.codegen",
+        "is where the layouts of all outputs are known",
+        lambda target, original: check_outputs(original),
+        checked=("2.11", "2.13"),
+    ),
     Override(
         "executorch.exir.program._program:lift_constant_tensor_pass",
         "numbers constants in each method by itself, and methods share tensors by name",

@@ -1,8 +1,8 @@
 """The host C++ toolchain: compiler, CUDA headers from PyPI wheels, and flags that give the same bytes anywhere.
 
 AOTInductor compiles a C++ wrapper with g++ against a CUDA toolkit. No toolkit is needed: the Triton wheel
-carries the CUDA headers, ``nvidia-cuda-cccl`` the one they include besides (``nv/target``), and linking needs
-only something that answers to ``-lcuda``.
+carries the CUDA headers, ``nvidia-cuda-cccl`` or a toolkit the one they include besides (``nv/target``), and linking
+needs only something that answers to ``-lcuda``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flashpte.export.errors import ExportError
 # AVX2, no AVX-512: what every x86 machine with a GPU worth compiling for has. Needs gcc 11 or newer.
 HOST_MARCH = "x86-64-v3"
 
+_TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
 _CCCL_DISTRIBUTIONS = ("nvidia-cuda-cccl", "nvidia-cuda-cccl-cu13", "nvidia-cuda-cccl-cu12")
 
 # Functions of libcuda that AOTInductor's wrapper calls. The stub defines them, so that a linker that drops
@@ -70,7 +71,21 @@ def compiler_version(compiler: tuple[str, ...]) -> str:
 
 
 def find_cccl_include() -> Path:
-    """The folder that holds ``nv/target``, from whichever CCCL wheel is installed."""
+    """The folder that holds ``nv/target``: of the Triton wheel, a CCCL wheel, or a CUDA toolkit, in this order.
+
+    Raises:
+        CrossCompileError: none of them has it.
+    """
+    for folder in _cccl_folders():
+        if (folder / "nv" / "target").is_file():
+            return folder
+    raise CrossCompileError(
+        "the CUDA header nv/target is missing: pip install nvidia-cuda-cccl, or set CUDA_HOME to a CUDA toolkit"
+    )
+
+
+def _cccl_folders() -> Iterator[Path]:
+    yield _triton_folder() / "include"
     for name in _CCCL_DISTRIBUTIONS:
         try:
             files = importlib.metadata.files(name) or []
@@ -78,17 +93,26 @@ def find_cccl_include() -> Path:
             continue
         for file in files:
             if file.parts[-2:] == ("nv", "target"):
-                path = Path(str(file.locate()))
-                if path.exists():
-                    return path.parent.parent
-    raise CrossCompileError("the CUDA header nv/target is missing: pip install nvidia-cuda-cccl")
+                yield Path(str(file.locate())).parent.parent
+    nvcc = shutil.which("nvcc")
+    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _TOOLKIT]
+    if nvcc:
+        toolkits.append(str(Path(nvcc).resolve().parents[1]))
+    for toolkit in filter(None, toolkits):
+        yield Path(toolkit) / "include"
+        yield Path(toolkit) / "include" / "cccl"  # where CUDA 13 keeps it
+
+
+def _triton_folder() -> Path:
+    """What the Triton wheel carries of a CUDA toolkit: include/ and bin/."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia"
 
 
 def find_triton_tool(name: str) -> Path:
     """A program of the CUDA toolkit that the Triton wheel carries (ptxas, cuobjdump, ...)."""
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = _triton_folder() / "bin" / name
     if not path.exists():
         raise CrossCompileError(f"{name} is missing from the triton wheel: reinstall triton")
     return path
@@ -96,15 +120,14 @@ def find_triton_tool(name: str) -> Path:
 
 def make_cuda_home(folder: Path) -> None:
     """Fills ``folder`` with what AOTInductor reads of a CUDA toolkit: include/, lib64/libcuda.so and bin/."""
-    import triton
-
-    nvidia = Path(triton.__file__).parent / "backends" / "nvidia"
+    nvidia = _triton_folder()
     include = folder / "include"
     include.mkdir(parents=True)
     for entry in sorted((nvidia / "include").iterdir()):
         (include / entry.name).symlink_to(entry)
-    if not (include / "nv").exists():
-        (include / "nv").symlink_to(find_cccl_include() / "nv")
+    cccl = find_cccl_include()
+    if cccl != nvidia / "include":
+        (include / "nv").symlink_to(cccl / "nv")
     bin_ = folder / "bin"
     bin_.mkdir()
     for entry in sorted((nvidia / "bin").iterdir()):

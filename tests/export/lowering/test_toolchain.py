@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from flashpte.export.lowering.api import LoweringError, _summary
-from flashpte.export.lowering.cross_compile.toolchain import ReproducibleFlags, embed_cubin, find_compiler
+from flashpte.export.lowering.cross_compile import toolchain
+from flashpte.export.lowering.cross_compile.toolchain import (
+    CrossCompileError,
+    ReproducibleFlags,
+    embed_cubin,
+    find_cccl_include,
+    find_compiler,
+)
 
 
 def test_one_cubin_under_two_kernel_names_links(tmp_path):
@@ -27,6 +34,61 @@ def test_a_compilers_error_is_summed_up_by_its_error_lines():
     )
     assert _summary(message) == "ld: a.o: multiple definition of `k' collect2: error: ld"
     assert _summary("something else\nhappened") == "something else happened"
+
+
+def test_an_error_that_the_caller_handles_is_no_cause(tmp_path, monkeypatch):
+    from flashpte.export.errors import UsageError
+    from flashpte.export.lowering import api, lower
+
+    def fail(*args):
+        raise ValueError("of the compiler")
+
+    monkeypatch.setattr(api, "write_pte", fail)
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.randn(1, 4),))
+    try:
+        raise UsageError("of the caller, with No space left on device")
+    except UsageError:
+        with pytest.raises(LoweringError, match=r"^compiling failed: ValueError: of the compiler$"):
+            lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+
+
+@pytest.fixture
+def no_cccl(tmp_path, monkeypatch):
+    """No CUDA header from any wheel or toolkit; returns an empty folder."""
+
+    def missing(name):
+        raise toolchain.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(toolchain.importlib.metadata, "files", missing)
+    monkeypatch.setattr(toolchain, "_triton_folder", lambda: tmp_path / "triton")
+    monkeypatch.setattr(toolchain, "_TOOLKIT", str(tmp_path / "none"))
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", ["include", "include/cccl"])
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH", None])
+def test_a_toolkit_that_has_the_header_is_asked(no_cccl, monkeypatch, folder, variable):
+    header = no_cccl / "toolkit" / folder / "nv" / "target"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    if variable:
+        monkeypatch.setenv(variable, str(no_cccl / "toolkit"))
+    else:
+        nvcc = no_cccl / "toolkit" / "bin" / "nvcc"
+        monkeypatch.setattr(toolchain.shutil, "which", lambda name: str(nvcc) if name == "nvcc" else None)
+    assert find_cccl_include() == no_cccl / "toolkit" / folder
+
+
+def test_a_missing_header_is_told_before_anything_is_compiled(no_cccl, monkeypatch):
+    from flashpte.export.lowering import lower
+
+    monkeypatch.setattr("flashpte.export.lowering.preflight.find_compiler", lambda: ("g++",))
+    program = torch.export.export(torch.nn.ReLU(), (torch.zeros(2),))
+    with pytest.raises(CrossCompileError, match="nv/target is missing: pip install nvidia-cuda-cccl, or set CUDA_HOME"):
+        lower({"forward": program}, output_dir=no_cccl / "out", arch="sm_90")
 
 
 def test_an_error_of_the_compiler_is_one_line(tmp_path, monkeypatch):

@@ -1,0 +1,52 @@
+"""Copies the programs that a lowering works on, in a form that the package can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
+from torch.fx import Node
+
+from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
+
+
+def prepare_pte(program: ExportedProgram) -> ExportedProgram:
+    """Returns a copy of ``program`` for ExecuTorch: tables of its own, the caller's tensors, outputs that it computes.
+
+    ExecuTorch's passes move constants out of the program that they are given, so they get a copy.
+    """
+    program = deepcopy_sharing_tensors(program, {})
+    _clone_returned_placeholders(program)
+    return program
+
+
+def _clone_returned_placeholders(program: ExportedProgram) -> None:
+    """Has each output that is an input, a weight or a buffer computed as a clone of it.
+
+    A method hands all of its work to one delegate, and a tensor that goes past the delegate has no place in that: the
+    partitioner refuses a weight that is an output.
+    """
+    output = program.graph.output_node()
+    results = list(output.args[0])
+    specs = program.graph_signature.output_specs
+    clones: dict[Node, Node] = {}
+    for index, (result, spec) in enumerate(zip(results, specs, strict=True)):
+        if spec.kind != OutputKind.USER_OUTPUT or isinstance(spec.arg, ConstantArgument):
+            continue
+        if not isinstance(result, Node) or result.op != "placeholder" or not _is_tensor(result):
+            continue
+        if result not in clones:
+            with program.graph.inserting_before(output):
+                clones[result] = program.graph.call_function(torch.ops.aten.clone.default, (result,))
+            clones[result].meta = {**result.meta, "val": torch.empty_like(result.meta["val"])}
+        results[index] = clones[result]
+        specs[index] = dataclasses.replace(spec, arg=TensorArgument(name=clones[result].name))
+    if clones:
+        output.args = (tuple(results),)
+        program.graph_module.recompile()
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)

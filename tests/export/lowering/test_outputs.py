@@ -1,0 +1,83 @@
+"""ExecuTorch's delegate takes contiguous outputs from the start of memory of their own, whatever a program returns."""
+
+import pytest
+import torch
+from module_of import module_of
+
+from flashpte.export.lowering import lower
+from flashpte.export.lowering.api import LoweringError
+from flashpte.export.lowering.cross_compile import overrides
+from flashpte.export.lowering.prepare import prepare_pte
+
+
+def twenty_forms(module, x):
+    y = x * 2 + 1
+    w = torch.cat([x, x], 1).relu()
+    return {
+        "last row": y[:, -1:],
+        "first rows": y[:, :2],
+        "one of a batch": y[1],
+        "one row": x[:, 1],
+        "columns with a step": w.view(-1)[::2],
+        "transposed": y.transpose(0, 1),
+        "permuted": w.permute(2, 0, 1),
+        "matrix transposed": w.mT,
+        "expanded": y.unsqueeze(0).expand(3, -1, -1, -1),
+        "diagonal": torch.diagonal(y, 0, 1, 2),
+        "chunk": w.chunk(2, 1)[1],
+        "clone of a slice": (y + 1).clone()[:, 3],
+        "slice, then clone": w[:, 3:5].clone(),
+        "element": w[0, 0, 0],
+        "flattened": y.flatten(),
+        "input": x,
+        "whole": y,
+        "whole again": y,
+        "weight": module.weight.t(),
+        "buffer": module.buffer,
+        "sum": y.sum(),
+        "bool": (y > 0)[:, 1:],
+        "int64": y.long()[..., 0],
+    }
+
+
+def forms_module():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    return module_of(twenty_forms, weight=weight, buffer=torch.randn(5)), (torch.randn(2, 6, 10),)
+
+
+def test_a_returned_placeholder_becomes_a_clone():
+    module, inputs = forms_module()
+    program = torch.export.export(module, inputs)
+    returned = [node.name for node in program.graph.output_node().args[0]]
+    prepared = prepare_pte(program)
+    assert [node.name for node in program.graph.output_node().args[0]] == returned
+    results = prepared.graph.output_node().args[0]
+    assert not [node for node in results if node.op == "placeholder"]
+    assert [spec.arg.name for spec in prepared.graph_signature.output_specs] == [node.name for node in results]
+    for got, expected in zip(prepared.module()(*inputs).values(), module(*inputs).values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.lowering
+def test_twenty_forms_of_outputs_lower(tmp_path):
+    module, inputs = forms_module()
+    lowered = lower({"forward": torch.export.export(module, inputs)}, output_dir=tmp_path / "out", arch="sm_90")
+    shapes = [output["shape"] for output in lowered.manifest["methods"]["forward"]["outputs"]]
+    assert shapes == [list(value.shape) for value in module(*inputs).values()]
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda module, x: x.exp()[1], "output 0 begins at element 60 of its memory"),
+        (lambda module, x: x.exp()[:, :2], r"output 0 has strides \[60, 10, 1\] for sizes \[2, 2, 10\]"),
+    ],
+)
+def test_what_the_runtime_would_refuse_is_refused(tmp_path, monkeypatch, function, said):
+    monkeypatch.setattr(overrides, "whole_outputs", lambda original: original)
+    monkeypatch.setattr("flashpte.export.lowering.restore_views._escaping", lambda module: set())
+    program = torch.export.export(module_of(function), (torch.randn(2, 6, 10),))
+    with pytest.raises(LoweringError, match=said):
+        lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
