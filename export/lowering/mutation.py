@@ -85,7 +85,7 @@ class _Memory:
     def _walk_regions(self, module: GraphModule, node: Node) -> list[Any]:
         arguments = pytree.tree_leaves((node.args, node.kwargs))
         regions = [
-            (index, getattr(module, argument.target))
+            (index, getattr(module, str(argument.target)))
             for index, argument in enumerate(arguments)
             if isinstance(argument, Node) and argument.op == "get_attr"
         ]
@@ -106,7 +106,8 @@ class _Memory:
 
     def _pick(self, node: Node, results: dict[Node, list[Any]]) -> None:
         """One of the views that ``split`` returns, or one result of a region."""
-        source, index = node.args
+        source: Any = node.args[0]
+        index: Any = node.args[1]
         if source in results:
             source = results[source][index] if index < len(results[source]) else None
             if isinstance(source, Node) and source in self.whole:
