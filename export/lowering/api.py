@@ -27,9 +27,11 @@ from flashpte.export.lowering.executorch import (
     mutable_buffer_metadata,
     write_pte,
 )
+from flashpte.export.lowering.explain import explain, origin
 from flashpte.export.lowering.manifest import build_manifest, describe_files, describe_method, write_manifest
 from flashpte.export.lowering.output import MANIFEST_NAME, OutputError, atomic_folder, check_free_space
 from flashpte.export.lowering.preflight import Format, check_programs, check_request, check_surroundings
+from flashpte.export.lowering.prepare import unwrap_weights
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
 
 _SPARE_BYTES = 200_000_000  # code, caches and intermediate files, beside the weights
@@ -103,6 +105,7 @@ def lower(
     constants = dict(constant_methods or {})
     check_request(programs, format, attention, constants, manifest or {})
     check_surroundings(output, extra_files)
+    programs = {name: unwrap_weights(program) for name, program in programs.items()}
     check_programs(programs, format)
     check_free_space(output, 2 * _weight_bytes(programs) + _SPARE_BYTES)  # intermediate files, then the result
     if format == "pte":
@@ -115,7 +118,7 @@ def lower(
         restore_views = attention != "executorch"
         tell(f"compiling {', '.join(programs)} for {target.name}")
         with (
-            _plain_errors("compiling failed", output),
+            _plain_errors("compiling failed", output, format),
             cross_compile(target, scratch, format, restore_views, lambda source: tell("compiling host code")),
         ):
             if format == "pte":
@@ -127,13 +130,13 @@ def lower(
             if can_disassemble()
             else "checking the result (no objdump: AVX-512 is not looked for)"
         )
-        with _plain_errors("checking the result failed", output):
+        with _plain_errors("checking the result failed", output, format):
             if format == "pte":
                 check_pte(folder, programs, target, attention)
             else:
                 check_pt2(folder / PT2_NAME, target)
         tell("writing the manifest")
-        with _plain_errors("writing the output failed", output):
+        with _plain_errors("writing the output failed", output, format):
             for file in extra_files:
                 shutil.copyfile(file, folder / Path(file).name)
             document = build_manifest(
@@ -166,7 +169,7 @@ class LoweringError(ExportError):
 
 
 @contextlib.contextmanager
-def _plain_errors(what: str, output: Path) -> Iterator[None]:
+def _plain_errors(what: str, output: Path, package: str) -> Iterator[None]:
     """Turns an error of a compiler or of the disk into one line, with the original as its cause."""
     handled = sys.exception()  # what the caller was handling already is no cause of ours
     try:
@@ -182,7 +185,9 @@ def _plain_errors(what: str, output: Path) -> Iterator[None]:
                 if inner is error:
                     raise
                 raise inner from error
-        raise LoweringError(f"{what}: {type(error).__name__}: {_summary(str(error))}") from error
+        if (meaning := explain(chain, package)) is not None:
+            raise LoweringError(f"{what}: {meaning}") from error
+        raise LoweringError(f"{what}: {type(error).__name__}: {_summary(str(error)) or origin(error)}") from error
 
 
 def _chain(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from flashpte.export.errors import ExportError, UsageError
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_cccl_include, find_compiler
@@ -20,6 +20,20 @@ from flashpte.export.lowering.mutation import mutated_inputs, returned_buffers
 from flashpte.export.lowering.output import MANIFEST_NAME, check_output_folder
 
 Format = Literal["pte", "pt2"]
+# ``backends/aoti/slim/c10/core/ScalarType.h`` of ExecuTorch.
+_DTYPES = frozenset(
+    {
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.bool,
+    }
+)
 _OUTPUT_NAMES = ("model.pte", "model.pt2", "aoti_cuda_blob.ptd", MANIFEST_NAME)
 # Matrix multiplies that become Triton templates, which have no float64.
 _MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "scaled_dot_product_attention"})
@@ -131,7 +145,25 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
                 f"method {name} multiplies float64 matrices ({matmuls[0]}, {len(matmuls)} in all), "
                 "for which ExecuTorch's CUDA backend has no kernel: use float32"
             )
+        for what, dtype in _foreign_dtypes(program):
+            raise ExportError(
+                f"method {name}: {what} is {str(dtype).removeprefix('torch.')}, which ExecuTorch's CUDA delegate does "
+                "not have: convert it, or lower to .pt2"
+            )
     _check_shared_tensors(programs)
+
+
+def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype]]:
+    """Inputs, outputs, weights and buffers of a dtype that ExecuTorch's CUDA delegate does not have."""
+    results = {node for node in program.graph.output_node().args[0] if isinstance(node, Node)}
+    names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype not in _DTYPES:
+            if node.op == "placeholder" and (node.users or node.name not in names):
+                yield names.get(node.name, f"input {node.name}"), value.dtype
+            elif node in results:
+                yield f"output {node.name}", value.dtype
 
 
 def _float64_matmuls(program: ExportedProgram) -> Iterator[str]:

@@ -241,7 +241,10 @@ def _read_payload(payload: bytes) -> tuple[str, tuple[WeightEntry, ...]]:
     from executorch.exir.tensor import get_scalar_type
 
     if not payload.startswith(_WEIGHTS_MAGIC):
-        raise ContentsError("the CUDA delegate was written by an ExecuTorch older than 1.5 or newer than is known")
+        raise ContentsError(
+            f"the CUDA delegate's payload begins with {payload[:10]!r}, not with {_WEIGHTS_MAGIC.decode()}, which "
+            "ExecuTorch 1.5.1 writes: install executorch>=1.5.1,<1.6 and export again"
+        )
     reader = _Reader(payload, len(_WEIGHTS_MAGIC))
     library_key = reader.string()
     (count,) = reader.unpack("<I")

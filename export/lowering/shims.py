@@ -18,7 +18,7 @@ _SHIMS = frozenset(
     aoti_torch_cuda_int8_plain_mm aoti_torch_cuda_rand aoti_torch_cuda_randint_low_out
     aoti_torch_cuda_sort_stable aoti_torch_delete_cuda_guard aoti_torch_delete_cuda_stream_guard
     aoti_torch_delete_tensor_object aoti_torch_device_type_cpu aoti_torch_device_type_cuda
-    aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_element_size aoti_torch_dtype_float16
+    aoti_torch_dtype_bfloat16 aoti_torch_dtype_bool aoti_torch_dtype_float16
     aoti_torch_dtype_float32 aoti_torch_dtype_int16 aoti_torch_dtype_int32 aoti_torch_dtype_int64
     aoti_torch_dtype_int8 aoti_torch_dtype_uint8 aoti_torch_empty_strided aoti_torch_get_current_cuda_stream
     aoti_torch_get_data_ptr aoti_torch_get_device_index aoti_torch_get_device_type aoti_torch_get_dim

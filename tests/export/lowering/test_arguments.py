@@ -75,6 +75,22 @@ def multiplies_float64(module, x):
     return torch.nn.functional.linear(x.double(), x.double())
 
 
+def returns_float64(module, x):
+    return x.double() + 1
+
+
+def returns_complex(module, x):
+    return torch.complex(x, x)
+
+
+def returns_float8(module, x):
+    return x.to(torch.float8_e4m3fn)
+
+
+def computes_in_float64(module, x):
+    return (x.double() + 1).float()
+
+
 def reads_its_buffer(module, x):
     return module.total + x
 
@@ -85,6 +101,12 @@ def reads_its_buffer(module, x):
         (returns_its_buffer, r"method forward writes to buffer total and returns it: return total\.clone\(\)"),
         (writes_its_input, "method forward writes to its input x"),
         (multiplies_float64, r"method forward multiplies float64 matrices \(linear, 1 in all\)"),
+        (
+            returns_float64,
+            r"method forward: output \w+ is float64, which ExecuTorch's CUDA delegate does not have",
+        ),
+        (returns_complex, r"output \w+ is complex64, .*: convert it, or lower to \.pt2"),
+        (returns_float8, r"output \w+ is float8_e4m3fn, "),
     ],
 )
 @pytest.mark.parametrize("functional", [False, True])
@@ -95,6 +117,23 @@ def test_what_a_pte_cannot_hold_is_refused_before_compiling(tmp_path, function, 
     with pytest.raises(ExportError, match=message):
         lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.uint16, torch.float8_e4m3fn])
+def test_weights_and_inputs_of_a_foreign_dtype(tmp_path, dtype):
+    module = Module(lambda module, x: module.total.float() + x.float())
+    module.total = module.total.to(dtype)
+    with pytest.raises(ExportError, match=f"method forward: total is {str(dtype).removeprefix('torch.')}"):
+        lower({"forward": torch.export.export(module, (torch.ones(4, 4),))}, output_dir=tmp_path / "out")
+    module.total = torch.zeros(4, 4)
+    with pytest.raises(ExportError, match="method forward: input x is "):
+        lower({"forward": torch.export.export(module, (torch.ones(4, 4).to(dtype),))}, output_dir=tmp_path / "out")
+
+
+def test_an_intermediate_result_may_have_any_dtype():
+    from flashpte.export.lowering.preflight import check_programs
+
+    check_programs({"forward": exported(computes_in_float64)}, "pte")
 
 
 def test_methods_with_different_tensors_of_one_name(tmp_path):
