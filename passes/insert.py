@@ -19,6 +19,8 @@ _EDGE_NAMES = {
     torch.ops.aten.slice.Tensor: torch.ops.aten.slice_copy.Tensor,
     torch.ops.aten.permute.default: torch.ops.aten.permute_copy.default,
     torch.ops.aten.expand.default: torch.ops.aten.expand_copy.default,
+    torch.ops.aten.squeeze.dims: torch.ops.aten.squeeze_copy.dims,
+    torch.ops.aten.view.default: torch.ops.aten.view_copy.default,
 }
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 

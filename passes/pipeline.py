@@ -15,6 +15,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
+from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
 from flashpte.passes.insert import call_before
 from flashpte.passes.mask_terms import Structure
 from flashpte.passes.recover_gqa import recover_gqa
@@ -86,20 +87,26 @@ def replace_sdpa_in_graph(
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
     maps: dict[GraphModule, TileMaps] = {}
+    masks: dict[GraphModule, MaskForms] = {}
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
-        call = recover_gqa(written)
-        decision = route(call, ranges)
-        if decision.op is None and call is not written:
-            # The repetition may be what made a layout fit: it is a copy.
-            call, decision = written, route(written, ranges)
-        entry = _entry(call, decision, ranges)
+        before = node.prev
+        formed = to_four_dims(written, masks.setdefault(module, {}), ranges)
+        if isinstance(formed, str):
+            _undo(before, node, masks[module])
+            routes.append(_entry(written, Route(None, formed), ranges))
+            users.append(None)
+            continue
+        call, decision = _decide(formed, recover_gqa(formed), ranges)
+        if decision.op is None:
+            _undo(before, node, masks[module])
+        entry = _entry(written if decision.op is None else call, decision, ranges)
         tiles = None
         if decision.op is not None:
             tile_maps = maps.setdefault(module, TileMaps())
             structure = tile_maps.structure_of(call)
             tiles = _replace(call, decision, tile_maps)
-            saved = repeated_bytes(written, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
+            saved = repeated_bytes(formed, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
             entry = dataclasses.replace(entry, bytes_saved=saved, **_mask_entry(call, structure))
         routes.append(entry)
         users.append(tiles)
@@ -116,10 +123,32 @@ def replace_sdpa_in_graph(
     )
 
 
+def _decide(formed: SdpaCall, grouped: SdpaCall, ranges: Ranges | None) -> tuple[SdpaCall, Route]:
+    """The call that the kernels get, of the two that are the same, and the decision about it."""
+    call = with_unit_strides(broadcast(grouped), ranges)
+    decision = route(call, ranges)
+    if decision.op is None and grouped is not formed:
+        # The repetition may be what made a layout fit: it is a copy.
+        call = with_unit_strides(broadcast(formed), ranges)
+        decision = route(call, ranges)
+    return call, decision
+
+
+def _undo(before: Node, node: Node, masks: MaskForms) -> None:
+    """Erases what was inserted between two nodes."""
+    while node.prev is not before:
+        erased = node.prev
+        for form in [form for form, made in masks.items() if made is erased]:
+            del masks[form]
+        node.graph.erase_node(erased)
+
+
 def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | None:
     """Rewrites one call; returns the node of its tile map, if it has one."""
     assert decision.op is not None
     namespace, name = decision.op.split("::")
+    for pair in decision.equal:
+        require_equal(call.node, *pair, (call.query, call.key, call.value, call.mask))
     mask = tile_maps.arguments_for(call, PREFILL if decision.op == DISPATCH else decision.op)
     arguments: list[Any] = [call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
     arguments += [bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values]
@@ -128,6 +157,7 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
         few = tile_maps.arguments_for(call, VERIFY)
         arguments += [few.tiles, few.tile_counts]
     new = call_before(call.node, getattr(getattr(torch.ops, namespace), name).default, *arguments)
+    new = restored(call, new)
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
     # Signatures of a program and of its modules refer to outputs by name.

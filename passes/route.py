@@ -9,7 +9,9 @@ import torch
 
 from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
 from flashpte.kernels.split_k import MAX_ROWS
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, printable, same_size, size_range, val
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, may_be_same, printable, same_size, size_range, val
+
+Size = int | torch.SymInt
 
 DECODE = "flashpte::sdpa_decode"
 VERIFY = "flashpte::sdpa_verify"
@@ -27,6 +29,7 @@ class Route:
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions.
         branches: what ``op`` chooses between at run time: for at most :data:`MAX_ROWS` rows, and for more.
+        equal: pairs of sizes that attention requires to be equal, where the program does not say that they are.
     """
 
     op: str | None
@@ -34,6 +37,7 @@ class Route:
     scale: float = 1.0
     dim_order: tuple[int, ...] = (0, 1, 2, 3)
     branches: tuple[str, ...] = ()
+    equal: tuple[tuple[Size, Size], ...] = ()
 
 
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -49,7 +53,45 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(tensor.dim()), key=lambda d: (-keys[d], d)))
 
 
-def _decline_reason(call: SdpaCall) -> str | None:
+def result_order(call: SdpaCall, order: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The memory order of the four dimensions, given that of the node's own; ``None`` if no order of four is it."""
+    shape = val(call.node).shape
+    kept = [dim for dim in order if not same_size(shape[dim], 1)]
+    places: list[float] = []
+    for group in reversed(call.dims):
+        own = [dim for dim in group if dim in kept]
+        if own:
+            first = kept.index(own[0])
+            if kept[first : first + len(own)] != own:
+                return None
+            places.append(first)
+        else:
+            # A dimension of size 1 stays next to the one that follows it.
+            places.append(places[-1] - 0.01 if places else len(kept))
+    places.reverse()
+    return tuple(sorted(range(4), key=lambda dim: places[dim]))
+
+
+class _Sizes:
+    """Compares sizes as attention does, which fails at run time where some of them differ."""
+
+    def __init__(self, ranges: Ranges | None) -> None:
+        self._ranges = ranges
+        self.required: dict[tuple[str, str], tuple[Size, Size]] = {}
+
+    def equal(self, a: Size, b: Size, broadcasts: bool = False) -> bool:
+        """Whether two sizes are equal wherever attention takes them; ``broadcasts``: it takes a size of 1, too."""
+        if same_size(a, b):
+            return True
+        if not may_be_same(a, b, self._ranges):
+            return False
+        if broadcasts and min(size_range(size, self._ranges)[0] for size in (a, b)) < 2:
+            return False
+        self.required[str(printable(a)), str(printable(b))] = (a, b)
+        return True
+
+
+def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
     query, key, value = val(call.query), val(call.key), val(call.value)
     if val(call.node).dtype != query.dtype:
         return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"
@@ -74,20 +116,25 @@ def _decline_reason(call: SdpaCall) -> str | None:
         return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
         return f"head dim {max(query.shape[3], value.shape[3])} is above {MAX_HEAD_DIM}"
-    if not (same_size(query.shape[0], key.shape[0]) and same_size(key.shape[0], value.shape[0])):
-        return "query, key and value have different batch sizes"
-    if key.shape[1] != value.shape[1] or not same_size(key.shape[2], value.shape[2]):
-        return "key and value differ in heads or length"
+    batches = (query.shape[0], key.shape[0], value.shape[0])
+    if not (sizes.equal(*batches[:2], broadcasts=True) and sizes.equal(*batches[1:], broadcasts=True)):
+        return f"query, key and value have different batch sizes, {', '.join(str(printable(b)) for b in batches)}"
+    if key.shape[1] != value.shape[1]:
+        return f"key has {key.shape[1]} heads, value {value.shape[1]}"
+    if not sizes.equal(key.shape[2], value.shape[2]):
+        return f"key has length {printable(key.shape[2])}, value {printable(value.shape[2])}"
     grouped = call.enable_gqa and query.shape[1] % key.shape[1] == 0
     if query.shape[1] != key.shape[1] and key.shape[1] != 1 and not grouped:
         return f"{query.shape[1]} query heads on {key.shape[1]} key/value heads"
     for name, tensor in (("key", key), ("value", value)):
         if tensor.stride(3) != 1:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
-    return _decline_mask(call, val(call.mask)) if call.mask is not None else None
+    if result_order(call, memory_order(val(call.node))) is None:
+        return "the result's memory layout is none of 4 dimensions"
+    return _decline_mask(call, val(call.mask), sizes) if call.mask is not None else None
 
 
-def _decline_mask(call: SdpaCall, mask: torch.Tensor) -> str | None:
+def _decline_mask(call: SdpaCall, mask: torch.Tensor, sizes: _Sizes) -> str | None:
     query, key = val(call.query), val(call.key)
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         return f"mask dtype {mask.dtype}"
@@ -97,7 +144,7 @@ def _decline_mask(call: SdpaCall, mask: torch.Tensor) -> str | None:
         return f"the mask has {mask.dim()} dimensions"
     target = (*query.shape[:3], key.shape[2])
     for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
-        if not same_size(size, 1) and not same_size(size, wanted):
+        if not same_size(size, 1) and not sizes.equal(size, wanted, broadcasts=True):
             return f"mask size {printable(size)} does not match {printable(wanted)}"
     return None
 
@@ -112,7 +159,8 @@ def route(call: SdpaCall, ranges: Ranges | None = None) -> Route:
         call: the call.
         ranges: the program's range constraints, where they are known.
     """
-    declined = _decline_reason(call)
+    sizes = _Sizes(ranges)
+    declined = _decline_reason(call, sizes)
     if declined is not None:
         return Route(None, declined)
     query = val(call.query)
@@ -130,4 +178,6 @@ def route(call: SdpaCall, ranges: Ranges | None = None) -> Route:
     else:
         op, branches = DISPATCH, (VERIFY, PREFILL)
         reason = f"L_q is {span}: at run time up to {MAX_ROWS} rows take sdpa_verify, more sdpa_prefill"
-    return Route(op, reason, scale, memory_order(val(call.node)), branches)
+    order = result_order(call, memory_order(val(call.node)))
+    assert order is not None
+    return Route(op, reason, scale, order, branches, tuple(sizes.required.values()))

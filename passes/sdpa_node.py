@@ -63,6 +63,17 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return sympy.simplify(expr[0] - expr[1]) == 0
 
 
+def may_be_same(a: int | torch.SymInt, b: int | torch.SymInt, ranges: Ranges | None = None) -> bool:
+    """Whether two sizes are not known to differ. Adds no guard."""
+    if same_size(a, b):
+        return True
+    (a_least, a_most), (b_least, b_most) = size_range(a, ranges), size_range(b, ranges)
+    if (a_most is not None and a_most < b_least) or (b_most is not None and b_most < a_least):
+        return False
+    expr = [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in (a, b)]
+    return sympy.simplify(expr[0] - expr[1]).is_zero is not False
+
+
 def hint(size: int | torch.SymInt) -> int:
     """A value of a size or stride to compare magnitudes with: the example's, for a symbolic one.
 
@@ -90,6 +101,7 @@ class SdpaCall:
         node: the node itself.
         query, key, value, mask: argument nodes (``mask`` may be ``None``).
         dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
+        dims: for each of the dimensions ``[B, H, L, D]`` those of the node's result that it stands for.
     """
 
     node: Node
@@ -101,6 +113,7 @@ class SdpaCall:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    dims: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,))
 
     @classmethod
     def from_node(cls, node: Node) -> SdpaCall:
