@@ -10,6 +10,7 @@ read by many rows, not where a row or two read a cache. And the result must come
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def may_copy(call: SdpaCall, ranges: Ranges | None = None) -> bool:
 def merges_in_place(sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt]) -> bool:
     """Whether neighbouring dimensions are one dimension of the same memory."""
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if not same_size(size, 1)]
-    return all(same_size(outer[1], inner[0] * inner[1]) for outer, inner in zip(kept[:-1], kept[1:], strict=True))
+    return all(same_size(outer[1], inner[0] * inner[1]) for outer, inner in itertools.pairwise(kept))
 
 
 def to_four_dims(call: SdpaCall, masks: MaskForms, ranges: Ranges | None = None) -> SdpaCall | str:
@@ -74,17 +75,21 @@ def broadcast(call: SdpaCall) -> SdpaCall:
         nodes |= _expanded(call.node, {"query": nodes["query"], "key": nodes["key"]}, 1)
     if all(nodes[name] is getattr(call, name) for name in nodes):
         return call
-    return dataclasses.replace(call, **nodes)
+    return dataclasses.replace(call, query=nodes["query"], key=nodes["key"], value=nodes["value"])
 
 
 def with_unit_strides(call: SdpaCall, ranges: Ranges | None = None) -> SdpaCall:
     """The call on copies of keys and values that are not contiguous in the head dim, where a copy is worth it."""
-    copied = {}
-    for name in ("key", "value"):
-        node = getattr(call, name)
-        if val(node).dim() == 4 and not same_size(val(node).stride(3), 1) and may_copy(call, ranges):
-            copied[name] = call_before(call.node, aten.clone.default, node, memory_format=torch.contiguous_format)
-    return dataclasses.replace(call, **copied) if copied else call
+    given = (call.key, call.value)
+    if any(val(node).dim() != 4 for node in given) or not may_copy(call, ranges):
+        return call
+    key, value = (
+        node
+        if same_size(val(node).stride(3), 1)
+        else call_before(call.node, aten.clone.default, node, memory_format=torch.contiguous_format)
+        for node in given
+    )
+    return call if (key, value) == given else dataclasses.replace(call, key=key, value=value)
 
 
 def require_equal(anchor: Node, a: Size, b: Size, sources: Sequence[Node | None]) -> None:

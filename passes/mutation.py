@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from flashpte.passes.sdpa_node import is_edge
+from flashpte.passes.sdpa_node import aten_target, is_edge
 
 
 def storage_base(node: Node) -> Node:
@@ -71,6 +71,8 @@ def _written(node: Node) -> Iterator[Node]:
     """Nodes whose memory ``node`` may write to."""
     if node.op != "call_function" or node.target is operator.getitem:
         return
+    if aten_target(node) is torch.ops.aten.detach_.default:
+        return  # changes what autograd knows, and no entry
     schema = _schema(node)
     if schema is not None:
         for argument, value in _given(node, schema):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
+from flashpte.passes.copies import copied_bytes
 from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
 from flashpte.passes.insert import call_before
 from flashpte.passes.mask_terms import Structure
@@ -51,7 +53,7 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
     # What a preserved module's signature names has to exist.
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
-    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept)
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept, _constants(program))
     program.validate()
     return program, report
 
@@ -75,7 +77,10 @@ class ReplaceSdpaPass(PassBase):
 
 
 def replace_sdpa_in_graph(
-    graph_module: GraphModule, ranges: Ranges | None = None, kept: Collection[str] = ()
+    graph_module: GraphModule,
+    ranges: Ranges | None = None,
+    kept: Collection[str] = (),
+    constants: Mapping[str, torch.Tensor] | None = None,
 ) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 
@@ -83,11 +88,13 @@ def replace_sdpa_in_graph(
         graph_module: a graph whose nodes carry fake tensors.
         ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
         kept: names of nodes that stay even if nothing uses them any more.
+        constants: values of placeholders that no run of the program changes, by name.
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
     maps: dict[GraphModule, TileMaps] = {}
     masks: dict[GraphModule, MaskForms] = {}
+    copies: set[Node] = set()
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
         before = node.prev
@@ -97,7 +104,7 @@ def replace_sdpa_in_graph(
             routes.append(_entry(written, Route(None, formed), ranges))
             users.append(None)
             continue
-        call, decision = _decide(formed, recover_gqa(formed), ranges)
+        call, decision = _decide(formed, recover_gqa(formed, constants), ranges)
         if decision.op is None:
             _undo(before, node, masks[module])
         entry = _entry(written if decision.op is None else call, decision, ranges)
@@ -105,9 +112,10 @@ def replace_sdpa_in_graph(
         if decision.op is not None:
             tile_maps = maps.setdefault(module, TileMaps())
             structure = tile_maps.structure_of(call)
+            moved = copied_bytes(call, copies, ranges)
             tiles = _replace(call, decision, tile_maps)
             saved = repeated_bytes(formed, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
-            entry = dataclasses.replace(entry, bytes_saved=saved, **_mask_entry(call, structure))
+            entry = dataclasses.replace(entry, bytes_saved=saved, bytes_copied=moved, **_mask_entry(call, structure))
         routes.append(entry)
         users.append(tiles)
     for module in maps:
@@ -197,6 +205,17 @@ def _entry(call: SdpaCall, decision: Route, ranges: Ranges | None) -> NodeRoute:
         mask=call.mask_kind,
         branches=decision.branches,
     )
+
+
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """The values of the tensors that were written into the program as they are, by the names of their placeholders."""
+    values: dict[str, torch.Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
+            value = program.constants.get(spec.target)
+            if type(value) is torch.Tensor:
+                values[spec.arg.name] = value
+    return values
 
 
 def _copy(program: ExportedProgram) -> ExportedProgram:

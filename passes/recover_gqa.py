@@ -1,108 +1,159 @@
-"""Recovers grouped-query attention: undoes ``repeat_kv`` in front of the keys and values.
+"""Recovers grouped-query attention: undoes whatever repeats heads in front of the keys and values.
 
-Without ``enable_gqa`` a model repeats each key/value head for the query heads that share it:
-``unsqueeze -> expand -> reshape`` (Hugging Face's ``repeat_kv``, or ``repeat_interleave`` once decomposed), or
-``repeat_interleave`` itself. That copies the whole cache at every step; the kernels take grouped heads as they are.
+Without ``enable_gqa`` a model repeats each key/value head for the query heads that share it: ``unsqueeze -> expand ->
+reshape`` (Hugging Face's ``repeat_kv``), ``repeat_interleave`` before or after the heads are moved in front of the
+length, a broadcast to more heads than one, ``stack``, an index. That copies the whole cache at every step; the kernels
+take grouped heads as they are. Which chains do that is told by where each head comes from (``passes/layouts.py``), not
+by their form.
 
-The traps: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1), so only
-the repetition right behind the head dimension is recovered. And before a program is made functional, the cache may be
-written between the repetition and the attention, or the copy may be: then the copy is not the cache.
+The traps: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1). And
+before a program is made functional, the cache may be written between the repetition and the attention, or the copy may
+be: then the copy is not the cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.fx import Node
 
+from flashpte.passes.insert import call_before
+from flashpte.passes.layouts import Layout, Layouts, identity, moved_input
 from flashpte.passes.mutation import written_between
-from flashpte.passes.sdpa_node import SdpaCall, aten_target, same_size, val
+from flashpte.passes.sdpa_node import SdpaCall, same_size, val
 
 aten = torch.ops.aten
-_COPIES = (aten.clone, aten.contiguous, aten.alias, aten.alias_copy, aten.detach, aten.lift_fresh_copy)
-_RESHAPES = (aten.view, aten.view_copy, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
-_EXPANDS = (aten.expand, aten.expand_copy)
-_UNSQUEEZES = (aten.unsqueeze, aten.unsqueeze_copy)
-_SLICES = (aten.slice, aten.slice_copy)
 
 
-def recover_gqa(call: SdpaCall) -> SdpaCall:
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where keys or values ``[B, H, L, D]`` come from.
+
+    Attributes:
+        source: the node at the start of the chain.
+        chain: the nodes behind it, first one first.
+        dims: for each of the four dimensions the source's; ``None`` where the source has one entry for all.
+        group: how many heads in a row are one head of the source.
+        read: nodes whose values were looked at.
+    """
+
+    source: Node
+    chain: tuple[Node, ...]
+    dims: tuple[int | None, ...]
+    group: int
+    read: frozenset[Node]
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the source has the four dimensions as they are, but for repeated heads."""
+        return self.dims == (0, 1, 2, 3) and val(self.source).dim() == 4
+
+    def heads(self) -> int | torch.SymInt:
+        """Heads of the source."""
+        return 1 if self.dims[1] is None else val(self.source).shape[self.dims[1]]
+
+    def insert(self, anchor: Node) -> Node:
+        """The source as ``[B or 1, H / group, L, D]``, by views before ``anchor``."""
+        node, dims = self.source, self.dims
+        missing = [dim for dim in range(val(node).dim()) if dim not in dims]
+        if missing:
+            node = call_before(anchor, aten.squeeze.dims, node, missing)
+        kept = sorted(dim for dim in dims if dim is not None)
+        order = [kept.index(dim) for dim in dims if dim is not None]
+        if order != sorted(order):
+            node = call_before(anchor, aten.permute.default, node, order)
+        for dim, origin in enumerate(dims):
+            if origin is None:
+                node = call_before(anchor, aten.unsqueeze.default, node, dim)
+        return node
+
+
+def recover_gqa(call: SdpaCall, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall:
     """The call on grouped heads, if both key and value are repetitions of fewer heads; else the call itself.
 
-    Changes nothing in the graph: the repetition is dead once the call is replaced.
+    Inserts at most views; the repetition is dead once the call is replaced.
+
+    Args:
+        call: the call, on four dimensions.
+        constants: the values of placeholders that no run of the program changes, by name.
     """
-    key, value = _ungrouped(call.key), _ungrouped(call.value)
-    if key is None or value is None or val(key).shape[1] != val(value).shape[1]:
+    if any(val(node).dim() != 4 for node in (call.query, call.key, call.value)):
         return call
-    if val(call.query).shape[1] != val(call.key).shape[1]:
+    key, value = (origin_of(node, constants) for node in (call.key, call.value))
+    if key is None or value is None or not same_size(key.heads(), value.heads()):
         return call
-    for source, repeated in ((key, call.key), (value, call.value)):
-        chain = _chain(source, repeated)
-        if written_between(chain[0], call.node, [source, *chain]):
-            return call
-    return dataclasses.replace(call, key=key, value=value, enable_gqa=True)
+    heads = val(call.query).shape[1]
+    if not same_size(heads, val(call.key).shape[1]) and key.group > 1:
+        return call
+    for origin in (key, value):
+        for start, readers in ((origin.chain[0], [origin.source, *origin.chain]), _with_first(origin.read)):
+            if start is not None and written_between(start.prev, call.node, readers):
+                return call
+    grouped = [origin.insert(call.node) for origin in (key, value)]
+    return dataclasses.replace(call, key=grouped[0], value=grouped[1], enable_gqa=True)
 
 
-def _ungrouped(repeated: Node) -> Node | None:
-    """The ``[B, H_kv, L, D]`` node that ``repeated`` ``[B, H_kv * G, L, D]`` repeats head by head, or ``None``."""
-    node = _skip_identities(repeated)
-    if val(node).dim() != 4:
+def origin_of(node: Node, constants: Mapping[str, torch.Tensor] | None = None) -> Origin | None:
+    """What ``node`` ``[B, H, L, D]`` is a repetition of, along the heads and the batch; ``None`` if of nothing."""
+    chain = [node]
+    while (parent := moved_input(chain[-1])) is not None:
+        chain.append(parent)
+    best: Origin | None = None
+    for length in range(1, len(chain)):
+        layouts = Layouts(constants)
+        origin = _origin(chain[length], chain[length - 1 :: -1], layouts)
+        if origin is None:
+            continue
+        if best is None:
+            best = origin
+        elif origin.is_view and (not best.is_view or val(origin.source).stride(3) == val(best.source).stride(3)):
+            # The nearest is good enough, unless there is one that needs no views, or is not a copy.
+            best = origin
+    return best
+
+
+def _with_first(nodes: Collection[Node]) -> tuple[Node | None, list[Node]]:
+    """Nodes of one graph, and the first of them in its order."""
+    listed = list(nodes)
+    return next((node for node in listed[0].graph.nodes if node in nodes), None) if listed else None, listed
+
+
+def _origin(source: Node, chain: list[Node], layouts: Layouts) -> Origin | None:
+    layout: Layout | None = identity(val(source).shape)
+    for node in chain:
+        assert layout is not None
+        layout = layouts.after(node, layout)
+        if layout is None:
+            return None
+    assert layout is not None
+    shape = val(source).shape
+    group, repeats = 1, False
+    dims: list[int | None] = []
+    for dim, factors in enumerate(layout):
+        own = list(factors)
+        if dim == 1 and own and own[-1].dim is None:
+            size = own.pop().size
+            if not isinstance(size, int):
+                return None
+            group, repeats = size, True
+        elif dim == 0 and len(own) == 1 and own[0].dim is None:
+            own, repeats = [], True
+        if not own:
+            dims.append(None)
+            continue
+        if len(own) > 1 or own[0].dim is None or not same_size(own[0].size, shape[own[0].dim]):
+            return None
+        dims.append(own[0].dim)
+    if not repeats:
         return None
-    if _calls(node, (aten.repeat_interleave,)):
-        source, times, *dim = node.args
-        if isinstance(times, int) and (dim or [node.kwargs.get("dim")])[0] in (1, -3):
-            return _node(source)
+    # Of a size of 1, which no factor tells, the source's own dimension where there is one.
+    if len(shape) == 4:
+        dims = [
+            dim if origin is None and dim not in dims and same_size(shape[dim], 1) else origin
+            for dim, origin in enumerate(dims)
+        ]
+    if any(not same_size(size, 1) for dim, size in enumerate(shape) if dim not in dims):
         return None
-    if not _calls(node, _RESHAPES):
-        return None
-    merged, grouped = val(node).shape, _skip_identities(node.args[0])
-    shape = val(grouped).shape
-    if len(shape) != 5 or not _calls(grouped, _EXPANDS):
-        return None
-    keeps_order = same_size(shape[0], merged[0]) and same_size(shape[3], merged[2]) and same_size(shape[4], merged[3])
-    if not keeps_order or not same_size(shape[1] * shape[2], merged[1]):
-        return None
-    single = _skip_identities(grouped.args[0])
-    one = val(single).shape
-    if len(one) != 5 or not same_size(one[2], 1) or not all(same_size(one[i], shape[i]) for i in (0, 1, 3, 4)):
-        return None
-    if not _calls(single, (*_UNSQUEEZES, *_RESHAPES)):
-        return None
-    source = _skip_identities(single.args[0])
-    if val(source).dim() != 4 or not all(
-        same_size(a, b) for a, b in zip(val(source).shape, (*one[:2], *one[3:]), strict=True)
-    ):
-        return None
-    return source
-
-
-def _chain(source: Node, repeated: Node) -> list[Node]:
-    """The nodes from behind ``source`` to ``repeated``, first one first."""
-    nodes = [repeated]
-    while nodes[-1].args[0] is not source:
-        nodes.append(_node(nodes[-1].args[0]))
-    return nodes[::-1]
-
-
-def _skip_identities(argument: Any) -> Node:
-    """Walks back over nodes that hand their input on unchanged in value and shape."""
-    node = _node(argument)
-    while _calls(node, _COPIES) or (_calls(node, (*_SLICES, *_EXPANDS, *_RESHAPES)) and _same_shape(node)):
-        node = _node(node.args[0])
-    return node
-
-
-def _same_shape(node: Node) -> bool:
-    before, after = val(_node(node.args[0])).shape, val(node).shape
-    return len(before) == len(after) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
-
-
-def _calls(node: Node, packets: tuple[Any, ...]) -> bool:
-    return getattr(aten_target(node), "overloadpacket", None) in packets
-
-
-def _node(argument: Any) -> Node:
-    assert isinstance(argument, Node)
-    return argument
+    return Origin(source, tuple(chain), tuple(dims), group, frozenset(layouts.read))

@@ -29,6 +29,9 @@ class NodeRoute:
         bytes_saved: estimate of the bytes that one run of this node no longer reads and writes: its read of the mask
             (of a mapped one, if another node's read made the map), the mask's making (of a proven one, counted once),
             keys and values repeated per query head. At the largest sizes the program admits.
+        bytes_copied: estimate of the bytes that one run writes only to hand query, key and value to this node's kernel:
+            heads that are repeated, past keys in front of new ones, tensors in another memory layout. At the largest
+            sizes the program admits; a copy that several nodes use is counted at the first.
     """
 
     node: str
@@ -46,6 +49,7 @@ class NodeRoute:
     mask_note: str = ""
     map_users: int = 0
     bytes_saved: int = 0
+    bytes_copied: int = 0
 
     @property
     def replaced(self) -> bool:
@@ -99,7 +103,7 @@ def _mask(route: NodeRoute) -> str:
 
 def format_table(reports: Mapping[str, RoutingReport]) -> str:
     """Renders reports (one per method) as a plain text table, one row per attention node."""
-    header = ("method", "attention", "query", "key", "mask", "map for", "saves", "kernel", "why")
+    header = ("method", "attention", "query", "key", "mask", "map for", "saves", "copies", "kernel", "why")
     rows = [
         (
             method,
@@ -109,6 +113,7 @@ def format_table(reports: Mapping[str, RoutingReport]) -> str:
             _mask(route),
             str(route.map_users or "-"),
             _bytes(route.bytes_saved),
+            _bytes(route.bytes_copied),
             route.op or "(left as it was)",
             "; ".join(part for part in (route.reason, route.mask_note) if part),
         )

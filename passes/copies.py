@@ -1,0 +1,136 @@
+"""What a program copies in front of an attention kernel, for the report: kernels read views, and copy nothing.
+
+A repetition of heads that is not undone writes a cache several times over at every call; ``cat`` of past and new keys
+writes it once, as do ``contiguous`` and a ``reshape`` that is no view. A copy of what was computed just before is not
+counted: compilers write the result where it is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from flashpte.passes.layouts import moved_input
+from flashpte.passes.savings import largest
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, aten_target, hint, val
+
+aten = torch.ops.aten
+
+_ALWAYS = (
+    aten.clone,
+    aten._to_copy,
+    aten.repeat,
+    aten.tile,
+    aten.repeat_interleave,
+    aten.index,
+    aten.index_select,
+    aten.stack,
+    aten.cat,
+    aten.concat,
+)
+_WHERE_NO_VIEW = (
+    aten.view,
+    aten.view_copy,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.flatten,
+    aten.contiguous,
+    aten.to,
+)
+_PARTS = (aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split)
+_SELECTS = (aten.select, aten.select_copy)
+# What gives the tensor that it changes, and what writes its result to memory of its own.
+_UPDATES = (
+    *(aten.index_copy, aten.index_copy_, aten.index_put, aten.index_put_, aten.slice_scatter, aten.select_scatter),
+    *(aten.copy, aten.copy_, aten.scatter, aten.scatter_),
+)
+_PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.matmul, aten.linear, aten.convolution, aten.conv2d)
+
+
+def copied_bytes(call: SdpaCall, counted: set[Node], ranges: Ranges | None) -> int:
+    """Bytes that one run writes only to hand query, key and value to the kernel of ``call``, at most.
+
+    Args:
+        call: the call that is replaced.
+        counted: the copies that were counted before; those of this call are added.
+        ranges: the range constraints of its program.
+    """
+    total = 0
+    for operand in (call.query, call.key, call.value):
+        for node in _copies(operand):
+            if node not in counted:
+                counted.add(node)
+                total += math.prod(largest(size, ranges) for size in val(node).shape) * val(node).dtype.itemsize
+    return total
+
+
+def _copies(operand: Node) -> Iterator[Node]:
+    """The nodes that copy on the way to an operand."""
+    chain = [operand]
+    while (source := _behind(chain[-1])) is not None:
+        chain.append(source)
+    root = chain[-1]
+    for node in chain:
+        grows = _entries(node) > _entries(root)
+        if _is_copy(node) and (grows or any(_is_in_memory(given) for given in _joined(root))):
+            yield node
+
+
+def _behind(node: Node) -> Node | None:
+    """The tensor whose entries, or some of them, ``node`` holds."""
+    packet = getattr(aten_target(node), "overloadpacket", None)
+    given = node.args[0] if node.args else None
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(given, Node):
+        parts = getattr(aten_target(given), "overloadpacket", None) in _PARTS
+        return given.args[0] if parts and isinstance(given.args[0], Node) else None
+    if packet in _SELECTS and isinstance(given, Node):
+        return given
+    return moved_input(node)
+
+
+def _is_copy(node: Node) -> bool:
+    packet = getattr(aten_target(node), "overloadpacket", None)
+    if packet in _ALWAYS:
+        return True
+    source = moved_input(node)
+    if packet not in _WHERE_NO_VIEW or source is None:
+        return False
+    before = torch.empty_strided(*([hint(n) for n in given] for given in (val(source).shape, val(source).stride())),
+                                 device="meta")  # fmt: skip
+    if packet is aten.contiguous:
+        return not before.is_contiguous()
+    if packet is aten.to:
+        return [hint(s) for s in val(node).stride()] != [hint(s) for s in val(source).stride()]
+    try:
+        before.view([hint(size) for size in val(node).shape])
+    except RuntimeError:
+        return True
+    return False
+
+
+def _joined(root: Node) -> list[Node]:
+    """The tensors that a join at the start of a chain is made of; else the start itself."""
+    packet = getattr(aten_target(root), "overloadpacket", None)
+    if packet in (aten.cat, aten.stack, aten.concat):
+        given = root.args[0]
+        assert isinstance(given, (list, tuple))
+        return [node for node in given if isinstance(node, Node)]
+    return [root]
+
+
+def _is_in_memory(node: Node) -> bool:
+    """Whether a tensor is in memory before a compiler could write it anywhere else: an input, a cache, a product."""
+    while True:
+        packet = getattr(aten_target(node), "overloadpacket", None)
+        source = node.args[0] if packet in _UPDATES else _behind(node)
+        if not isinstance(source, Node):
+            return node.op in ("placeholder", "get_attr") or packet in _PRODUCTS
+        node = source
+
+
+def _entries(node: Node) -> int:
+    return math.prod(hint(size) for size in val(node).shape)

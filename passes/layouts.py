@@ -1,0 +1,314 @@
+"""Where each entry of a tensor comes from, through any chain of views, copies and repetitions.
+
+Behind such a chain a dimension is a list of factors, outermost first: a run through a dimension of the source, or a
+repetition. ``unsqueeze -> expand -> reshape`` of ``[B, H, L, D]`` makes the heads ``[H, repeated]``, which is what
+grouped attention reads; ``repeat`` makes them ``[repeated, H]``, which is another order of the same shape. Views split
+and merge factors, transposes move them, and whatever is not listed here ends the chain.
+
+The trap: of a tensor that is picked by an index, only the numbers say which entries it has, so the index has to be
+computed from constants alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from flashpte.passes.sdpa_node import aten_target, same_size, val
+
+aten = torch.ops.aten
+Size = int | torch.SymInt
+
+# The largest index that is computed while the program is rewritten.
+_MAX_INDEX = 65536
+
+_COPIES = (
+    aten.clone,
+    aten.contiguous,
+    aten.alias,
+    aten.alias_copy,
+    aten.detach,
+    aten.detach_,
+    aten.detach_copy,
+    aten.lift_fresh_copy,
+    aten.positive,
+)
+_CASTS = (aten.to, aten._to_copy)
+_RESHAPES = (
+    aten.view,
+    aten.view_copy,
+    aten.reshape,
+    aten._unsafe_view,
+    aten._reshape_copy,
+    aten.flatten,
+    aten.unflatten,
+    aten.squeeze,
+    aten.squeeze_copy,
+    aten.unsqueeze,
+    aten.unsqueeze_copy,
+    aten.view_as,
+    aten.reshape_as,
+)
+_EXPANDS = (aten.expand, aten.expand_copy, aten.expand_as, aten.broadcast_to)
+_REPEATS = (aten.repeat, aten.tile)
+_PERMUTES = (aten.permute, aten.permute_copy)
+_TRANSPOSES = (aten.transpose, aten.transpose_copy, aten.swapaxes, aten.swapdims)
+_SLICES = (aten.slice, aten.slice_copy, aten.narrow, aten.narrow_copy)
+_JOINS = (aten.stack, aten.cat, aten.concat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """``size`` steps of ``stride`` through dimension ``dim`` of the source; ``dim`` ``None``: the same entry again."""
+
+    size: Size
+    dim: int | None
+    stride: Size = 1
+
+
+Layout = tuple[tuple[Factor, ...], ...]
+
+
+def identity(shape: Sequence[Size]) -> Layout:
+    """The layout of a source itself."""
+    return tuple(() if same_size(size, 1) else (Factor(size, dim),) for dim, size in enumerate(shape))
+
+
+def moved_input(node: Node) -> Node | None:
+    """The one tensor whose entries ``node`` holds in another place, or ``None``."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    packet = getattr(aten_target(node), "overloadpacket", None)
+    if packet in _JOINS:
+        joined = node.args[0]
+        assert isinstance(joined, (list, tuple))
+        source = joined[0] if all(given is joined[0] for given in joined) else None
+        return source if isinstance(source, Node) else None
+    source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if source is None or not isinstance(source.meta.get("val"), torch.Tensor):
+        return None
+    if val(source).dtype != val(node).dtype or val(source).device != val(node).device:
+        return None
+    if packet in _CASTS or getattr(aten_target(node), "__name__", "") == "_to_dim_order_copy.default":
+        return source
+    known = (*_COPIES, *_RESHAPES, *_EXPANDS, *_PERMUTES, *_TRANSPOSES, *_SLICES)
+    others = (aten.t, aten.t_copy, *_REPEATS, aten.repeat_interleave, aten.index, aten.index_select)
+    return source if packet in (*known, *others) else None
+
+
+class Layouts:
+    """Layouts of the nodes of one graph.
+
+    Args:
+        constants: the values of placeholders that no run of the program changes, by name.
+    """
+
+    def __init__(self, constants: Mapping[str, torch.Tensor] | None = None) -> None:
+        self._constants = constants or {}
+        self.read: set[Node] = set()
+        """Nodes whose values were computed to find layouts: they must not be written to."""
+
+    def after(self, node: Node, layout: Layout) -> Layout | None:
+        """The layout of ``node``, given that of its :func:`moved_input`; ``None`` where it is not known."""
+        packet = getattr(aten_target(node), "overloadpacket", None)
+        source = moved_input(node)
+        assert source is not None
+        before, after = val(source).shape, val(node).shape
+        if packet in _RESHAPES:
+            return regrouped(layout, after)
+        if packet in _EXPANDS:
+            return _expanded(layout, after)
+        if packet in _PERMUTES:
+            order = node.args[1]
+            assert isinstance(order, (list, tuple))
+            return tuple(layout[int(dim)] for dim in order)  # type: ignore[arg-type]
+        if packet in _TRANSPOSES or packet in (aten.t, aten.t_copy):
+            return _transposed(layout, node)
+        if packet in _REPEATS:
+            return _repeated(layout, node.args[1], after)
+        if packet is aten.repeat_interleave:
+            return _interleaved(layout, node)
+        if packet in _JOINS:
+            return _joined(layout, node, packet is aten.stack)
+        if packet in (aten.index, aten.index_select):
+            return self._picked(layout, node)
+        same = len(before) == len(after) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
+        return layout if same else None
+
+    def _picked(self, layout: Layout, node: Node) -> Layout | None:
+        """``index`` along one dimension, by a vector that repeats each entry as often, in order."""
+        if aten_target(node).overloadpacket is aten.index_select:
+            dim, index = node.args[1], node.args[2]
+        else:
+            indices = node.args[1]
+            assert isinstance(indices, (list, tuple))
+            given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+            if len(given) != 1:
+                return None
+            dim, index = given[0]
+        if not isinstance(dim, int) or not isinstance(index, Node):
+            return None
+        size = val(node).shape[dim] if val(index).dim() == 1 else None
+        source = moved_input(node)
+        assert source is not None
+        entries = val(source).shape[dim]
+        if not isinstance(size, int) or not isinstance(entries, int) or size % entries or size > _MAX_INDEX:
+            return None
+        numbers = self._constant(index)
+        if numbers is None or numbers.dtype not in (torch.int64, torch.int32):
+            return None
+        times = size // entries
+        if not torch.equal(numbers.long().cpu() % entries, torch.arange(entries).repeat_interleave(times)):
+            return None
+        if bool(((numbers >= entries) | (numbers < -entries)).any()):
+            return None
+        return _with_inner(layout, dim % len(layout), times)
+
+    def _constant(self, node: Node) -> torch.Tensor | None:
+        """The value of a node that is computed from constants alone."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
+            return None
+        if value.numel() > _MAX_INDEX:
+            return None
+        self.read.add(node)
+        if node.op == "placeholder":
+            return self._constants.get(node.name)
+        target = aten_target(node)
+        if target is aten.detach_.default:
+            return self._constant(node.args[0]) if isinstance(node.args[0], Node) else None
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            return None
+        if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
+            return None
+        known: dict[Node, torch.Tensor] = {}
+        for given in node.all_input_nodes:
+            number = self._constant(given)
+            if number is None:
+                return None
+            known[given] = number
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        # Without the mode that a program's fake tensors may have put in place.
+        with torch.no_grad():
+            return target(*args, **kwargs)
+
+
+def regrouped(layout: Layout, sizes: Sequence[Size]) -> Layout | None:
+    """The same entries in dimensions of other sizes, as ``view`` has them."""
+    pending = [factor for factors in layout for factor in factors]
+    result = []
+    for size in sizes:
+        taken: list[Factor] = []
+        product: Size = 1
+        while not same_size(product, size):
+            if not pending:
+                return None
+            factor = pending.pop(0)
+            if isinstance(product, int) and isinstance(size, int) and isinstance(factor.size, int):
+                wanted = size // product
+                if size % product or (factor.size > wanted and factor.size % wanted):
+                    return None
+                if factor.size > wanted:
+                    inner = factor.size // wanted
+                    pending.insert(0, Factor(inner, factor.dim, factor.stride))
+                    factor = Factor(wanted, factor.dim, factor.stride * inner)
+            taken.append(factor)
+            product = product * factor.size
+        result.append(_merged(taken))
+    return None if pending else tuple(result)
+
+
+def _merged(factors: list[Factor]) -> tuple[Factor, ...]:
+    merged: list[Factor] = []
+    for factor in factors:
+        last = merged[-1] if merged else None
+        if last is not None and last.dim == factor.dim:
+            if last.dim is None:
+                merged[-1] = Factor(last.size * factor.size, None)
+                continue
+            if same_size(last.stride, factor.stride * factor.size):
+                merged[-1] = Factor(last.size * factor.size, factor.dim, factor.stride)
+                continue
+        merged.append(factor)
+    return tuple(merged)
+
+
+def _repetition(times: Size) -> list[Factor]:
+    return [] if same_size(times, 1) else [Factor(times, None)]
+
+
+def _with_inner(layout: Layout, dim: int, times: Size) -> Layout:
+    """Each entry of a dimension ``times`` times in a row."""
+    return (*layout[:dim], _merged([*layout[dim], *_repetition(times)]), *layout[dim + 1 :])
+
+
+def _expanded(layout: Layout, sizes: Sequence[Size]) -> Layout | None:
+    padded = [()] * (len(sizes) - len(layout)) + list(layout)
+    result: list[tuple[Factor, ...]] = []
+    for factors, size in zip(padded, sizes, strict=True):
+        product: Size = 1
+        for factor in factors:
+            product = product * factor.size
+        if same_size(product, size):
+            result.append(tuple(factors))
+        elif not factors:
+            result.append((Factor(size, None),))
+        else:
+            return None
+    return tuple(result)
+
+
+def _transposed(layout: Layout, node: Node) -> Layout | None:
+    dims = list(layout)
+    if len(dims) < 2:
+        return layout
+    a, b = (0, 1) if len(node.args) < 3 else (node.args[1], node.args[2])
+    if not isinstance(a, int) or not isinstance(b, int):
+        return None
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def _repeated(layout: Layout, repeats: Any, sizes: Sequence[Size]) -> Layout | None:
+    """``repeat``: all entries of a dimension, and all of them again."""
+    # ``tile`` may be given fewer repeats than there are dimensions.
+    repeats = [1] * (len(layout) - len(repeats)) + list(repeats)
+    padded = [()] * (len(repeats) - len(layout)) + list(layout)
+    result = []
+    for factors, times, size in zip(padded, repeats, sizes, strict=True):
+        if isinstance(times, Node):
+            if factors:
+                return None
+            times = size
+        result.append(_merged([*_repetition(times), *factors]))
+    return tuple(result)
+
+
+def _interleaved(layout: Layout, node: Node) -> Layout | None:
+    given = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
+    times, dim = given.get("repeats"), given.get("dim")
+    if not isinstance(times, int) or not isinstance(dim, int):
+        return None
+    return _with_inner(layout, dim % len(layout), times)
+
+
+def _joined(layout: Layout, node: Node, stacked: bool) -> Layout | None:
+    """``stack`` or ``cat`` of one tensor several times."""
+    tensors = node.args[0]
+    assert isinstance(tensors, (list, tuple))
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    if not isinstance(dim, int):
+        return None
+    dims, again = list(layout), _repetition(len(tensors))
+    dim %= len(dims) + stacked
+    if stacked:
+        dims.insert(dim, tuple(again))
+    else:
+        dims[dim] = _merged([*again, *dims[dim]])
+    return tuple(dims)
