@@ -12,7 +12,7 @@ computed from constants alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,14 @@ class Layouts:
         self.read: set[Node] = set()
         """Nodes whose values were computed to find layouts: they must not be written to."""
 
+    def through(self, source: Node, chain: Sequence[Node], same: Collection[Node] = ()) -> Layout | None:
+        """The layout of the last node of ``chain``, which starts behind ``source``; ``same`` of them move nothing."""
+        layout: Layout | None = identity(val(source).shape)
+        for node in chain:
+            if layout is not None and node not in same:
+                layout = self.after(node, layout)
+        return layout
+
     def after(self, node: Node, layout: Layout) -> Layout | None:
         """The layout of ``node``, given that of its :func:`moved_input`; ``None`` where it is not known."""
         packet = getattr(aten_target(node), "overloadpacket", None)
@@ -206,18 +214,27 @@ def regrouped(layout: Layout, sizes: Sequence[Size]) -> Layout | None:
     for size in sizes:
         taken: list[Factor] = []
         product: Size = 1
+        wanted: Size
         while not same_size(product, size):
             if not pending:
                 return None
             factor = pending.pop(0)
             if isinstance(product, int) and isinstance(size, int) and isinstance(factor.size, int):
-                wanted = size // product
-                if size % product or (factor.size > wanted and factor.size % wanted):
+                times = size // product
+                if size % product or (factor.size > times and factor.size % times):
                     return None
-                if factor.size > wanted:
-                    inner = factor.size // wanted
-                    pending.insert(0, Factor(inner, factor.dim, factor.stride))
-                    factor = Factor(wanted, factor.dim, factor.stride * inner)
+                splits, wanted = factor.size > times, times
+            else:
+                wanted = size // product
+                splits = (
+                    same_size(wanted * product, size)
+                    and same_size(factor.size // wanted * wanted, factor.size)
+                    and not same_size(factor.size, wanted)
+                )
+            if splits:
+                inner = factor.size // wanted
+                pending.insert(0, Factor(inner, factor.dim, factor.stride))
+                factor = Factor(wanted, factor.dim, factor.stride * inner)
             taken.append(factor)
             product = product * factor.size
         result.append(_merged(taken))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,15 +18,19 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
 from flashpte.passes.copies import copied_bytes
+from flashpte.passes.decomposed import Unserved, Written
+from flashpte.passes.find_attention import Found, find_attention
 from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
 from flashpte.passes.insert import call_before
 from flashpte.passes.mask_terms import Structure
+from flashpte.passes.other_operators import is_other_attention, other_call
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, module_path, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
+from flashpte.passes.written_attention import Masks, call_of
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
@@ -92,34 +97,39 @@ def replace_sdpa_in_graph(
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
-    maps: dict[GraphModule, TileMaps] = {}
-    masks: dict[GraphModule, MaskForms] = {}
+    state: dict[GraphModule, _Graph] = {}
     copies: set[Node] = set()
-    for module, node in find_sdpa(graph_module):
-        written = SdpaCall.from_node(node)
-        before = node.prev
-        formed = to_four_dims(written, masks.setdefault(module, {}), ranges)
+    for module, found in find_attention(graph_module):
+        known = state.setdefault(module, _Graph())
+        before = set(module.graph.nodes)
+        written = _written_call(found, known, constants)
+        formed = written if isinstance(written, str) else to_four_dims(written, known.forms, ranges)
         if isinstance(formed, str):
-            _undo(before, node, masks[module])
-            routes.append(_entry(written, Route(None, formed), ranges))
+            _undo(module, before, known)
+            call_or_none = written if isinstance(written, SdpaCall) else None
+            routes.append(_entry(found.node, call_or_none, Route(None, formed), ranges))
             users.append(None)
             continue
+        assert isinstance(written, SdpaCall)
         call, decision = _decide(formed, recover_gqa(formed, constants), ranges)
         if decision.op is None:
-            _undo(before, node, masks[module])
-        entry = _entry(written if decision.op is None else call, decision, ranges)
+            _undo(module, before, known)
+        entry = _entry(call.node, written if decision.op is None else call, decision, ranges)
         tiles = None
         if decision.op is not None:
-            tile_maps = maps.setdefault(module, TileMaps())
-            structure = tile_maps.structure_of(call)
+            known.changed = True
+            structure = known.maps.structure_of(call)
             moved = copied_bytes(call, copies, ranges)
-            tiles = _replace(call, decision, tile_maps)
+            tiles = _replace(call, decision, known.maps)
+            known.dropped.update(found.dropped if isinstance(found, Written) else (found.node,))
             saved = repeated_bytes(formed, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
             entry = dataclasses.replace(entry, bytes_saved=saved, bytes_copied=moved, **_mask_entry(call, structure))
         routes.append(entry)
         users.append(tiles)
-    for module in maps:
-        module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.name in kept)
+    for module, known in state.items():
+        if not known.changed:
+            continue
+        module.graph.eliminate_dead_code(functools.partial(_stays, kept=kept, dropped=known.dropped))
         module.graph.lint()
         module.recompile()
     counts = collections.Counter(tiles for tiles in users if tiles is not None)
@@ -129,6 +139,36 @@ def replace_sdpa_in_graph(
             for entry, tiles in zip(routes, users, strict=True)
         )
     )
+
+
+@dataclasses.dataclass
+class _Graph:
+    """What calls of one graph share.
+
+    Attributes:
+        maps: tile maps.
+        forms: masks brought to four dimensions.
+        masks: masks that were put together.
+        dropped: nodes that are gone with the attention that they are part of, though they count as impure.
+        changed: whether a call was replaced.
+    """
+
+    maps: TileMaps = dataclasses.field(default_factory=TileMaps)
+    forms: MaskForms = dataclasses.field(default_factory=dict)
+    masks: Masks = dataclasses.field(default_factory=dict)
+    dropped: set[Node] = dataclasses.field(default_factory=set)
+    changed: bool = False
+
+
+def _written_call(found: Found, known: _Graph, constants: Mapping[str, torch.Tensor] | None) -> SdpaCall | str:
+    """The call as the program writes it, or in one sentence why it is none."""
+    if isinstance(found, Unserved):
+        return found.reason
+    if isinstance(found, Written):
+        return call_of(found, known.masks, constants)
+    if is_other_attention(found.node):
+        return other_call(found.node, known.masks)
+    return SdpaCall.from_node(found.node)
 
 
 def _decide(formed: SdpaCall, grouped: SdpaCall, ranges: Ranges | None) -> tuple[SdpaCall, Route]:
@@ -142,13 +182,18 @@ def _decide(formed: SdpaCall, grouped: SdpaCall, ranges: Ranges | None) -> tuple
     return call, decision
 
 
-def _undo(before: Node, node: Node, masks: MaskForms) -> None:
-    """Erases what was inserted between two nodes."""
-    while node.prev is not before:
-        erased = node.prev
-        for form in [form for form, made in masks.items() if made is erased]:
-            del masks[form]
-        node.graph.erase_node(erased)
+def _stays(node: Node, kept: Collection[str], dropped: Collection[Node]) -> bool:
+    """Whether a node stays that nothing uses any more."""
+    return node.name in kept or (node.is_impure() and node not in dropped)
+
+
+def _undo(module: GraphModule, before: set[Node], known: _Graph) -> None:
+    """Erases what was inserted for a call that is declined."""
+    for node in reversed([node for node in module.graph.nodes if node not in before]):
+        for shared in (known.forms, known.masks):
+            for form in [form for form, made in shared.items() if made is node]:
+                del shared[form]
+        module.graph.erase_node(node)
 
 
 def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | None:
@@ -190,21 +235,31 @@ def _mask_savings(call: SdpaCall, structure: Structure | str | None, first: bool
     return 0 if first else mask_bytes(call, ranges)
 
 
-def _entry(call: SdpaCall, decision: Route, ranges: Ranges | None) -> NodeRoute:
-    query = val(call.query)
+def _entry(node: Node, call: SdpaCall | None, decision: Route, ranges: Ranges | None) -> NodeRoute:
+    """The report on one attention: of one that is no call, what its node shows."""
+    given = node.args[:3] if call is None else (call.query, call.key, call.value)
+    if call is None and not isinstance(node.target, torch._ops.HigherOrderOperator):
+        given = ()
+    tensors = [val(n) for n in given if isinstance(n, Node) and isinstance(n.meta.get("val"), torch.Tensor)]
+    query, key, value = tensors if len(tensors) == 3 else (None, None, None)
+    seen = query if query is not None else node.meta.get("val")
     return NodeRoute(
-        node=call.node.name,
-        module_path=call.module_path,
+        node=node.name,
+        module_path=module_path(node),
         op=decision.op,
         reason=decision.reason,
-        query=tuple(printable(s) for s in query.shape),
-        key=tuple(printable(s) for s in val(call.key).shape),
-        value=tuple(printable(s) for s in val(call.value).shape),
-        lq_range=size_range(query.shape[-2], ranges),
-        dtype=str(query.dtype).removeprefix("torch."),
-        mask=call.mask_kind,
+        query=_sizes(query),
+        key=_sizes(key),
+        value=_sizes(value),
+        lq_range=(0, None) if query is None else size_range(query.shape[-2], ranges),
+        dtype=str(seen.dtype).removeprefix("torch.") if isinstance(seen, torch.Tensor) else "",
+        mask="none" if call is None else call.mask_kind,
         branches=decision.branches,
     )
+
+
+def _sizes(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
+    return () if tensor is None else tuple(printable(size) for size in tensor.shape)
 
 
 def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:

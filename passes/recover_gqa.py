@@ -14,13 +14,13 @@ be: then the copy is not the cache.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.fx import Node
 
 from flashpte.passes.insert import call_before
-from flashpte.passes.layouts import Layout, Layouts, identity, moved_input
+from flashpte.passes.layouts import Layout, Layouts, moved_input
 from flashpte.passes.mutation import written_between
 from flashpte.passes.sdpa_node import SdpaCall, same_size, val
 
@@ -36,6 +36,7 @@ class Origin:
         chain: the nodes behind it, first one first.
         dims: for each of the four dimensions the source's; ``None`` where the source has one entry for all.
         group: how many heads in a row are one head of the source.
+        repeats: whether anything is repeated.
         read: nodes whose values were looked at.
     """
 
@@ -43,6 +44,7 @@ class Origin:
     chain: tuple[Node, ...]
     dims: tuple[int | None, ...]
     group: int
+    repeats: bool
     read: frozenset[Node]
 
     @property
@@ -52,7 +54,8 @@ class Origin:
 
     def heads(self) -> int | torch.SymInt:
         """Heads of the source."""
-        return 1 if self.dims[1] is None else val(self.source).shape[self.dims[1]]
+        dim = self.dims[-3]
+        return 1 if dim is None else val(self.source).shape[dim]
 
     def insert(self, anchor: Node) -> Node:
         """The source as ``[B or 1, H / group, L, D]``, by views before ``anchor``."""
@@ -103,8 +106,9 @@ def origin_of(node: Node, constants: Mapping[str, torch.Tensor] | None = None) -
     best: Origin | None = None
     for length in range(1, len(chain)):
         layouts = Layouts(constants)
-        origin = _origin(chain[length], chain[length - 1 :: -1], layouts)
-        if origin is None:
+        layout = layouts.through(chain[length], chain[length - 1 :: -1])
+        origin = None if layout is None else origin_from(chain[length], chain[length - 1 :: -1], layout, layouts.read)
+        if origin is None or not origin.repeats:
             continue
         if best is None:
             best = origin
@@ -120,25 +124,26 @@ def _with_first(nodes: Collection[Node]) -> tuple[Node | None, list[Node]]:
     return next((node for node in listed[0].graph.nodes if node in nodes), None) if listed else None, listed
 
 
-def _origin(source: Node, chain: list[Node], layouts: Layouts) -> Origin | None:
-    layout: Layout | None = identity(val(source).shape)
-    for node in chain:
-        assert layout is not None
-        layout = layouts.after(node, layout)
-        if layout is None:
-            return None
-    assert layout is not None
+def origin_from(source: Node, chain: Sequence[Node], layout: Layout, read: Collection[Node] = ()) -> Origin | None:
+    """Attention's operand of a layout; ``None`` if it is more than a repetition along the heads and the batch.
+
+    Args:
+        source: the start of the chain.
+        chain: the nodes behind it, first one first.
+        layout: the layout of the operand, with the heads in the third dimension from the end, if there are three.
+        read: nodes whose values were looked at.
+    """
     shape = val(source).shape
     group, repeats = 1, False
     dims: list[int | None] = []
     for dim, factors in enumerate(layout):
         own = list(factors)
-        if dim == 1 and own and own[-1].dim is None:
+        if dim == len(layout) - 3 and own and own[-1].dim is None:
             size = own.pop().size
             if not isinstance(size, int):
                 return None
             group, repeats = size, True
-        elif dim == 0 and len(own) == 1 and own[0].dim is None:
+        elif dim < len(layout) - 3 and len(own) == 1 and own[0].dim is None:
             own, repeats = [], True
         if not own:
             dims.append(None)
@@ -146,14 +151,11 @@ def _origin(source: Node, chain: list[Node], layouts: Layouts) -> Origin | None:
         if len(own) > 1 or own[0].dim is None or not same_size(own[0].size, shape[own[0].dim]):
             return None
         dims.append(own[0].dim)
-    if not repeats:
-        return None
     # Of a size of 1, which no factor tells, the source's own dimension where there is one.
-    if len(shape) == 4:
-        dims = [
-            dim if origin is None and dim not in dims and same_size(shape[dim], 1) else origin
-            for dim, origin in enumerate(dims)
-        ]
+    if len(shape) == len(dims):
+        for dim, origin in enumerate(dims):
+            if origin is None and dim not in dims and same_size(shape[dim], 1):
+                dims[dim] = dim
     if any(not same_size(size, 1) for dim, size in enumerate(shape) if dim not in dims):
         return None
-    return Origin(source, tuple(chain), tuple(dims), group, frozenset(layouts.read))
+    return Origin(source, tuple(chain), tuple(dims), group, repeats, frozenset(read))

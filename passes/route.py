@@ -115,7 +115,8 @@ def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
     if query.shape[3] != key.shape[3]:
         return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
     if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
-        return f"head dim {max(query.shape[3], value.shape[3])} is above {MAX_HEAD_DIM}"
+        dim = max(query.shape[3], value.shape[3])
+        return f"head dim {dim} is above {MAX_HEAD_DIM}: a program's tiles of it exceed shared memory or registers"
     batches = (query.shape[0], key.shape[0], value.shape[0])
     if not (sizes.equal(*batches[:2], broadcasts=True) and sizes.equal(*batches[1:], broadcasts=True)):
         return f"query, key and value have different batch sizes, {', '.join(str(printable(b)) for b in batches)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 # What an exported program says of its dynamic sizes. Its graph's own symbols start at 2 where a size may be 1.
@@ -26,17 +26,6 @@ def aten_target(node: Node) -> Any:
     """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
     target: Any = node.target
     return target._op if is_edge(node) else target
-
-
-def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
-    """Every attention node with the (sub)graph it is in, in graph order; branches of control flow included."""
-    return [
-        (module, node)
-        for module in graph_module.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
-        if aten_target(node) is ATEN_SDPA
-    ]
 
 
 def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[int, int | None]:
@@ -133,20 +122,20 @@ class SdpaCall:
         )
 
     @property
-    def module_path(self) -> str:
-        """Dotted path of the innermost module that made the call; empty when the graph does not say."""
-        stack = self.node.meta.get("nn_module_stack") or {}
-        if not stack:
-            return ""
-        path, _ = list(stack.values())[-1]
-        return path.removeprefix("L['self'].").removeprefix("L['self']").replace("slice(None, None, None)", "")
-
-    @property
     def mask_kind(self) -> str:
         """``"none"``, ``"causal"``, ``"bool"`` or ``"float"``."""
         if self.mask is not None:
             return "bool" if val(self.mask).dtype == torch.bool else "float"
         return "causal" if self.is_causal else "none"
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module that made the call; empty when the graph does not say."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path, _ = list(stack.values())[-1]
+    return path.removeprefix("L['self'].").removeprefix("L['self']").replace("slice(None, None, None)", "")
 
 
 def val(node: Node) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""Finds every attention of a program, whatever it is written as: none may be absent from the report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import GraphModule, Node
+
+from flashpte.passes.decomposed import Unserved, Written, find_written
+from flashpte.passes.other_operators import is_other_attention, named
+from flashpte.passes.sdpa_node import ATEN_SDPA, aten_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Attention that is one node: ``scaled_dot_product_attention``, or an operator that is the same."""
+
+    node: Node
+
+
+Found = Call | Written | Unserved
+
+
+def find_attention(graph_module: GraphModule) -> list[tuple[GraphModule, Found]]:
+    """Every attention with the (sub)graph it is in, in graph order; branches of control flow included."""
+    return [
+        (module, found)
+        for module in graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if node.op == "call_function" and (found := _found(node)) is not None
+    ]
+
+
+def _found(node: Node) -> Found | None:
+    if aten_target(node) is ATEN_SDPA or is_other_attention(node):
+        return Call(node)
+    return named(node) or find_written(node)
