@@ -37,10 +37,18 @@ _BETWEEN = (
     *(aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.cat, aten.slice, aten.where, aten.masked_fill, aten.neg),
     *(aten.clamp, aten.exp, aten.select, aten.nan_to_num, aten.sigmoid, aten.constant_pad_nd, aten.slice_scatter),
     *(aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.rsub, aten.masked_fill_, aten.add_, aten.mul_),
+    *(aten.div_, aten.sub_, aten.tanh_, aten.masked_fill_, aten.pow, aten.sqrt, aten.abs, aten.relu),
     *_SOFTMAX,
     *_DROPOUTS,
     *_CASTS,
 )
+# In place, on scores that nothing else uses, an operator does the same.
+_IN_PLACE = {
+    aten.add_: aten.add,
+    aten.mul_: aten.mul,
+    aten.div_: aten.div,
+    aten.masked_fill_: aten.masked_fill,
+}
 _NAMES = {
     aten.tanh: "a softcap (tanh) is applied to the scores",
     aten.cat: "columns, such as a sink, are joined to the scores",
@@ -177,13 +185,17 @@ class _Reader:
     def _scores_of(self, node: Node, steps: list[Step]) -> Node:
         """The argument of a step that holds the scores."""
         packet, args = packet_of(node), node.args
+        sides: tuple[int, ...] = (0, 1)
+        if packet in _IN_PLACE:
+            packet, sides = _IN_PLACE[packet], (0,)
+            self._dropped.append(node)
         source = args[0] if args else None
         if isinstance(source, Node) and (packet in _CASTS or moved_input(node) is source):
             if not val(node).dtype.is_floating_point or val(node).dtype == torch.float64:
                 raise _NotTaken(f"its scores are cast to {val(node).dtype}")
             return source
         if packet in (aten.mul, aten.div):
-            for at in (0, 1) if packet is aten.mul else (0,):
+            for at in sides if packet is aten.mul else (0,):
                 number = constant_of(args[1 - at], set())
                 if isinstance(args[at], Node) and isinstance(number, (int, float)) and number != 0:
                     steps.append(Step("scale", number=float(number) if packet is aten.mul else 1.0 / number))
@@ -191,7 +203,7 @@ class _Reader:
             raise _NotTaken("its scores are scaled by a tensor")
         if packet is aten.add and len(args) == 2 and not node.kwargs:
             # The scores may be on either side.
-            for at in (0, 1):
+            for at in sides:
                 side, other = args[at], args[1 - at]
                 if isinstance(side, Node) and isinstance(other, Node) and _search(side, back=True, start=True):
                     steps.append(Step("add", self._like_scores(other, node)))
@@ -201,7 +213,7 @@ class _Reader:
         raise _NotTaken(_NAMES.get(packet, f"{_name(node)} is applied to the scores"))
 
     def _chosen(self, node: Node, steps: list[Step]) -> Node:
-        if packet_of(node) is aten.masked_fill:
+        if packet_of(node) in (aten.masked_fill, aten.masked_fill_):
             scores, condition, number, flipped = *node.args[:2], node.args[2], True
         else:
             condition, scores, number, flipped = *node.args[:3], False

@@ -104,6 +104,14 @@ def scaled_queries(q, k, v):
     return torch.matmul(torch.softmax((q * 0.2) @ (k * 1.5).transpose(-2, -1), -1), v)
 
 
+def falcon(q, k, v, mask):
+    """In place, as is a mask of some models."""
+    scores = q @ k.transpose(-1, -2)
+    scores /= math.sqrt(q.shape[-1])
+    scores.masked_fill_(mask, float("-inf"))
+    return torch.softmax(scores, dim=-1) @ v
+
+
 def keys_hidden(q, k, v, mask):
     scores = (q @ k.transpose(-2, -1)).masked_fill(mask == 0, float("-inf")) if q.shape[2] else q
     return torch.softmax(scores, -1) @ v
@@ -127,6 +135,7 @@ CASES = {
     "bloom, padded": (bloom, "min"),
     "mpt": (mpt, "bool"),
     "llama": (llama, "inf"),
+    "falcon": (falcon, "bool"),
     "scaled queries": (scaled_queries, None),
     "keys hidden": (keys_hidden, "bool"),
 }
@@ -284,6 +293,13 @@ def normalised_again(q, k, v):
     return torch.nan_to_num(weights) @ v
 
 
+def mask_in_place(q, k, v):
+    """The mask is written to: it is not the scores that the operator may do without."""
+    mask = torch.arange(64) / 64.0 + q[..., :1] * 0
+    mask.add_(q @ k.transpose(2, 3))
+    return torch.softmax(mask, -1) @ v + mask.mean()
+
+
 def einsum(q, k, v):
     return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v)
 
@@ -303,6 +319,7 @@ NAMED = {
     over_rows: "not over the last dimension",
     values_first: "to the left of the weights",
     normalised_again: "nan_to_num is applied to its weights",
+    mask_in_place: "",
     einsum: "einsum",
     scaled_by_a_tensor: "scaled by a tensor",
 }
