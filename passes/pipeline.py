@@ -23,6 +23,7 @@ from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
+from flashpte.passes.vmap_regions import changes_level, without_vmap
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
@@ -46,7 +47,7 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             f"replace_sdpa takes a torch.export.ExportedProgram, got {type(exported_program).__name__}; "
             "call torch.export.export(model, example_inputs) first"
         )
-    program = _copy(exported_program)
+    program = _copy(without_vmap(exported_program))
     # What a preserved module's signature names has to exist.
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
@@ -104,7 +105,7 @@ def replace_sdpa_in_graph(
         routes.append(entry)
         users.append(tiles)
     for module in maps:
-        module.graph.eliminate_dead_code(lambda node: node.is_impure() or node.name in kept)
+        module.graph.eliminate_dead_code(lambda node: node.is_impure() or changes_level(node) or node.name in kept)
         module.graph.lint()
         module.recompile()
     counts = collections.Counter(tiles for tiles in users if tiles is not None)

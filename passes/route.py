@@ -10,6 +10,7 @@ import torch
 from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, printable, same_size, size_range, val
+from flashpte.passes.vmap_regions import is_batched
 
 DECODE = "flashpte::sdpa_decode"
 VERIFY = "flashpte::sdpa_verify"
@@ -50,6 +51,8 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _decline_reason(call: SdpaCall) -> str | None:
+    if is_batched(call.node):
+        return "it is inside of torch.vmap, whose batch dimension the graph does not show"
     query, key, value = val(call.query), val(call.key), val(call.value)
     if val(call.node).dtype != query.dtype:
         return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"
