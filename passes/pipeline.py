@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,15 +15,18 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
+from flashpte.passes.dead_code import eliminate_dead_code
 from flashpte.passes.insert import call_before
+from flashpte.passes.mask_constants import Constants, constant_tensors
 from flashpte.passes.mask_terms import Structure
 from flashpte.passes.recover_gqa import recover_gqa
+from flashpte.passes.regions import copy_masks_into_regions, region_constants, tidy_regions
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
-from flashpte.passes.vmap_regions import changes_level, without_vmap
+from flashpte.passes.vmap_regions import without_vmap
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
@@ -31,7 +34,8 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
 
     Args:
         exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
-            ``to_edge``. It is left untouched; weights are shared with the result, not copied.
+            ``to_edge``. It is left untouched; weights are shared with the result, not copied. Buffers that it does not
+            write are taken as constants: masks kept in them may be compiled away.
 
     Returns:
         The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
@@ -51,7 +55,7 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
     # What a preserved module's signature names has to exist.
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
-    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept)
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept, constant_tensors(program))
     program.validate()
     return program, report
 
@@ -75,7 +79,10 @@ class ReplaceSdpaPass(PassBase):
 
 
 def replace_sdpa_in_graph(
-    graph_module: GraphModule, ranges: Ranges | None = None, kept: Collection[str] = ()
+    graph_module: GraphModule,
+    ranges: Ranges | None = None,
+    kept: Collection[str] = (),
+    constants: Mapping[str, torch.Tensor] | None = None,
 ) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 
@@ -83,10 +90,15 @@ def replace_sdpa_in_graph(
         graph_module: a graph whose nodes carry fake tensors.
         ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
         kept: names of nodes that stay even if nothing uses them any more.
+        constants: tensors by the name of the placeholder that always holds them.
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
     maps: dict[GraphModule, TileMaps] = {}
+    known = {graph_module: dict(constants or {})}
+    regions = copy_masks_into_regions(graph_module)
+    for region in regions:
+        known[region.body] = region_constants(region, known.get(region.parent, {}))
     for module, node in find_sdpa(graph_module):
         written = SdpaCall.from_node(node)
         call = recover_gqa(written)
@@ -97,7 +109,9 @@ def replace_sdpa_in_graph(
         entry = _entry(call, decision, ranges)
         tiles = None
         if decision.op is not None:
-            tile_maps = maps.setdefault(module, TileMaps())
+            tile_maps = maps.get(module) or maps.setdefault(
+                module, TileMaps(module.graph, Constants(known.get(module)))
+            )
             structure = tile_maps.structure_of(call)
             tiles = _replace(call, decision, tile_maps)
             saved = repeated_bytes(written, call, ranges) + _mask_savings(call, structure, tiles not in users, ranges)
@@ -105,9 +119,10 @@ def replace_sdpa_in_graph(
         routes.append(entry)
         users.append(tiles)
     for module in maps:
-        module.graph.eliminate_dead_code(lambda node: node.is_impure() or changes_level(node) or node.name in kept)
+        eliminate_dead_code(module.graph, kept)
         module.graph.lint()
         module.recompile()
+    tidy_regions(regions)
     counts = collections.Counter(tiles for tiles in users if tiles is not None)
     return RoutingReport(
         tuple(
@@ -122,7 +137,7 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
     assert decision.op is not None
     namespace, name = decision.op.split("::")
     mask = tile_maps.arguments_for(call, PREFILL if decision.op == DISPATCH else decision.op)
-    arguments: list[Any] = [call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
+    arguments: list[Any] = [mask.query_of(call), call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
     arguments += [bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values]
     group = val(call.query).shape[1] // val(call.key).shape[1]
     if decision.op == DISPATCH and mask.attn_mask is not None and not shares_map(val(mask.attn_mask), group):
