@@ -7,6 +7,7 @@ form that a proof needs, so that a triangle with one bit flipped is none.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
@@ -21,25 +22,37 @@ MAX_ENTRIES = 2**28
 _CHUNK = 2**22
 
 
-class Constants:
-    """The constant tensors of a graph by the name of their placeholder."""
+class Constant(NamedTuple):
+    """What a placeholder holds; ``buffer``: a buffer of the module, which other methods of it may still write to."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    tensor: torch.Tensor
+    buffer: bool
+
+
+class Constants:
+    """The constant tensors of a graph by the name of their placeholder.
+
+    A buffer of one number throughout is not taken for constant: that is how a state begins which another method fills.
+    """
+
+    def __init__(self, tensors: Mapping[str, Constant] | None = None) -> None:
         self._tensors = dict(tensors or {})
         self._only_entries: dict[str, int | float | bool | None] = {}
         self._bands: dict[str, tuple[int | None, int | None, float] | None] = {}
 
     def tensor(self, node: Node) -> torch.Tensor | None:
         """The content of a node, if it is constant and can be looked at."""
-        tensor = self._tensors.get(node.name) if node.op == "placeholder" else None
-        if tensor is None or type(tensor) not in (torch.Tensor, torch.nn.Buffer) or isinstance(tensor, FakeTensor):
+        if node.op != "placeholder" or node.name not in self._tensors:
+            return None
+        tensor = self._tensors[node.name].tensor
+        if type(tensor) not in (torch.Tensor, torch.nn.Buffer) or isinstance(tensor, FakeTensor):
             return None
         readable = tensor.device.type not in ("meta",) and 0 < tensor.numel() <= MAX_ENTRIES
         return tensor.detach() if readable and tensor.layout is torch.strided else None
 
     def only_entry(self, node: Node) -> int | float | bool | None:
         """The number that every entry of a constant has, or ``None``."""
-        if node.op != "placeholder" or node.name not in self._tensors:
+        if node.op != "placeholder" or node.name not in self._tensors or self._tensors[node.name].buffer:
             return None
         if node.name not in self._only_entries:
             tensor = self.tensor(node)
@@ -60,22 +73,22 @@ class Constants:
         return self._bands[node.name]
 
 
-def constant_tensors(program: ExportedProgram) -> dict[str, torch.Tensor]:
+def constant_tensors(program: ExportedProgram) -> dict[str, Constant]:
     """Tensors of a program that are the same in every call, by placeholder: constants, and buffers it does not write.
 
-    Parameters are not among them, and buffers are, persistent or not: what is loaded into a program later must have the
-    buffers that it was exported with.
+    Parameters are not among them, and buffers are, persistent or not: what is loaded into a program later, or written
+    by another method that shares the buffer, must be what it was exported with.
     """
     signature = program.graph_signature
     writes = Writes(program.graph)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Constant] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         name = signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants.get(node.name)
         if name is None or name in signature.buffers_to_mutate.values() or writes.to(node):
             continue
         tensor = program.state_dict.get(name, program.constants.get(name))
         if isinstance(tensor, torch.Tensor):
-            tensors[node.name] = tensor
+            tensors[node.name] = Constant(tensor, node.name in signature.inputs_to_buffers)
     return tensors
 
 
@@ -111,4 +124,5 @@ def _band(tensor: torch.Tensor) -> tuple[int | None, int | None, float] | None:
         distance = column - row[start : start + step, None]
         if not torch.equal(matrix[start : start + step], (distance >= least) & (distance <= most)):
             return None
-    return (None if least <= 1 - rows else least), (None if most >= columns - 1 else most), other
+    bounds = (None if least <= 1 - rows else least), (None if most >= columns - 1 else most)
+    return None if bounds == (None, None) else (*bounds, other)

@@ -17,7 +17,7 @@ import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
 from flashpte.passes.dead_code import eliminate_dead_code
 from flashpte.passes.insert import call_before
-from flashpte.passes.mask_constants import Constants, constant_tensors
+from flashpte.passes.mask_constants import Constant, Constants, constant_tensors
 from flashpte.passes.mask_terms import Structure
 from flashpte.passes.recover_gqa import recover_gqa
 from flashpte.passes.regions import copy_masks_into_regions, region_constants, tidy_regions
@@ -82,7 +82,7 @@ def replace_sdpa_in_graph(
     graph_module: GraphModule,
     ranges: Ranges | None = None,
     kept: Collection[str] = (),
-    constants: Mapping[str, torch.Tensor] | None = None,
+    constants: Mapping[str, Constant] | None = None,
 ) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 

@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from flashpte.passes.dead_code import eliminate_dead_code
+from flashpte.passes.mask_constants import Constant
 from flashpte.passes.mutation import REGION_BODY, Writes, is_in_place, storage_base
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, find_sdpa
 
@@ -175,7 +176,7 @@ def _is_pure(node: Node, caller: Node) -> bool:
     return not changed and not is_in_place(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def region_constants(region: Region, outer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def region_constants(region: Region, outer: dict[str, Constant]) -> dict[str, Constant]:
     """Constants of the parent's graph, by the names of the placeholders that stand for them inside."""
     return {
         placeholder.name: outer[given.name]

@@ -131,6 +131,8 @@ PROVEN = {
 TENSOR = {
     "indexed triangle with a bit flipped": lambda m, p, e: m.flipped[p % 400],
     "triangle that is written": lambda m, p, e: m.written[p % 400],
+    "buffer of ones, which another method may write": lambda m, p, e: m.ones[p % 400],
+    "buffer of zeros in a float mask": lambda m, p, e: m.zeros[p % 400],
     "float triangle of -1e9": lambda m, p, e: m.billion_tril[p % 400],
     "equals another mask": lambda m, p, e: causal(p) == (e < 90),
     "int equals two": lambda m, p, e: (causal(p).int() + (e < 90).int()) == 2,
@@ -174,6 +176,8 @@ class Masked(torch.nn.Module):
             "min_tril": torch.full((400, KEYS), MIN).triu(1),
             "billion_tril": torch.full((400, KEYS), -1e9).triu(1),
             "flipped": ones.tril(),
+            "ones": ones,
+            "zeros": torch.zeros(400, KEYS),
             "written": ones.tril(),
             "given": arange(KEYS) % 3 > 0,
         }
