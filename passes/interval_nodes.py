@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Node
 
 from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.mask_terms import Bound, Extreme, Flag, Structure, Sum
+from flashpte.passes.mask_terms import Between, Bound, Constraint, Extreme, Number, Structure, Sum, Truth, Unless
 from flashpte.passes.operands import KeyIndex, Operand
 from flashpte.passes.sdpa_node import SdpaCall, same_size, val
 
 aten = torch.ops.aten
 
 _LEAST, _GREATEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
+
+class MaskNodes(NamedTuple):
+    """A mask as attention operators take it.
+
+    Attributes:
+        key_bounds, key_values: as in :class:`flashpte.kernels.intervals.Intervals`.
+        live: bool ``[B or 1, 1, L_q or 1, 1]``, false for rows that average all values: they see every key, and their
+            query has to be 0. ``None`` if there are no such rows.
+    """
+
+    key_bounds: Node
+    key_values: Node | None
+    live: Node | None
 
 
 class IntervalNodes:
@@ -29,8 +43,8 @@ class IntervalNodes:
         assert call.mask is not None
         self._integers = {"dtype": torch.int64, "device": val(call.mask).device, "pin_memory": False}
 
-    def insert(self, structure: Structure) -> tuple[Node, Node | None]:
-        """``(key_bounds, key_values)`` as in :class:`flashpte.kernels.intervals.Intervals`."""
+    def insert(self, structure: Structure) -> MaskNodes:
+        """Nodes from which attention operators know the mask."""
         # The key's index comes first: the kernels know it without being told.
         terms = sorted(structure.terms, key=lambda term: not _is_index(term.number))
         bounds = [
@@ -43,21 +57,61 @@ class IntervalNodes:
         values = [self._numbers(term.number) for term in terms if not _is_index(term.number)]
         if structure.key_flags:
             bounds.append((self._constant(1), self._constant(1)))
-            values.append(self._as_int64(self._flags(structure.key_flags)))
+            values.append(self._as_int64(self._all(structure.key_flags)))
         if structure.row_flags:
             # A row that its flags exclude gets bounds that no number lies between.
-            shown = self._flags(structure.row_flags)
+            shown = self._all(structure.row_flags)
             lower, upper = bounds[0]
             bounds[0] = (
                 self._call(aten.where.self, shown, lower, self._constant(_GREATEST)),
                 self._call(aten.where.self, shown, upper, self._constant(_LEAST)),
             )
+        live = None
+        if structure.blank_rows_average:
+            live = self._live(bounds, values)
+            bounds = [
+                (
+                    self._call(aten.where.self, live, lower, self._constant(_LEAST)),
+                    self._call(aten.where.self, live, upper, self._constant(_GREATEST)),
+                )
+                for lower, upper in bounds
+            ]
+            live = self._call(aten.unsqueeze.default, self._call(aten.unsqueeze.default, live, 1), -1)
         sides = self._alike([side for pair in bounds for side in pair], size_argument(self._anchor, self._query, 2))
         key_bounds = self._stack(sides)
         if not values:
-            return key_bounds, None
+            return MaskNodes(key_bounds, None, live)
         rows = self._alike(values, size_argument(self._anchor, self._key, 2))
-        return key_bounds, self._stack(rows)
+        return MaskNodes(key_bounds, self._stack(rows), live)
+
+    def _live(self, bounds: list[tuple[Node, Node]], values: list[Node]) -> Node:
+        """Which rows see a key: ``[B or 1, L_q or 1]``."""
+        if not values:
+            # A key's index starts at 0 and ends before L_kv.
+            lower, upper = bounds[0]
+            length = self._call(aten.full.default, [1, 1], size_argument(self._anchor, self._key, 2), **self._integers)
+            seen = self._call(aten.le.Tensor, lower, upper)
+            seen = self._call(aten.logical_and.default, seen, self._call(aten.lt.Tensor, lower, length))
+            return self._call(aten.logical_and.default, seen, self._call(aten.ge.Scalar, upper, 0))
+        numbers = values if len(values) == len(bounds) else [self._index(), *values]
+        shown = [
+            self._within(*(self._call(aten.unsqueeze.default, vector, dim) for vector, dim in vectors))
+            for vectors in (
+                ((number, 1), (low, 2), (high, 2)) for number, (low, high) in zip(numbers, bounds, strict=True)
+            )
+        ]
+        return self._call(aten.any.dim, self._and(shown), -1)
+
+    def _within(self, number: Node, lower: Node | None, upper: Node | None) -> Node:
+        above = [] if lower is None else [self._call(aten.ge.Tensor, number, lower)]
+        below = [] if upper is None else [self._call(aten.le.Tensor, number, upper)]
+        return self._and(above + below)
+
+    def _and(self, shown: list[Node]) -> Node:
+        total = shown[0]
+        for node in shown[1:]:
+            total = self._call(aten.logical_and.default, total, node)
+        return total
 
     def _call(self, op: Any, *args: Any, **kwargs: Any) -> Node:
         return call_before(self._anchor, op, *args, **kwargs)
@@ -74,12 +128,22 @@ class IntervalNodes:
         if isinstance(bound, Extreme):
             op = aten.maximum.default if bound.largest else aten.minimum.default
             return self._call(op, self._bound(bound.a), self._bound(bound.b))
+        if isinstance(bound, Unless):
+            return self._unless(bound, self._bound(cast(Bound, bound.number)))
         if not bound.parts:
             return self._constant(bound.constant)
         return self._numbers(bound)
 
-    def _numbers(self, number: Sum) -> Node:
-        """A sum as a vector."""
+    def _unless(self, choice: Unless, number: Node) -> Node:
+        end = self._constant(_GREATEST if choice.largest else _LEAST)
+        return self._call(aten.where.self, self._all(choice.conditions), end, number)
+
+    def _numbers(self, number: Number) -> Node:
+        """A number as a vector."""
+        if isinstance(number, Unless):
+            return self._unless(number, self._numbers(cast(Number, number.number)))
+        if isinstance(number, Truth):
+            return self._as_int64(self._all(number.conditions))
         total: Node | None = None
         for operand, coefficient in number.parts:
             part = self._index() if isinstance(operand, KeyIndex) else self._as_int64(self._vector(operand))
@@ -115,15 +179,16 @@ class IntervalNodes:
             node = self._call(aten.unsqueeze.default, node, 0)
         return node
 
-    def _flags(self, flags: tuple[Flag, ...]) -> Node:
-        shown: Node | None = None
-        for flag in flags:
-            node = self._vector(flag.operand)
-            if flag.negated:
-                node = self._call(aten.logical_not.default, node)
-            shown = node if shown is None else self._call(aten.logical_and.default, shown, node)
-        assert shown is not None
-        return shown
+    def _all(self, conditions: tuple[Constraint, ...]) -> Node:
+        """Where all conditions hold, a vector of rows or of keys."""
+        return self._and([self._condition(condition) for condition in conditions])
+
+    def _condition(self, condition: Constraint) -> Node:
+        if isinstance(condition, Between):
+            lower, upper = (None if b is None else self._bound(b) for b in (condition.lower, condition.upper))
+            return self._within(self._numbers(condition.number), lower, upper)
+        node = self._vector(condition.operand)
+        return self._call(aten.logical_not.default, node) if condition.negated else node
 
     def _as_int64(self, node: Node) -> Node:
         return node if val(node).dtype == torch.int64 else self._call(aten._to_copy.default, node, dtype=torch.int64)
@@ -135,5 +200,7 @@ class IntervalNodes:
         return [self._call(aten.expand.default, vector, shape) for vector in vectors]
 
 
-def _is_index(number: Sum) -> bool:
+def _is_index(number: Number) -> bool:
+    if not isinstance(number, Sum):
+        return False
     return len(number.parts) == 1 and isinstance(number.parts[0][0], KeyIndex) and number.parts[0][1] == 1

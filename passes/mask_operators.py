@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from flashpte.passes.mask_constants import Constants
 from flashpte.passes.operands import is_cast, view_source
 from flashpte.passes.sdpa_node import aten_target, val
 
@@ -26,6 +27,8 @@ COMPARISONS = {
     aten.gt.Scalar: "gt",
     aten.eq.Tensor: "eq",
     aten.eq.Scalar: "eq",
+    aten.ne.Tensor: "ne",
+    aten.ne.Scalar: "ne",
 }
 WHERE = {aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf}
 FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
@@ -49,17 +52,19 @@ CONSTANTS = {
 }
 
 
-def constant_of(value: Any, looked_at: set[Node]) -> int | float | bool | None:
+def constant_of(value: Any, looked_at: set[Node], constants: Constants) -> int | float | bool | None:
     """The number that every entry of an argument has, if the graph says so; adds the nodes that say it."""
     chain = []
-    while isinstance(value, Node) and aten_target(value) not in CONSTANTS:
+    while isinstance(value, Node) and aten_target(value) not in CONSTANTS and constants.only_entry(value) is None:
         if view_source(value) is None and not is_cast(value):
             return None
         chain.append(value)
         value = value.args[0]
     if not isinstance(value, Node):
         return value if isinstance(value, (int, float, bool)) and not chain else None
-    number = CONSTANTS[aten_target(value)](value)
+    number = constants.only_entry(value)
+    if number is None:
+        number = CONSTANTS[aten_target(value)](value)
     if not isinstance(number, (int, float, bool)):
         return None
     chain.append(value)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
-from flashpte.passes.operands import KeyIndex, Operand
+from flashpte.passes.operands import KeyIndex, Operand, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +44,11 @@ class Extreme:
     b: Bound
 
 
-Bound = Sum | Extreme
-
-
 @dataclasses.dataclass(frozen=True)
 class Between:
     """``lower <= number <= upper``; a missing side is no constraint. ``number`` varies from key to key."""
 
-    number: Sum
+    number: Number
     lower: Bound | None = None
     upper: Bound | None = None
 
@@ -63,18 +63,58 @@ class Flag:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unless:
+    """``number``, but the largest 64-bit integer (smallest, if not ``largest``) where all ``conditions`` hold.
+
+    As a key's number or a row's bound, it makes a comparison true wherever the conditions hold.
+    """
+
+    number: Number | Bound
+    conditions: tuple[Constraint, ...]
+    largest: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """1 for keys of which all ``conditions`` hold, 0 for the others."""
+
+    conditions: tuple[Constraint, ...]
+
+
+Constraint = Between | Flag
+Bound = Sum | Extreme | Unless
+Number = Sum | Unless | Truth
+
+
+def with_nodes(part: Any, of: Callable[[Node], Node]) -> Any:
+    """A part of a proof in which every node is replaced by ``of(node)``."""
+    if isinstance(part, Operand):
+        steps = tuple(Step(step.op, pytree.tree_map_only(Node, of, step.args)) for step in part.steps)
+        return Operand(of(part.node), steps, part.value)
+    if isinstance(part, tuple):
+        return tuple(with_nodes(item, of) for item in part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = dataclasses.fields(part)
+        return dataclasses.replace(part, **{f.name: with_nodes(getattr(part, f.name), of) for f in fields})
+    return part
+
+
+@dataclasses.dataclass(frozen=True)
 class Structure:
     """A proven mask: all constraints must hold.
 
     Attributes:
         terms: one for each different number of the keys, with both bounds.
         key_flags, row_flags: bool vectors that must hold as well.
+        blank_rows_average: whether a row that sees no key gets the mean of all values (0 otherwise), as it does where
+            masked entries are the most negative finite number.
         visited: every node the proof looked at; their memory must not be written to before the mask is used.
     """
 
     terms: tuple[Between, ...]
     key_flags: tuple[Flag, ...]
     row_flags: tuple[Flag, ...]
+    blank_rows_average: bool
     visited: frozenset[Node] = dataclasses.field(compare=False)
 
     @property
@@ -82,11 +122,13 @@ class Structure:
         """What the mask is, in one or two words."""
         names = []
         for term in self.terms:
-            if term.lower == term.upper:
+            if not isinstance(term.number, Sum):
+                names.append("alternative")
+            elif term.lower == term.upper:
                 names.append("documents")
             elif term.upper is None:
                 names.append("lower bound")
-            elif isinstance(term.lower, Extreme) or (isinstance(term.lower, Sum) and term.lower.parts):
+            elif isinstance(term.lower, (Extreme, Unless)) or (isinstance(term.lower, Sum) and term.lower.parts):
                 names.append("window")
             else:
                 names.append("causal")

@@ -12,9 +12,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from flashpte.passes.sdpa_node import aten_target, is_edge
+
+# An in-place operator by its schema, which changes no number.
+_WRITE_NOTHING = {torch.ops.aten.detach_.default}
+
+# Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
+# follow it.
+REGION_BODY = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
 
 
 def storage_base(node: Node) -> Node:
@@ -22,6 +32,29 @@ def storage_base(node: Node) -> Node:
     while (parent := _aliased_argument(node)) is not None:
         node = parent
     return node
+
+
+class Writes:
+    """The nodes of one graph that may write to memory, found once for many questions.
+
+    Nodes that are inserted later are taken to write to nothing.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._writes = [(node, {storage_base(written) for written in _written(node)}) for node in graph.nodes]
+        self._writes = [(node, bases) for node, bases in self._writes if bases]
+
+    def to(self, node: Node) -> bool:
+        """Whether the memory of ``node`` may be written to anywhere in the graph."""
+        base = storage_base(node)
+        return any(base in written for _, written in self._writes)
+
+    def between(self, start: Node, end: Node, readers: Iterable[Node]) -> bool:
+        """As :func:`written_between`."""
+        if not self._writes:
+            return False
+        bases = {storage_base(reader) for reader in readers}
+        return any(start < node < end and bases & written for node, written in self._writes)
 
 
 def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
@@ -33,6 +66,11 @@ def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
             return True
         node = node.next
     return False
+
+
+def is_in_place(target: torch._ops.OpOverload) -> bool:
+    """Whether the operator writes to one of its arguments."""
+    return target._schema.is_mutable and target not in _WRITE_NOTHING
 
 
 def _schema(node: Node) -> torch.FunctionSchema | None:
@@ -69,7 +107,7 @@ def _aliased_argument(node: Node) -> Node | None:
 
 def _written(node: Node) -> Iterator[Node]:
     """Nodes whose memory ``node`` may write to."""
-    if node.op != "call_function" or node.target is operator.getitem:
+    if node.op != "call_function" or node.target is operator.getitem or node.target in _WRITE_NOTHING:
         return
     if aten_target(node) is torch.ops.aten.detach_.default:
         return  # changes what autograd knows, and no entry
@@ -80,20 +118,23 @@ def _written(node: Node) -> Iterator[Node]:
                 values = value if isinstance(value, (list, tuple)) else [value]
                 yield from (v for v in values if isinstance(v, Node))
     elif node.target is torch.ops.higher_order.cond:
-        yield from _written_by_branches(node)
+        _, *branches, operands = node.args
+        yield from _written_by_bodies(node, branches, operands)
+    elif node.target in REGION_BODY:
+        place = REGION_BODY[node.target]
+        yield from _written_by_bodies(node, [node.args[place]], node.args[place + 1 :])
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
         # What its bodies write to is not looked into: anything they are given.
         yield from (n for n in node.all_input_nodes if n.op != "get_attr")
 
 
-def _written_by_branches(cond: Node) -> Iterator[Node]:
-    """Operands of a ``torch.cond`` whose memory one of its branches may write to."""
-    _, *branches, operands = cond.args
-    assert cond.graph.owning_module is not None
+def _written_by_bodies(caller: Node, bodies: Iterable[Any], operands: Any) -> Iterator[Node]:
+    """Operands of a ``torch.cond`` or a region whose memory one of its bodies may write to."""
+    assert caller.graph.owning_module is not None
     assert isinstance(operands, (list, tuple))
-    for branch in branches:
-        assert isinstance(branch, Node)
-        body = cond.graph.owning_module.get_submodule(str(branch.target))
+    for attribute in bodies:
+        assert isinstance(attribute, Node)
+        body = caller.graph.owning_module.get_submodule(str(attribute.target))
         assert isinstance(body, GraphModule)
         written = {storage_base(n) for inner in body.graph.nodes for n in _written(inner)}
         inputs = body.graph.find_nodes(op="placeholder")

@@ -31,8 +31,17 @@ _SAME_VALUE = {
     aten.lift_fresh_copy.default,
     aten.expand.default,
     aten.expand_copy.default,
+    aten.expand_as.default,
+    aten.broadcast_to.default,
 }
-_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default}
+_CASTS = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten.type_as.default,
+    aten._to_copy.default,
+}
 _UNSQUEEZE = {aten.unsqueeze.default, aten.unsqueeze_copy.default}
 _PERMUTE = {aten.permute.default, aten.permute_copy.default}
 _TRANSPOSE = {aten.transpose.int, aten.transpose_copy.int}
@@ -50,7 +59,14 @@ _VIEW = {
     aten.squeeze_copy.default,
     aten.squeeze_copy.dim,
     aten.squeeze_copy.dims,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
 }
+_NARROW = {aten.narrow.default}
+_REPEAT = {aten.repeat.default}
+_CAT, _STACK = {aten.cat.default}, {aten.stack.default}
 _INDEX = {aten.index.Tensor}
 _INDEX_SELECT = {aten.index_select.default}
 
@@ -69,7 +85,7 @@ def is_cast(node: Node) -> bool:
 def view_source(node: Node) -> Node | None:
     """The node that ``node`` is a view of which can be moved to the operands below it, or ``None``."""
     target, args = aten_target(node), arguments(node)
-    known = _SAME_VALUE | _UNSQUEEZE | _PERMUTE | _TRANSPOSE | _T | _SLICE | _SELECT | _INDEX_SELECT
+    known = _SAME_VALUE | _UNSQUEEZE | _PERMUTE | _TRANSPOSE | _T | _SLICE | _SELECT | _INDEX_SELECT | _NARROW | _REPEAT
     if target in known:
         return args[0]
     if target in _VIEW:
@@ -77,13 +93,34 @@ def view_source(node: Node) -> Node | None:
         return source if _same_but_for_ones(val(source).shape, val(node).shape) else None
     if target in _INDEX:
         given = [i for i in args[1] if i is not None]
-        return args[0] if len(given) == 1 and val(given[0]).dim() == 1 else None
+        integers = len(given) == 1 and val(given[0]).dtype in (torch.int64, torch.int32)
+        return args[0] if integers or (len(given) == 1 and val(given[0]).dim() == 1) else None
     return None
 
 
 def _same_but_for_ones(a: torch.Size, b: torch.Size) -> bool:
     kept = [[s for s in sizes if not same_size(s, 1)] for sizes in (a, b)]
     return len(kept[0]) == len(kept[1]) and all(same_size(x, y) for x, y in zip(*kept, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A part of a concatenation or stack as a view: it stands at some place in the whole.
+
+    Attributes:
+        rank, dim: dimensions of the part, and which one it is laid along.
+        before, after: entries of the whole on either side, as arguments.
+        new: whether a stack adds the dimension.
+    """
+
+    rank: int
+    dim: int
+    before: int | Node = 0
+    after: int | Node = 0
+    new: bool = False
+
+
+Path = tuple[Node | Placed, ...]
 
 
 class KeyIndex:
@@ -122,10 +159,13 @@ class Operand:
     value: torch.Tensor = dataclasses.field(compare=False, hash=False, repr=False)
 
     @classmethod
-    def through(cls, node: Node, path: tuple[Node, ...]) -> Operand | None:
-        """``node`` seen through the view nodes ``path``, innermost first; ``None`` if a view can't be moved."""
+    def through(cls, node: Node, path: Path) -> Operand | None:
+        """``node`` seen through the views ``path``, innermost first; ``None`` if a view can't be moved."""
         operand: Operand | None = cls(node, (), val(node))
         for view in path:
+            if isinstance(view, Placed):
+                operand = operand._placed(view) if operand is not None else None
+                continue
             # What is viewed is what the operand was broadcast to, which may have more dimensions.
             operand = operand._through(view, val(arguments(view)[0]).dim()) if operand is not None else None
         return operand
@@ -175,6 +215,8 @@ class Operand:
             if target in _INDEX:
                 index, picked = next((i, chosen) for i, chosen in enumerate(args[1]) if chosen is not None)
             dim = own_dim(index)
+            if target in _INDEX and dim >= 0 and val(picked).dim() != 1:
+                return self._indexed(dim, picked)
             if dim < 0 or same_size(self.value.shape[dim], 1):
                 return self
             if target in _SLICE:
@@ -182,6 +224,20 @@ class Operand:
             if target in _INDEX_SELECT:
                 return self.then(aten.index_select.default, dim, args[2])
             return self.then(aten.index.Tensor, [*[None] * dim, picked])
+        if target in _NARROW:
+            dim, start, length = own_dim(args[1]), args[2], args[3]
+            if dim < 0 or same_size(self.value.shape[dim], 1):
+                return self
+            if isinstance(start, int) and start >= 0 and (start == 0 or isinstance(length, int)):
+                return self.then(aten.slice.Tensor, dim, start, start + length if start else length)
+            return self.then(aten.narrow.default, dim, start, length)
+        if target in _REPEAT:
+            # What is broadcast is repeated by broadcasting.
+            times = [
+                1 if same_size(size, 1) else count
+                for size, count in zip(self.value.shape, args[1][len(args[1]) - own :], strict=True)
+            ]
+            return self if all(count == 1 for count in times) else self.then(aten.repeat.default, times)
         if target in _SELECT:
             dim = own_dim(args[1])
             if dim < 0:
@@ -199,6 +255,26 @@ class Operand:
         if target in _VIEW:
             return self._through_view(val(arguments(view)[0]).shape, val(view).shape)
         return None
+
+    def _indexed(self, dim: int, index: Node) -> Operand:
+        """Entries picked by an index that has no or several dimensions, which take the place of ``dim``."""
+        if not same_size(self.value.shape[dim], 1):
+            return self.then(aten.index.Tensor, [*[None] * dim, index])
+        operand = self.then(aten.select.int, dim, 0)
+        for _ in range(val(index).dim()):
+            operand = operand.then(aten.unsqueeze.default, dim)
+        return operand
+
+    def _placed(self, place: Placed) -> Operand:
+        """A part of a concatenation, as long as the whole."""
+        operand, own = self, self.value.dim()
+        dim = place.dim - (place.rank - own)
+        if place.new:
+            # A dimension that a stack adds; ``rank`` is that of the part.
+            return operand.then(aten.unsqueeze.default, dim) if dim > 0 else operand
+        if dim < 0 or same_size(operand.value.shape[dim], 1):
+            return operand
+        return operand.then(aten.constant_pad_nd.default, [*[0] * (2 * (own - 1 - dim)), place.before, place.after], 0)
 
     def _padded(self, rank: int) -> Operand:
         operand = self

@@ -5,31 +5,33 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
 from flashpte.passes.copies import copied_bytes
+from flashpte.passes.dead_code import eliminate_dead_code
 from flashpte.passes.decomposed import Unserved, Written
 from flashpte.passes.find_attention import Found, find_attention
 from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
 from flashpte.passes.insert import call_before
+from flashpte.passes.mask_constants import Constant, Constants, constant_tensors
 from flashpte.passes.mask_terms import Structure
 from flashpte.passes.other_operators import is_other_attention, other_call
 from flashpte.passes.recover_gqa import recover_gqa
+from flashpte.passes.regions import copy_masks_into_regions, region_constants, tidy_regions
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, module_path, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
+from flashpte.passes.vmap_regions import without_vmap
 from flashpte.passes.written_attention import Masks, call_of
 
 
@@ -38,7 +40,8 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
 
     Args:
         exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
-            ``to_edge``. It is left untouched; weights are shared with the result, not copied.
+            ``to_edge``. It is left untouched; weights are shared with the result, not copied. Buffers that it does not
+            write are taken as constants: masks kept in them may be compiled away.
 
     Returns:
         The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
@@ -54,11 +57,11 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             f"replace_sdpa takes a torch.export.ExportedProgram, got {type(exported_program).__name__}; "
             "call torch.export.export(model, example_inputs) first"
         )
-    program = _copy(exported_program)
+    program = _copy(without_vmap(exported_program))
     # What a preserved module's signature names has to exist.
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
-    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept, _constants(program))
+    report = replace_sdpa_in_graph(program.graph_module, program.range_constraints, kept, constant_tensors(program))
     program.validate()
     return program, report
 
@@ -85,7 +88,7 @@ def replace_sdpa_in_graph(
     graph_module: GraphModule,
     ranges: Ranges | None = None,
     kept: Collection[str] = (),
-    constants: Mapping[str, torch.Tensor] | None = None,
+    constants: Mapping[str, Constant] | None = None,
 ) -> RoutingReport:
     """Rewrites a graph (and the branches of control flow in it) in place; returns what happened to each node.
 
@@ -93,16 +96,22 @@ def replace_sdpa_in_graph(
         graph_module: a graph whose nodes carry fake tensors.
         ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
         kept: names of nodes that stay even if nothing uses them any more.
-        constants: values of placeholders that no run of the program changes, by name.
+        constants: tensors by the name of the placeholder that always holds them.
     """
     routes: list[NodeRoute] = []
     users: list[Node | None] = []
     state: dict[GraphModule, _Graph] = {}
     copies: set[Node] = set()
+    constant_in = {graph_module: dict(constants or {})}
+    regions = copy_masks_into_regions(graph_module)
+    for region in regions:
+        constant_in[region.body] = region_constants(region, constant_in.get(region.parent, {}))
     for module, found in find_attention(graph_module):
-        known = state.setdefault(module, _Graph())
+        if module not in state:
+            state[module] = _Graph.of(module, constant_in.get(module, {}))
+        known = state[module]
         before = set(module.graph.nodes)
-        written = _written_call(found, known, constants)
+        written = _written_call(found, known)
         formed = written if isinstance(written, str) else to_four_dims(written, known.forms, ranges)
         if isinstance(formed, str):
             _undo(module, before, known)
@@ -111,7 +120,7 @@ def replace_sdpa_in_graph(
             users.append(None)
             continue
         assert isinstance(written, SdpaCall)
-        call, decision = _decide(formed, recover_gqa(formed, constants), ranges)
+        call, decision = _decide(formed, recover_gqa(formed, known.tensors), ranges)
         if decision.op is None:
             _undo(module, before, known)
         entry = _entry(call.node, written if decision.op is None else call, decision, ranges)
@@ -129,9 +138,10 @@ def replace_sdpa_in_graph(
     for module, known in state.items():
         if not known.changed:
             continue
-        module.graph.eliminate_dead_code(functools.partial(_stays, kept=kept, dropped=known.dropped))
+        eliminate_dead_code(module.graph, kept, known.dropped)
         module.graph.lint()
         module.recompile()
+    tidy_regions(regions)
     counts = collections.Counter(tiles for tiles in users if tiles is not None)
     return RoutingReport(
         tuple(
@@ -147,25 +157,37 @@ class _Graph:
 
     Attributes:
         maps: tile maps.
+        tensors: values that were written into the program as they are, by the names of their placeholders.
         forms: masks brought to four dimensions.
         masks: masks that were put together.
         dropped: nodes that are gone with the attention that they are part of, though they count as impure.
         changed: whether a call was replaced.
     """
 
-    maps: TileMaps = dataclasses.field(default_factory=TileMaps)
+    maps: TileMaps
+    tensors: Mapping[str, torch.Tensor]
     forms: MaskForms = dataclasses.field(default_factory=dict)
     masks: Masks = dataclasses.field(default_factory=dict)
     dropped: set[Node] = dataclasses.field(default_factory=set)
     changed: bool = False
 
+    @classmethod
+    def of(cls, module: GraphModule, constants: Mapping[str, Constant]) -> _Graph:
+        """Of a graph none of whose calls was looked at."""
+        written_in = {
+            name: constant.tensor
+            for name, constant in constants.items()
+            if not constant.buffer and type(constant.tensor) is torch.Tensor
+        }
+        return cls(TileMaps(module.graph, Constants(constants)), written_in)
 
-def _written_call(found: Found, known: _Graph, constants: Mapping[str, torch.Tensor] | None) -> SdpaCall | str:
+
+def _written_call(found: Found, known: _Graph) -> SdpaCall | str:
     """The call as the program writes it, or in one sentence why it is none."""
     if isinstance(found, Unserved):
         return found.reason
     if isinstance(found, Written):
-        return call_of(found, known.masks, constants)
+        return call_of(found, known.masks, known.tensors)
     if is_other_attention(found.node):
         return other_call(found.node, known.masks)
     return SdpaCall.from_node(found.node)
@@ -180,11 +202,6 @@ def _decide(formed: SdpaCall, grouped: SdpaCall, ranges: Ranges | None) -> tuple
         call = with_unit_strides(broadcast(formed), ranges)
         decision = route(call, ranges)
     return call, decision
-
-
-def _stays(node: Node, kept: Collection[str], dropped: Collection[Node]) -> bool:
-    """Whether a node stays that nothing uses any more."""
-    return node.name in kept or (node.is_impure() and node not in dropped)
 
 
 def _undo(module: GraphModule, before: set[Node], known: _Graph) -> None:
@@ -203,7 +220,7 @@ def _replace(call: SdpaCall, decision: Route, tile_maps: TileMaps) -> Node | Non
     for pair in decision.equal:
         require_equal(call.node, *pair, (call.query, call.key, call.value, call.mask))
     mask = tile_maps.arguments_for(call, PREFILL if decision.op == DISPATCH else decision.op)
-    arguments: list[Any] = [call.query, call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
+    arguments: list[Any] = [mask.query_of(call), call.key, call.value, mask.attn_mask, mask.tiles, mask.tile_counts]
     arguments += [bool(call.is_causal), decision.scale, list(decision.dim_order), mask.key_bounds, mask.key_values]
     group = val(call.query).shape[1] // val(call.key).shape[1]
     if decision.op == DISPATCH and mask.attn_mask is not None and not shares_map(val(mask.attn_mask), group):
@@ -260,17 +277,6 @@ def _entry(node: Node, call: SdpaCall | None, decision: Route, ranges: Ranges | 
 
 def _sizes(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
     return () if tensor is None else tuple(printable(size) for size in tensor.shape)
-
-
-def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    """The values of the tensors that were written into the program as they are, by the names of their placeholders."""
-    values: dict[str, torch.Tensor] = {}
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None:
-            value = program.constants.get(spec.target)
-            if type(value) is torch.Tensor:
-                values[spec.arg.name] = value
-    return values
 
 
 def _copy(program: ExportedProgram) -> ExportedProgram:

@@ -10,6 +10,7 @@ import torch
 from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, may_be_same, printable, same_size, size_range, val
+from flashpte.passes.vmap_regions import is_batched
 
 Size = int | torch.SymInt
 
@@ -92,6 +93,8 @@ class _Sizes:
 
 
 def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
+    if is_batched(call.node):
+        return "it is inside of torch.vmap, whose batch dimension the graph does not show"
     query, key, value = val(call.query), val(call.key), val(call.value)
     if val(call.node).dtype != query.dtype:
         return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"

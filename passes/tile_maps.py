@@ -15,15 +15,17 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from flashpte.kernels import tuning
 from flashpte.kernels.split_k import MAX_ROWS
 from flashpte.passes.insert import call_before, insert_before, size_argument
-from flashpte.passes.interval_nodes import IntervalNodes
+from flashpte.passes.interval_nodes import IntervalNodes, MaskNodes
+from flashpte.passes.mask_constants import Constants
 from flashpte.passes.mask_structure import prove
-from flashpte.passes.mask_terms import Structure
-from flashpte.passes.mutation import written_between
+from flashpte.passes.mask_terms import Structure, with_nodes
+from flashpte.passes.mask_values import EqualMasks
+from flashpte.passes.mutation import Writes
 from flashpte.passes.route import PREFILL
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
 
@@ -39,23 +41,40 @@ def mask_source(mask: Any) -> Node:
 
 @dataclasses.dataclass(frozen=True)
 class MaskArguments:
-    """Arguments of an attention operator about its mask, as :func:`flashpte.kernels.ops.sdpa_decode` takes them."""
+    """Arguments of an attention operator about its mask, as :func:`flashpte.kernels.ops.sdpa_decode` takes them.
+
+    ``live`` is as in :class:`flashpte.passes.interval_nodes.MaskNodes`.
+    """
 
     attn_mask: Node | None = None
     tiles: Node | None = None
     tile_counts: Node | None = None
     key_bounds: Node | None = None
     key_values: Node | None = None
+    live: Node | None = None
+
+    def query_of(self, call: SdpaCall) -> Node:
+        """The call's query, 0 in rows that average all values."""
+        if self.live is None:
+            return call.query
+        query, aten = val(call.query), torch.ops.aten
+        options = {"dtype": query.dtype, "device": query.device, "pin_memory": False}
+        zero = call_before(call.node, aten.full.default, [1, 1, 1, 1], 0.0, **options)
+        return call_before(call.node, aten.where.self, self.live, call.query, zero)
 
 
 class TileMaps:
     """The masks of one graph: proves their structure, makes the others 4-dimensional, gives each its maps."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph, constants: Constants) -> None:
+        self._constants = constants
+        self._writes = Writes(graph)
+        self._equal = EqualMasks(graph, self._writes)
         self._masks: dict[Node, Node] = {}
         self._maps: dict[tuple, tuple[Node, Node]] = {}
         self._structures: dict[tuple, Structure | str] = {}
-        self._intervals: dict[tuple, tuple[Node, Node | None]] = {}
+        self._intervals: dict[tuple, MaskNodes] = {}
+        self._by_structure: dict[tuple, list[tuple[frozenset[Node], MaskNodes]]] = {}
         # Up to where nothing has been written to what a mask is computed from.
         self._unwritten: dict[tuple, Node] = {}
 
@@ -64,17 +83,17 @@ class TileMaps:
         if call.mask is None:
             return MaskArguments()
         if isinstance(self.structure_of(call), Structure):
-            bounds, values = self._intervals_for(call)
-            return MaskArguments(None, *self._interval_map_for(call, op, bounds, values), bounds, values)
+            bounds, values, live = self._intervals_for(call)
+            return MaskArguments(None, *self._interval_map_for(call, op, bounds, values), bounds, values, live)
         return MaskArguments(self.mask_for(call), *self.map_for(call, op))
 
     def structure_of(self, call: SdpaCall) -> Structure | str | None:
         """The proven structure of the call's mask, or why it has none; ``None`` without a mask."""
         if call.mask is None:
             return None
-        source, use = mask_source(call.mask), self._use(call)
+        source, use = self._source(call), self._use(call)
         if use not in self._structures:
-            structure = prove(source, val(call.key).shape[2])
+            structure = prove(source, val(call.key).shape[2], self._constants)
             self._structures[use] = structure
             if isinstance(structure, Structure):
                 self._unwritten[use] = next(n for n in call.node.graph.nodes if n in structure.visited)
@@ -83,25 +102,34 @@ class TileMaps:
             # Until the intervals are made, what they are computed from must stay as it was; then they and the mask.
             made = [n for n in self._intervals.get(use, ()) if n is not None]
             read = [source, *made] if made else structure.visited
-            if written_between(self._unwritten[use], call.node, read):
+            if self._writes.between(self._unwritten[use], call.node, read):
                 structure = self._structures[use] = "it may be written to after it was computed"
             else:
                 self._unwritten[use] = call.node.prev
         return structure
 
-    @staticmethod
-    def _use(call: SdpaCall) -> tuple:
-        """A mask and the lengths it is used for: one that is broadcast over rows may serve several."""
-        assert call.mask is not None
-        lengths = (val(call.query).shape[2], val(call.key).shape[2])
-        return mask_source(call.mask), *(printable(length) for length in lengths)
+    def _source(self, call: SdpaCall) -> Node:
+        """The node that computes the call's mask, or an earlier mask that is equal to it."""
+        return self._equal.first(mask_source(call.mask), call.node)
 
-    def _intervals_for(self, call: SdpaCall) -> tuple[Node, Node | None]:
+    def _use(self, call: SdpaCall) -> tuple:
+        """A mask and the lengths it is used for: one that is broadcast over rows may serve several."""
+        lengths = (val(call.query).shape[2], val(call.key).shape[2])
+        return self._source(call), *(printable(length) for length in lengths)
+
+    def _intervals_for(self, call: SdpaCall) -> MaskNodes:
         use = self._use(call)
         if use not in self._intervals:
             structure = self._structures[use]
             assert isinstance(structure, Structure)
+            # Masks that are written differently may still compare the same numbers.
+            made = self._by_structure.setdefault((with_nodes(structure, self._equal.number), *use[1:]), [])
+            for visited, intervals in made:
+                if self._equal.unwritten(structure.visited | visited, call.node):
+                    self._intervals[use] = intervals
+                    return intervals
             self._intervals[use] = IntervalNodes(call).insert(structure)
+            made.append((structure.visited, self._intervals[use]))
         return self._intervals[use]
 
     def _interval_map_for(self, call: SdpaCall, op: str, bounds: Node, values: Node | None) -> tuple[Node, Node]:
@@ -124,7 +152,7 @@ class TileMaps:
 
     def mask_for(self, call: SdpaCall) -> Node:
         """The mask of ``call`` as a node of 4 dimensions, with size 1 wherever it is broadcast."""
-        source = mask_source(call.mask)
+        source = self._source(call)
         if source not in self._masks:
             mask = source
             for _ in range(4 - val(source).dim()):
@@ -142,7 +170,7 @@ class TileMaps:
             group = 1
         identity = (mask, printable(query.shape[2]), printable(key.shape[2]), block_m, block_n, group, row_tiles)
         made = self._maps.get(identity)
-        if made is None or written_between(made[0], call.node, [mask]):
+        if made is None or self._writes.between(made[0], call.node, [mask]):
             q_len, kv_len = size_argument(call.node, call.query, 2), size_argument(call.node, call.key, 2)
             both = call_before(
                 call.node, torch.ops.flashpte.tile_map.default, mask, q_len, kv_len, block_m, block_n, group, row_tiles

@@ -10,6 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
+from flashpte.passes.vmap_regions import without_vmap
 
 PT2_NAME = "model.pt2"
 
@@ -27,7 +28,8 @@ def write_pt2(program: ExportedProgram, folder: Path) -> Path:
     from torch.export.passes import move_to_device_pass
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    program = move_to_device_pass(deepcopy_sharing_tensors(program, {}), "cuda")
+    # Metadata of nodes inside of a vmap cannot be copied.
+    program = move_to_device_pass(deepcopy_sharing_tensors(without_vmap(program), {}), "cuda")
     path = folder / PT2_NAME
     options: dict[str, Any] = {
         "aot_inductor.embed_kernel_binary": True,  # else the package would refer to kernels by file name

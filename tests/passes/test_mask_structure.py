@@ -118,6 +118,10 @@ def float_sum(pos, extra):
     return far + torch.zeros(1, KEYS).masked_fill(torch.arange(KEYS) > pos[:, None], NEG_INF)
 
 
+def finite_minimum(pos, extra):
+    return torch.where(torch.arange(KEYS) <= pos[:, None], 0.0, torch.finfo(torch.float32).min)
+
+
 PROVEN = {
     causal: "causal",
     causal_flipped_sides: "causal",
@@ -142,6 +146,7 @@ PROVEN = {
     float_fill: "causal",
     float_triangle: "causal",
     float_sum: "window",
+    finite_minimum: "causal",
 }
 
 
@@ -245,10 +250,6 @@ def float_positions(pos, extra):
     return torch.arange(KEYS) <= pos[:, None] * 0.5
 
 
-def finite_minimum(pos, extra):
-    return torch.where(torch.arange(KEYS) <= pos[:, None], 0.0, torch.finfo(torch.float32).min)
-
-
 def bias(pos, extra):
     distance = (pos[:, None] - torch.arange(KEYS)).float()
     return torch.where(torch.arange(KEYS) <= pos[:, None], -0.1 * distance, NEG_INF)
@@ -275,7 +276,6 @@ UNPROVEN = [
     or_of_different_numbers,
     outer_product,
     float_positions,
-    finite_minimum,
     bias,
     by_head,
     four_numbers,
@@ -296,7 +296,7 @@ def test_other_masks_are_mapped(make, q_len, dynamic):
 
 
 class ConstantMask(torch.nn.Module):
-    """A mask kept as a buffer: its content is data, whatever it looks like."""
+    """A mask kept as a buffer: a proof looks at every bit of it."""
 
     def __init__(self, flip: bool):
         super().__init__()
@@ -313,7 +313,8 @@ def test_a_flipped_bit_gives_the_flipped_result():
     results = []
     for flip in (False, True):
         module = ConstantMask(flip)
-        new, _ = replace_sdpa(exported(module, args))
+        new, report = replace_sdpa(exported(module, args))
+        assert report.nodes[0].mask_form == ("tensor" if flip else "positions")
         out = new.module()(*args)
         torch.testing.assert_close(out, module(*args), atol=2e-6, rtol=2e-5)
         assert check_maps(new, args) == 1

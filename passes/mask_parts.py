@@ -1,0 +1,94 @@
+"""Masks put together from parts along a dimension: ``cat`` and ``stack``."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from flashpte.passes.insert import call_before, insert_before, size_argument
+from flashpte.passes.operands import Path, Placed, arguments
+from flashpte.passes.sdpa_node import aten_target, same_size, val
+
+aten = torch.ops.aten
+
+Size = int | Node
+
+
+def parts_of(node: Node, path: Path) -> list[tuple[Node, Path, list[Node]]] | None:
+    """The parts of a concatenation seen through ``path``, or ``None`` if the node is none.
+
+    Returns:
+        Each part, the path it is seen through, and bools in the coordinates of ``node`` of which one is true wherever
+        another part stands.
+    """
+    target, args = aten_target(node), arguments(node)
+    stacked = target is aten.stack.default
+    if not stacked and target is not aten.cat.default:
+        return None
+    tensors, rank = list(args[0]), val(node).dim()
+    given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+    dim = int(given) % rank
+    if any(val(tensor).dim() != rank - stacked for tensor in tensors):
+        return None  # cat leaves out empty vectors
+    if any(val(tensor).dtype != val(node).dtype for tensor in tensors):
+        return None
+    sizes: list[Size] = [1 if stacked else _size(node, tensor, dim) for tensor in tensors]
+    positions = None
+    parts = []
+    for i, tensor in enumerate(tensors):
+        before, end, after = (_total(node, some) for some in (sizes[:i], sizes[: i + 1], sizes[i + 1 :]))
+        placed = (Placed(rank, dim, before, after), *path)
+        beside = []
+        if len(tensors) > 1 and positions is None:
+            positions = _positions(node, _total(node, sizes), rank - 1 - dim)
+        if i > 0:
+            beside.append(_compared(node, "lt", positions, before))
+        if i + 1 < len(tensors):
+            beside.append(_compared(node, "ge", positions, end))
+        parts.append((tensor, (Placed(rank - 1, dim, new=True), *placed) if stacked else placed, beside))
+    return parts
+
+
+def _size(anchor: Node, tensor: Node, dim: int) -> Size:
+    """A size that, if possible, does not keep ``tensor`` in the program: an earlier node may be the same number."""
+    size = val(tensor).shape[dim]
+    if isinstance(size, int):
+        return size
+    for node in anchor.graph.nodes:
+        if node is anchor:
+            break
+        if isinstance(node.meta.get("val"), torch.SymInt) and same_size(node.meta["val"], size):
+            return node
+    return size_argument(anchor, tensor, dim)
+
+
+def _total(anchor: Node, sizes: list[Size]) -> Size:
+    number = sum(size for size in sizes if isinstance(size, int))
+    total: Size = number
+    for node in (size for size in sizes if isinstance(size, Node)):
+        if isinstance(total, int) and total == 0:
+            total = node
+            continue
+        value = (total.meta["val"] if isinstance(total, Node) else total) + node.meta["val"]
+        total = insert_before(anchor, operator.add, (total, node), value)
+    return total
+
+
+def _positions(anchor: Node, total: Size, following: int) -> Node:
+    options = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
+    positions = call_before(anchor, aten.arange.start_step, 0, total, 1, **options)
+    for _ in range(following):
+        positions = call_before(anchor, aten.unsqueeze.default, positions, -1)
+    return positions
+
+
+def _compared(anchor: Node, name: str, positions: Any, number: Size) -> Node:
+    if isinstance(number, int):
+        return call_before(anchor, getattr(aten, name).Scalar, positions, number)
+    options = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
+    return call_before(
+        anchor, getattr(aten, name).Tensor, positions, call_before(anchor, aten.full.default, [1], number, **options)
+    )

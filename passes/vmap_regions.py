@@ -1,0 +1,51 @@
+"""Programs in which ``torch.vmap`` is still written out.
+
+``torch.export`` records a ``vmap`` as it runs: nodes that open a level, nodes that close it, and in between nodes that
+compute on batched tensors, whose metadata has neither the batch dimension nor a fake tensor. Nothing reads the result
+of a node that opens or closes a level, but without it the nodes in between raise, so that dead-code elimination must
+leave them alone. ``run_decompositions`` writes the same arithmetic with plain operators.
+"""
+
+from __future__ import annotations
+
+from torch._functorch import predispatch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from flashpte.passes.sdpa_node import find_sdpa
+
+_OPEN = frozenset(
+    {predispatch._vmap_increment_nesting, predispatch._jvp_increment_nesting, predispatch._enter_dual_level}
+)
+_CLOSE = frozenset(
+    {predispatch._vmap_decrement_nesting, predispatch._jvp_decrement_nesting, predispatch._exit_dual_level}
+)
+
+
+def changes_level(node: Node) -> bool:
+    """Whether the node opens or closes a level of ``vmap`` (or of ``jvp``)."""
+    return node.op == "call_function" and node.target in _OPEN | _CLOSE
+
+
+def is_batched(node: Node) -> bool:
+    """Whether the node computes inside of a ``vmap``."""
+    level = 0
+    for other in node.graph.nodes:
+        if other is node or other.op == "output":
+            break
+        if changes_level(other):
+            level += 1 if other.target in _OPEN else -1
+    return level > 0
+
+
+def without_vmap(program: ExportedProgram) -> ExportedProgram:
+    """The program with each ``vmap`` written as plain operators; the program itself where there is none.
+
+    Attention inside of a ``vmap`` would be taken apart: such a program stays as it is.
+    """
+    modules = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    if not any(changes_level(node) for module in modules for node in module.graph.nodes):
+        return program
+    if any(is_batched(node) for _, node in find_sdpa(program.graph_module)):
+        return program
+    return program.run_decompositions({})
