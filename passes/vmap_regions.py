@@ -8,16 +8,19 @@ leave them alone. ``run_decompositions`` writes the same arithmetic with plain o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch._functorch import predispatch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from flashpte.passes.sdpa_node import find_sdpa
 
-_OPEN = frozenset(
+_OPEN: frozenset[Callable[..., Any]] = frozenset(
     {predispatch._vmap_increment_nesting, predispatch._jvp_increment_nesting, predispatch._enter_dual_level}
 )
-_CLOSE = frozenset(
+_CLOSE: frozenset[Callable[..., Any]] = frozenset(
     {predispatch._vmap_decrement_nesting, predispatch._jvp_decrement_nesting, predispatch._exit_dual_level}
 )
 
@@ -29,6 +32,8 @@ def changes_level(node: Node) -> bool:
 
 def is_batched(node: Node) -> bool:
     """Whether the node computes inside of a ``vmap``."""
+    if not any(node.graph.find_nodes(op="call_function", target=target, sort=False) for target in _OPEN):
+        return False
     level = 0
     for other in node.graph.nodes:
         if other is node or other.op == "output":
