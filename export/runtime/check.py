@@ -19,6 +19,7 @@ from flashpte.export.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.runtime.agreement import Agreement, judge
 from flashpte.export.runtime.check_draft import check_draft
 from flashpte.export.runtime.check_plan import Step, plan_walk
+from flashpte.export.runtime.check_weights import WeightsReport, compare_weights, weights_of_methods
 from flashpte.export.runtime.compare import Comparison, compare, worst
 from flashpte.export.runtime.language_model import LanguageModel, RunsMethods
 from flashpte.export.runtime.reference import EagerModel, Evaluation
@@ -35,25 +36,43 @@ class CheckReport:
         comparisons: of each method's logits, each group's keys and values.
         agreement: along the greedy sequence; ``None`` without a decode method.
         proposals: of the draft; ``None`` without one.
-        weights_equal: tensors that are the model's, byte for byte.
-        weights_different: names of those that are not.
-        unchecked: methods that are none of a language model's.
+        weights: what was found of the weights; ``None`` where the program's cannot be read.
+        missing: what was to be compared and was not, each with the reason.
+        unchecked: methods that were not compared with anything.
         calls: how many calls were made, by method.
     """
 
     comparisons: tuple[Comparison, ...]
     agreement: Agreement | None
     proposals: Agreement | None
-    weights_equal: int
-    weights_different: tuple[str, ...]
+    weights: WeightsReport | None
+    missing: tuple[str, ...]
     unchecked: tuple[str, ...]
     calls: Mapping[str, int]
 
     @property
     def passed(self) -> bool:
-        """Whether everything that was looked at is within its bounds."""
+        """Whether everything was looked at, and is within its bounds."""
         agrees = all(found is None or found.passed for found in (self.agreement, self.proposals))
-        return all(c.passed for c in self.comparisons) and agrees and not self.weights_different
+        compared = bool(self.comparisons) and not self.not_compared
+        return all(c.passed for c in self.comparisons) and agrees and compared and not self.weights_different
+
+    @property
+    def weights_equal(self) -> int:
+        """Tensors that are the model's, byte for byte."""
+        return 0 if self.weights is None else self.weights.equal
+
+    @property
+    def weights_different(self) -> tuple[str, ...]:
+        """Names of those that are not."""
+        return () if self.weights is None else self.weights.different
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """What was compared with nothing, each with the reason: a check that looked at nothing has not passed."""
+        weights = () if self.weights is None else self.weights.missing
+        methods = (f"method {name}: no eager model to compare it with" for name in self.unchecked)
+        return (*self.missing, *weights, *methods)
 
     def to_dict(self) -> dict[str, Any]:
         """For machines."""
@@ -62,7 +81,12 @@ class CheckReport:
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
             "teacher_forced": _agreement_dict(self.agreement),
             "proposals": _agreement_dict(self.proposals),
-            "weights": {"equal": self.weights_equal, "different": list(self.weights_different)},
+            "weights": {
+                "read": self.weights is not None,
+                "equal": self.weights_equal,
+                "different": list(self.weights_different),
+            },
+            "not_compared": list(self.not_compared),
             "unchecked_methods": list(self.unchecked),
             "calls": dict(self.calls),
         }
@@ -84,13 +108,16 @@ class CheckReport:
             lines += self.agreement.lines("teacher-forced", "greedy tokens")
         if self.proposals is not None:
             lines += self.proposals.lines("draft", "proposals")
-        if self.weights_equal or self.weights_different:
+        if self.weights is None:
+            lines.append("weights: not compared byte for byte, they are inside of the compiled code")
+        else:
             lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
         if self.weights_different:
             named = ", ".join(self.weights_different[:5])
             lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
-        if self.unchecked:
-            lines.append(f"not checked: {', '.join(self.unchecked)}")
+        lines += [f"NOT COMPARED: {what}" for what in self.not_compared[:5]]
+        if len(self.not_compared) > 5:
+            lines.append(f"NOT COMPARED: {len(self.not_compared) - 5} more")
         lines.append("check passed" if self.passed else "check FAILED")
         return lines
 
@@ -118,7 +145,7 @@ def check_program(
         reference: the same in a wider dtype, the truth.
         dtype: the program's.
         window: the sliding window, if the model has one.
-        weights: the program's tensors by FQN, to be compared with ``model_weights``.
+        weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
         model_weights: what they should be, by FQN, see :func:`named_weights`.
         progress: called with a short line at each stage.
 
@@ -127,7 +154,9 @@ def check_program(
     """
     tell = progress or (lambda stage: None)
     model = LanguageModel(program)
-    equal, different = _compare_weights(weights or {}, model_weights or {})
+    compared_weights = None
+    if weights is not None:
+        compared_weights = compare_weights(weights, weights_of_methods(model_weights or {}, program.signatures))
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = int(program.constants["get_vocab_size"])
     tokens = torch.randint(0, vocabulary, (model.limits.max_seq_len,), generator=generator).tolist()
@@ -140,7 +169,8 @@ def check_program(
     expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
     comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
     comparisons += _compare_features(results, expected, yardstick, dtype)
-    comparisons += _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    found, missing = _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    comparisons += found
     proposals = None
     if DRAFT_DECODE in program.signatures and yardstick.features is not None:
         tell("walking with the draft")
@@ -158,11 +188,25 @@ def check_program(
         comparisons=tuple(comparisons),
         agreement=agreement,
         proposals=proposals,
-        weights_equal=equal,
-        weights_different=different,
+        weights=compared_weights,
+        missing=(*missing, *_missing(program.signatures, yardstick, comparisons, proposals)),
         unchecked=tuple(name for name in program.signatures if name not in checked),
         calls={name: sum(step.method == name for step in steps) for name in program.signatures if name in known},
     )
+
+
+def _missing(
+    methods: Mapping[str, Any], yardstick: Evaluation, comparisons: Sequence[Comparison], proposals: Agreement | None
+) -> list[str]:
+    """Results of methods that nothing was compared with."""
+    compared = {comparison.what for comparison in comparisons}
+    wanted = [(name, "logits") for name in (PREFILL, DECODE, TARGET_VERIFY) if name in methods]
+    if yardstick.features is not None:
+        wanted += [(name, "features") for name in (PREFILL, TARGET_VERIFY) if name in methods]
+    found = [f"{name} {what}: no call returned any" for name, what in wanted if f"{name} {what}" not in compared]
+    if proposals is not None and not proposals.above:
+        found.append(f"draft proposals: none has a top-2 margin above {proposals.tolerance:.3g}, any choice would pass")
+    return found
 
 
 Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M, V]; features [T, C] with a draft
@@ -189,8 +233,9 @@ def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) ->
 
 
 def _rows(step: Step, logits: torch.Tensor) -> range:
-    """The positions whose logits a call returned: all of its tokens, or the last."""
-    return range(step.start if logits.shape[0] == step.count else step.end - 1, step.end)
+    """The positions whose logits a call returns: all of its tokens, which ``target_verify`` must, or the last."""
+    every = logits.shape[0] == step.count or step.method == TARGET_VERIFY
+    return range(step.start if every else step.end - 1, step.end)
 
 
 def _compare_logits(
@@ -207,12 +252,18 @@ def _compare_logits(
         indices = [at[position] for step, logits in mine for position in _rows(step, logits)]
         actual = torch.cat([logits for _, logits in mine])
         truth = expected.logits[indices]
-        error = (actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf)
-        position = rows[indices[int(error.argmax())]]
+        position = rows[indices[_worst_row(actual, truth)]]
         where = next(s for s, logits in mine if position in _rows(s, logits))
         name = f"at position {position} ({where.count} tokens from {where.start})"
         comparisons.append(compare(f"{method} logits", name, actual, truth, yardstick.logits[indices], dtype))
     return comparisons
+
+
+def _worst_row(actual: torch.Tensor, truth: torch.Tensor) -> int:
+    """Where the largest error of ``[N, C]`` is; the first row, where the shapes differ."""
+    if actual.shape != truth.shape:
+        return 0
+    return int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
 
 
 def _compare_features(
@@ -229,8 +280,7 @@ def _compare_features(
     for method, mine in calls.items():
         rows = [row for step, _ in mine for row in range(step.start, step.end)]
         actual, truth = torch.cat([features for _, features in mine]), expected.features[rows]
-        worst_row = rows[int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())]
-        where = f"at position {worst_row}"
+        where = f"at position {rows[_worst_row(actual, truth)]}"
         comparisons.append(compare(f"{method} features", where, actual, truth, yardstick.features[rows], dtype))
     return comparisons
 
@@ -241,17 +291,25 @@ def _compare_caches(
     yardstick: Evaluation,
     window: int | None,
     dtype: torch.dtype,
-) -> list[Comparison]:
-    """Keys and values that are still in the caches, layer by layer; each group is as bad as its worst layer."""
+) -> tuple[list[Comparison], list[str]]:
+    """Keys and values that are still in the caches, layer by layer; each group is as bad as its worst layer.
+
+    Returns:
+        The groups; and caches of the program or layers of the model that have no counterpart, with the reason.
+    """
     groups: dict[str, list[Comparison]] = {}
+    left, missing = {name for name in buffers if name.startswith("kv_cache.")}, []
     for kind, letter, truths, owns in (
         ("keys", "k", expected.keys, yardstick.keys),
         ("values", "v", expected.values, yardstick.values),
     ):
         for layer, (truth, own) in enumerate(zip(truths, owns, strict=True)):
-            buffer = buffers.get(f"kv_cache.{letter}_{layer}")
+            fqn = f"kv_cache.{letter}_{layer}"
+            buffer = buffers.get(fqn)
             if buffer is None:
+                missing.append(f"{fqn}: the program has no cache of this name")
                 continue
+            left.discard(fqn)
             slots, length = buffer.shape[2], truth.shape[1]
             is_ring = window is not None and slots < length
             positions = torch.arange(max(0, length - slots), length)
@@ -259,7 +317,10 @@ def _compare_caches(
             name = f"{'sliding' if is_ring else 'full'} {kind}"
             found = compare(name, f"in layer {layer}", held, truth[:, positions], own[:, positions], dtype)
             groups.setdefault(name, []).append(found)
-    return [worst(group) for group in groups.values()]
+    missing += [f"{fqn}: the eager model has no such layer" for fqn in sorted(left)]
+    if not groups:
+        missing.append("keys and values: the eager model returned none that the program holds")
+    return [worst(group) for group in groups.values()], missing
 
 
 def _follow_greedy(
@@ -291,23 +352,3 @@ def judge_greedy(
     """Compares logits [N, V] along a greedy sequence, and the choices they lead to."""
     comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
     return comparison, judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)
-
-
-def _compare_weights(
-    weights: Mapping[str, torch.Tensor], model_weights: Mapping[str, torch.Tensor]
-) -> tuple[int, tuple[str, ...]]:
-    """Byte for byte; a tensor that only one of them has, or in another dtype, is not compared."""
-    equal, different = 0, []
-    for name, value in model_weights.items():
-        mine = weights.get(name)
-        if mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
-            continue
-        if torch.equal(_bits(mine.cpu()), _bits(value.cpu())):
-            equal += 1
-        else:
-            different.append(name)
-    return equal, tuple(different)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -121,7 +121,11 @@ def check_draft(
         ("draft keys", "k", truth.keys, yardstick.keys),
         ("draft values", "v", truth.values, yardstick.values),
     ):
-        buffer = program.buffers[f"draft_cache.{letter}_0"]
+        buffer = program.buffers.get(f"draft_cache.{letter}_0")
+        if buffer is None:
+            absent = wide[:, :0]
+            found.append(compare(name, f"draft_cache.{letter}_0 is missing,", absent, wide, narrow, dtype))
+            continue
         held = torch.arange(max(0, len(tokens) - buffer.shape[2]), len(tokens))
         kept = buffer[0].cpu()[:, held % buffer.shape[2]]
         found.append(compare(name, "in the draft's layer", kept, wide[:, held], narrow[:, held], dtype))

@@ -7,7 +7,7 @@ the program's own dtype against it, a program passes when
   reference value (256 ulp for float32, whose sums a compiler orders in its own way), and
 * its root mean square error is at most ``max(2 * rms e, floor)``, the floor here at the rms of the reference.
 
-A NaN is an infinite error.
+A NaN is an infinite error, and so is a tensor of another shape. Nothing, compared with nothing, does not pass.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether both errors are within their bounds; a NaN is in none."""
-        return self.max_error <= self.max_allowed and self.relative_error <= self.relative_allowed
+        """Whether there are values and both errors are within their bounds; a NaN is in none."""
+        return self.values > 0 and self.max_error <= self.max_allowed and self.relative_error <= self.relative_allowed
 
     @property
     def excess(self) -> float:
@@ -89,6 +89,9 @@ def compare(
         own: the eager model's in the program's dtype, same shape.
         dtype: the program's.
     """
+    if actual.shape != reference.shape or not actual.numel():
+        shapes = f"{where} of shape {list(actual.shape)}, the model's is {list(reference.shape)}"
+        return Comparison(what, shapes, math.inf, 0.0, math.inf, 0.0, 0)
     expected = reference.double()
     error, yardstick = (actual.double() - expected).abs(), (own.double() - expected).abs()
     if not bool(error.isfinite().all()):

@@ -36,6 +36,7 @@ class Program:
         constants: values of the constant methods, such as ``get_max_seq_len``.
         manifest: what ``manifest.json`` says.
         buffers: the tensors that methods write to, by FQN. Writing to them changes what the methods see.
+        weights: every named tensor; ``None`` for a ``.pt2``, which keeps them in its compiled code.
         device: where inputs are moved to and results are.
     """
 
@@ -54,7 +55,7 @@ class Program:
         self.manifest = manifest
         self.constants: Mapping[str, Any] = manifest["constant_methods"]
         self.device = device
-        self.weights = dict(weights or {})
+        self.weights = None if weights is None else dict(weights)
         self._calls = dict(calls)
         self._captured: dict[str, CapturedCall] = {}
         self._pool: Any = None

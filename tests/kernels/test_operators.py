@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import INTERVAL_MASKS, MASKS, Case, build, check, with_intervals
+from attention_cases import INTERVAL_MASKS, MASKS, Case, build, check, with_intervals, written_out
 
 from flashpte.kernels import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
 
@@ -24,6 +26,21 @@ def test_cpu_implementation_is_attention(q_len, mask):
     case = Case(q_len, 90, batch=2, heads_q=6, heads_kv=2, head_dim=48, mask=mask, dtype=torch.float32)
     problem, args = arguments(case)
     check(problem, OPS[q_len](*args))
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+@pytest.mark.parametrize("mask", ["none", "bool_context", "float_row_bias"])
+def test_the_bound_admits_any_order_of_sums_and_nothing_less_exact(q_len, mask):
+    """Whatever BLAS a processor has: an order that no yardstick took passes, rounding to TF32 does not."""
+    case = Case(q_len, 90, batch=2, heads_q=6, heads_kv=2, head_dim=48, mask=mask, dtype=torch.float32)
+    problem, _ = arguments(case)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(3):
+        orders = [torch.randperm(count, generator=generator) for count in (48, 90)]
+        check(problem, written_out(problem, *orders))
+    tf32 = (problem.query.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+    with pytest.raises(AssertionError, match="above the bound"):
+        check(problem, written_out(dataclasses.replace(problem, query=tf32), *orders))
 
 
 @pytest.mark.parametrize("q_len", OPS)

@@ -6,8 +6,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashpte.kernels import attention_reference
 from flashpte.kernels.intervals import Intervals
@@ -264,32 +262,77 @@ def exact(problem: Problem) -> torch.Tensor:
     return attention_reference(query, p.key, p.value, mask, p.is_causal, p.scale, torch.float64)
 
 
-def allowed_error(problem: Problem, answer: torch.Tensor) -> float:
-    """Twice what PyTorch's math backend makes in the same dtype on the same device, but at least 2 ulp."""
+def written_out(problem: Problem, dims: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Attention in float32 with every sum written out: one accumulator, one term after the other, in a given order.
+
+    No matrix product takes part, so that it is the same on every processor: additions, multiplications and divisions of
+    float32 are exactly rounded everywhere, and only a BLAS adds up in an order of its own.
+
+    Args:
+        problem: what to compute.
+        dims: int64 ``[D]``, the order in which head dims are summed.
+        keys: int64 ``[L_kv]``, the order in which keys are.
+
+    Returns:
+        float32 ``[B, H_q, L_q, D_v]``.
+    """
     p = problem
     group = p.query.shape[1] // p.key.shape[1]
-    with sdpa_kernel([SDPBackend.MATH]):
-        math_out = F.scaled_dot_product_attention(
-            p.query,
-            p.key.repeat_interleave(group, 1),
-            p.value.repeat_interleave(group, 1),
-            attn_mask=p.mask,
-            is_causal=p.is_causal,
-            scale=p.scale,
-        )
-    math_error = (math_out.double() - answer).abs().max().item()
+    query, key, value = p.query.float(), p.key.float(), p.value.float()
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query.new_zeros(*query.shape[:3], key.shape[2])
+    for d in dims.tolist():
+        scores += query[..., d, None] * key[..., None, :, d]
+    scores *= p.scale
+    if p.is_causal:
+        scores.masked_fill_(scores.new_ones(scores.shape[-2:]).tril() == 0, -math.inf)
+    elif p.mask is not None:
+        scores = scores.masked_fill(~p.mask, -math.inf) if p.mask.dtype == torch.bool else scores + p.mask.float()
+    largest = scores.amax(-1, keepdim=True)
+    weights = torch.exp(scores - largest.masked_fill(largest == -math.inf, 0.0))
+    total = weights.new_zeros(weights.shape[:3])
+    for n in keys.tolist():
+        total += weights[..., n]
+    weights /= total.masked_fill(total == 0, 1.0)[..., None]
+    out = weights.new_zeros(*weights.shape[:3], value.shape[3])
+    for n in keys.tolist():
+        out += weights[..., n, None] * value[:, :, None, n]
+    return out
+
+
+def plain_error(problem: Problem, answer: torch.Tensor) -> float:
+    """The largest error of :func:`written_out` in four orders: forwards, backwards and two at random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def orders(count: int) -> list[torch.Tensor]:
+        forwards = torch.arange(count)
+        return [forwards, forwards.flip(0), *(torch.randperm(count, generator=generator) for _ in range(2))]
+
+    both = zip(orders(problem.key.shape[3]), orders(problem.key.shape[2]), strict=True)
+    plain = (written_out(problem, dims, keys).to(problem.query.dtype) for dims, keys in both)
+    return max((out.double() - answer).abs().max().item() for out in plain)
+
+
+def two_ulp(problem: Problem, answer: torch.Tensor) -> float:
+    """2 ulp of the output dtype at the largest value."""
     largest = answer.abs().max().item()
-    ulp = torch.finfo(p.query.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
-    return max(2 * math_error, 2 * ulp)
+    return 2 * torch.finfo(problem.query.dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else 0.0
 
 
 def check(problem: Problem, out: torch.Tensor) -> float:
-    """Asserts that ``out`` is within the bound of the float64 answer; returns error over bound."""
+    """Asserts that ``out`` is near enough to the float64 answer; returns error over bound.
+
+    The bound is 2 ulp of the output dtype at the largest value, or twice :func:`plain_error` if that is more. The
+    yardstick is not PyTorch's math backend, because that is a BLAS: how exact one is depends on how many partial sums
+    the processor's instructions keep, and its largest error in a few rows is a matter of luck. The same correct program
+    was at 1.6 times twice the error of the math backend under AVX-512, and below it under AVX2.
+    """
     answer = exact(problem)
     assert out.dtype == problem.query.dtype
     assert out.shape == answer.shape
     assert not out.isnan().any(), "NaN in the result: an element was not written, or masked memory was used"
-    bound = allowed_error(problem, answer)
-    error = (out.double() - answer).abs().max().item()
+    error, bound = (out.double() - answer).abs().max().item(), two_ulp(problem, answer)
+    if error > bound:
+        bound = max(bound, 2 * plain_error(problem, answer))
     assert error <= bound, f"max error {error:.3e} is above the bound {bound:.3e}"
     return error / bound if bound else 0.0

@@ -41,12 +41,14 @@ class EagerProgram:
     """Methods of a plan's model over one cache, called as those of a ``Program``.
 
     Tests make it wrong: ``unshared`` names a method that gets a cache of its own for one layer, ``swapped`` one whose
-    inputs change places, ``late`` one whose positions are off by one.
+    inputs change places, ``late`` one whose positions are off by one, ``restarted`` one whose every call counts them
+    from 0.
     """
 
-    def __init__(self, plan, *, unshared=None, swapped=None, late=None):
+    def __init__(self, plan, *, unshared=None, swapped=None, late=None, restarted=None):
         self.plan = plan
         self.late = late
+        self.restarted = restarted
         self.swapped = swapped
         specs = {spec.name: spec for spec in plan.methods}
         ranges = {name: (spec.min_tokens, spec.max_tokens) for name, spec in specs.items()}
@@ -87,6 +89,8 @@ class EagerProgram:
             tokens, positions = positions[None], tokens[0] % self.plan.max_seq_len
         if method == self.late:
             positions = (positions + 1).clamp(max=self.plan.max_seq_len - 1)
+        if method == self.restarted:
+            positions = positions - positions[0]
         with torch.no_grad():
             results = self._modules[method](tokens, *features, positions)
         return [results] if isinstance(results, torch.Tensor) else list(results)

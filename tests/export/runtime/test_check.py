@@ -9,9 +9,10 @@ from eager_program import EagerProgram, small_plan
 
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.check import check_program, judge_greedy, named_weights
-from flashpte.export.runtime.check_plan import plan_walk
+from flashpte.export.runtime.check_plan import Step, plan_walk
+from flashpte.export.runtime.check_weights import WeightsReport, compare_weights
 from flashpte.export.runtime.compare import compare, ulp
-from flashpte.export.runtime.language_model import Limits
+from flashpte.export.runtime.language_model import Limits, read_limits
 from flashpte.export.runtime.reference import eager_pair, rebuild, reference_dtype
 
 LENGTH = 160  # the window is 64, a ring has 128 slots
@@ -102,6 +103,114 @@ def test_one_bit_of_one_weight_is_found_by_comparing_bytes(plan, eager):
     assert "weights: WRONG, 1 differ: model.model.norm.weight" in report.lines()
 
 
+def renamed(weights):
+    weights["model.model.other.weight"] = weights.pop("model.model.norm.weight")
+
+
+def widened(weights):
+    weights["model.model.norm.weight"] = weights["model.model.norm.weight"].float()
+
+
+def cut(weights):
+    weights["model.model.norm.weight"] = weights["model.model.norm.weight"][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (renamed, "model.model.norm.weight: the program has no tensor of this name"),
+        (widened, "model.model.norm.weight: the program has float32 [256], the model bfloat16 [256]"),
+        (cut, "model.model.norm.weight: the program has bfloat16 [255], the model bfloat16 [256]"),
+        (dict.clear, "model.model.embed_tokens.weight: the program has no tensor of this name"),
+    ],
+)
+def test_a_weight_that_is_compared_with_nothing(plan, eager, change, said):
+    weights = named_weights(plan.model)
+    change(weights)
+    report = check(EagerProgram(plan), plan, eager, weights=weights, model_weights=named_weights(eager[0]))
+    assert not failed(report)
+    assert not report.passed
+    assert said in report.not_compared
+    assert report.lines()[-1] == "check FAILED"
+    assert any(line.startswith("NOT COMPARED: model.model.") for line in report.lines())
+    assert report.to_dict()["not_compared"] == list(report.not_compared)
+
+
+def test_tied_weights_need_one_name():
+    shared, other = torch.ones(3, 2), torch.ones(3, 2)
+    assert compare_weights({"a": other}, {"a": shared, "b": shared}) == WeightsReport(1)
+    assert compare_weights({"a": other}, {"a": shared, "b": other}).missing[0].startswith("b: ")
+    assert compare_weights({"a": other}, {}).missing == ("weights: the model has none",)
+
+
+def test_weights_that_cannot_be_read_are_said_to_be(plan, eager):
+    report = check(EagerProgram(plan), plan, eager)
+    assert report.passed
+    assert "weights: not compared byte for byte, they are inside of the compiled code" in report.lines()
+    assert report.to_dict()["weights"]["read"] is False
+
+
+def rename_cache(program):
+    program.buffers["kv_cache.key_3"] = program.buffers.pop("kv_cache.k_3")
+
+
+def drop_caches(program):
+    program.buffers.clear()
+
+
+def add_method(program):
+    program.signatures["embed"] = program.signatures["decode"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (rename_cache, ["kv_cache.k_3: the program has no", "kv_cache.key_3: the eager model has no"]),
+        (drop_caches, ["kv_cache.v_5: the program has no", "keys and values: the eager model returned none"]),
+        (add_method, ["method embed: no eager model to compare it with"]),
+    ],
+)
+def test_what_is_compared_with_nothing_has_not_passed(plan, eager, change, said):
+    program = EagerProgram(plan)
+    buffers = dict(program.buffers)
+    change(program)
+    report = check(program, plan, eager)
+    for tensor in buffers.values():
+        tensor.zero_()
+    assert not failed(report)
+    assert not report.passed
+    for start in said:
+        assert any(what.startswith(start) for what in report.not_compared), report.not_compared
+
+
+def test_a_method_that_no_call_was_made_of(plan, eager, monkeypatch):
+    steps = plan_walk(read_limits(EagerProgram(plan).signatures, plan.constant_methods), plan.facts.window)
+    others = tuple(step for step in steps if step.method != "target_verify")
+    monkeypatch.setattr("flashpte.export.runtime.check.plan_walk", lambda *_: filled(others))
+    report = check(EagerProgram(plan), plan, eager)
+    assert report.not_compared == ("target_verify logits: no call returned any",)
+    assert not report.passed
+
+
+def filled(steps):
+    """Steps without gaps: decodes in the place of what was taken out."""
+    position, found = 0, []
+    for step in steps:
+        found += [Step("decode", at, 1) for at in range(position, step.start)]
+        found.append(step)
+        position = step.end
+    return tuple(found)
+
+
+def test_verify_must_return_every_row(plan, eager):
+    class Last(EagerProgram):
+        def run(self, method, *inputs):
+            results = super().run(method, *inputs)
+            return [results[0][:, -1:]] if method == "target_verify" else results
+
+    assert failed(check(Last(plan), plan, eager)) == {"target_verify logits"}
+
+
 def test_nan_never_passes(plan, eager):
     class Poisoned(EagerProgram):
         def run(self, method, *inputs):
@@ -140,6 +249,9 @@ def test_the_bound_is_twice_the_eager_error_or_two_ulp():
     assert everywhere.max_error <= everywhere.max_allowed
     assert not everywhere.passed
     assert not compare("x", "", reference * math.nan, reference, own, torch.bfloat16).passed
+    # nothing, and what broadcasts
+    assert not compare("x", "", reference[:0], reference[:0], own[:0], torch.bfloat16).passed
+    assert not compare("x", "", torch.ones(1), torch.ones(4), torch.ones(4), torch.bfloat16).passed
 
 
 def test_clear_choices_must_agree_and_close_ones_may_turn():
