@@ -52,8 +52,12 @@ CONSTANTS = {
 }
 
 
-def constant_of(value: Any, looked_at: set[Node], constants: Constants) -> int | float | bool | None:
-    """The number that every entry of an argument has, if the graph says so; adds the nodes that say it."""
+def constant_of(value: Any, looked_at: set[Node], constants: Constants | None = None) -> int | float | bool | None:
+    """The number that every entry of an argument has, if the graph says so; adds the nodes that say it.
+
+    ``constants`` are the tensors whose content is known; without them, what the graph itself writes is.
+    """
+    constants = constants or Constants()
     chain = []
     while isinstance(value, Node) and aten_target(value) not in CONSTANTS and constants.only_entry(value) is None:
         if view_source(value) is None and not is_cast(value):

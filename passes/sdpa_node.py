@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 # What an exported program says of its dynamic sizes. Its graph's own symbols start at 2 where a size may be 1.
@@ -26,6 +26,17 @@ def aten_target(node: Node) -> Any:
     """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
     target: Any = node.target
     return target._op if is_edge(node) else target
+
+
+def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
+    """Every ``scaled_dot_product_attention`` with the (sub)graph it is in, in graph order."""
+    return [
+        (module, node)
+        for module in graph_module.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+        if aten_target(node) is ATEN_SDPA
+    ]
 
 
 def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[int, int | None]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from module_of import module_of
 
+from flashpte.export.errors import ExportError
 from flashpte.export.lowering import lower
-from flashpte.export.lowering.api import LoweringError
 from flashpte.export.lowering.cross_compile import overrides
 from flashpte.export.lowering.prepare import prepare_pte
 
@@ -79,5 +79,5 @@ def test_what_the_runtime_would_refuse_is_refused(tmp_path, monkeypatch, functio
     monkeypatch.setattr(overrides, "whole_outputs", lambda original: original)
     monkeypatch.setattr("flashpte.export.lowering.restore_views._escaping", lambda module: set())
     program = torch.export.export(module_of(function), (torch.randn(2, 6, 10),))
-    with pytest.raises(LoweringError, match=said):
+    with pytest.raises(ExportError, match=said):
         lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
