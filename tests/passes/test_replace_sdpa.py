@@ -241,6 +241,7 @@ def test_report_names_the_module_and_is_json_ready():
         "mask_note",
         "map_users",
         "bytes_saved",
+        "bytes_copied",
     }
     table = format_table({"forward": report})
     assert "flashpte::sdpa_decode" in table

@@ -22,7 +22,8 @@ class Declined(torch.nn.Module):
 
 
 def test_declined_attention_still_lowers_by_a_compiler_of_two_words(cxx, tmp_path):
-    args = tuple(torch.randn(1, 4, 64, 64, dtype=torch.bfloat16) for _ in range(3))
+    # Of few rows, so that a copy of the keys is not worth it.
+    args = tuple(torch.randn(1, 4, rows, 64, dtype=torch.bfloat16) for rows in (4, 64, 64))
     program, report = replace_sdpa(torch.export.export(Declined(), args))
     assert [("dropout" in n.reason, "stride" in n.reason) for n in report.declined] == [(True, False), (False, True)]
     lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
