@@ -17,12 +17,14 @@ from torch.fx import GraphModule, Node
 
 from flashpte.passes.sdpa_node import find_sdpa
 
-_OPEN: frozenset[Callable[..., Any]] = frozenset(
-    {predispatch._vmap_increment_nesting, predispatch._jvp_increment_nesting, predispatch._enter_dual_level}
-)
-_CLOSE: frozenset[Callable[..., Any]] = frozenset(
-    {predispatch._vmap_decrement_nesting, predispatch._jvp_decrement_nesting, predispatch._exit_dual_level}
-)
+
+def _present(*names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of these names that this PyTorch has: 2.11 records ``vmap`` only."""
+    return frozenset(getattr(predispatch, name) for name in names if hasattr(predispatch, name))
+
+
+_OPEN = _present("_vmap_increment_nesting", "_jvp_increment_nesting", "_enter_dual_level")
+_CLOSE = _present("_vmap_decrement_nesting", "_jvp_decrement_nesting", "_exit_dual_level")
 
 
 def changes_level(node: Node) -> bool:
