@@ -29,7 +29,7 @@ from flashpte.passes.regions import copy_masks_into_regions, region_constants, t
 from flashpte.passes.report import NodeRoute, RoutingReport
 from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
 from flashpte.passes.savings import mask_bytes, repeated_bytes
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, module_path, printable, size_range, val
+from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, module_path, printable, size_range, val
 from flashpte.passes.tile_maps import TileMaps
 from flashpte.passes.vmap_regions import without_vmap
 from flashpte.passes.written_attention import Masks, call_of
@@ -57,7 +57,9 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             f"replace_sdpa takes a torch.export.ExportedProgram, got {type(exported_program).__name__}; "
             "call torch.export.export(model, example_inputs) first"
         )
-    program = _copy(without_vmap(exported_program))
+    # Masks are proven of plain operators. A program without attention that is one node stays as it is.
+    has_calls = bool(find_sdpa(exported_program.graph_module))
+    program = _copy(without_vmap(exported_program) if has_calls else exported_program)
     # What a preserved module's signature names has to exist.
     signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
     kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}

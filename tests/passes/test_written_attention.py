@@ -149,7 +149,12 @@ def test_attention_as_models_write_it(name, decompose):
     new, entry = rewrite(Written(attention), (*qkv(5, batch=2), *masks), decompose)
     assert entry.op == "flashpte::sdpa_verify"
     (node,) = calls(new, "flashpte.sdpa_")
-    assert [n.name for n in node.args[:3]] == ["q", "k", "v"]
+    query, key, value = node.args[:3]
+    if query.op == "call_function" and "where" in str(
+        query.target
+    ):  # a row that sees nothing but a finite minimum averages all values
+        query = query.args[1]
+    assert [n.name for n in (query, key, value)] == ["q", "k", "v"]
 
 
 def test_scales():
