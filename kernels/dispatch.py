@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from flashpte.kernels import tuning
+from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention
 from flashpte.kernels.intervals import Intervals
-from flashpte.kernels.launch import check_attention, empty_output, static_int
-from flashpte.kernels.split_k import MAX_ROWS, launch_split_k
+from flashpte.kernels.launch import empty_output, static_int
+from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
 
 
@@ -49,7 +50,8 @@ def launch_dispatch(
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
+    maps = (GivenMap(tiles, counts, None), GivenMap(few_tiles, few_counts, tuning.SPLIT_K_MAP_BLOCK_N))
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals, maps)
     # 0 for few rows, 1 for many: of a symbolic L_q, an expression.
     many = torch.sym_min(1, query.shape[2] // (MAX_ROWS + 1))
     options: dict[str, Any] = {

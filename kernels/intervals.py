@@ -251,13 +251,14 @@ def interval_map(
     """
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
+    intervals.check(kv_len=kv_len)
     return launch_interval_map(intervals, kv_len, block_m, block_n, row_tiles)
 
 
 @interval_map.register_fake
 def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = Intervals(key_bounds, key_values)
-    intervals.check()
+    intervals.check(kv_len=kv_len)
     rows = cdiv(key_bounds.shape[2], block_m) if row_tiles is None else row_tiles
     shape = (intervals.batch, 1, rows, cdiv(kv_len, block_n))
     return (
@@ -278,6 +279,7 @@ def interval_map_reference(
     """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
+    intervals.check(kv_len=kv_len)
     batch, q_len = intervals.batch, key_bounds.shape[2]
     rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
     live = torch.ones(batch, q_len, keys, dtype=torch.bool)

@@ -1,10 +1,9 @@
-"""What the launchers share: symbolic-safe arithmetic, argument checks, the result's memory layout."""
+"""What the launchers share: symbolic-safe arithmetic, the result's memory layout."""
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 import triton
@@ -16,9 +15,6 @@ from flashpte.kernels.primitives import INTERPRETED, LOG2E, MASK_BOOL, MASK_FLOA
 # Whether a program that is being traced may get kernels that use more than Triton's core, such as Gluon: set while
 # lowering, which teaches Inductor about them.
 INDUCTOR_IS_TAUGHT = False
-
-SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 512
 
 
 def cdiv(a: int, b: int) -> int:
@@ -130,50 +126,3 @@ def empty_output(query: torch.Tensor, v_head_dim: int, dim_order: Sequence[int])
     shape = (*query.shape[:3], v_head_dim)
     inverse = [list(dim_order).index(d) for d in range(4)]
     return query.new_empty([shape[d] for d in dim_order]).permute(inverse)
-
-
-class Checkable(Protocol):
-    """Intervals, which are defined on top of this module."""
-
-    def check(self, batch: int | None, q_len: int | None, kv_len: int | None) -> None:
-        """Raises ``ValueError`` if they do not fit."""
-
-
-def check_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    dim_order: Sequence[int],
-    intervals: Checkable | None = None,
-) -> None:
-    """Raises ``ValueError`` with one sentence for arguments that no kernel here takes."""
-    if not (query.dim() == key.dim() == value.dim() == 4):
-        raise ValueError(f"attention needs [B, H, L, D] tensors, got {query.dim()}, {key.dim()}, {value.dim()} dims")
-    if query.dtype not in SUPPORTED_DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
-        raise ValueError(
-            "query, key, value must share one of bfloat16, float16, float32; "
-            f"got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"query and key head dims differ: {query.shape[3]} and {key.shape[3]}")
-    if query.shape[3] > MAX_HEAD_DIM or value.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"head dims above {MAX_HEAD_DIM} are not supported: {query.shape[3]}, {value.shape[3]}")
-    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"query heads must be a multiple of key/value heads; got {query.shape[1]}, {key.shape[1]}, {value.shape[1]}"
-        )
-    if mask is not None and intervals is not None:
-        raise ValueError("a mask together with key_bounds is ambiguous")
-    if intervals is not None:
-        intervals.check(query.shape[0], query.shape[2], key.shape[2])
-    if is_causal and not (mask is None and intervals is None):
-        raise ValueError("a mask together with is_causal is ambiguous")
-    if mask is not None:
-        if mask.dim() != 4:
-            raise ValueError(f"the mask must have 4 dimensions (size 1 where it is broadcast), got {mask.dim()}")
-        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-            raise ValueError(f"the mask must be bool or float, got {mask.dtype}")
-    if sorted(dim_order) != [0, 1, 2, 3]:
-        raise ValueError(f"dim_order must be a permutation of 0..3, got {list(dim_order)}")

@@ -2,7 +2,8 @@
 
 An operator's CUDA implementation is its launcher (which AOTInductor traces into), its CPU implementation is the
 reference, and its fake gives shape, dtype and memory layout. All three agree on the layout, because models view the
-result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory.
+result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory. And all three refuse
+what :mod:`flashpte.kernels.contract` refuses, before anything is launched.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.library import triton_op
+from torch.library import CustomOpDef, triton_op
 
+from flashpte.kernels import tuning
+from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention, check_rows
 from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import as_intervals
-from flashpte.kernels.launch import check_attention, empty_output
+from flashpte.kernels.launch import empty_output
 from flashpte.kernels.reference import attention_reference
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
@@ -51,8 +54,9 @@ def sdpa_decode(
         ``[B, H_q, L_q, D_v]``; rows that attend to nothing are 0.
 
     Raises:
-        ValueError: shapes, dtypes or head counts do not fit; the message names them.
+        ValueError: shapes, dtypes, head counts, the mask or its map do not fit; the message names them.
     """
+    check_rows(query, 1)
     intervals = as_intervals(key_bounds, key_values)
     return launch_split_k(
         query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
@@ -129,47 +133,69 @@ def sdpa_dispatch(
     return launch_dispatch(query, key, value, attn_mask, *maps, is_causal, scale, dim_order, intervals)
 
 
-def _fake(
-    query,
-    key,
-    value,
-    attn_mask,
-    tiles,
-    tile_counts,
-    is_causal,
-    scale,
-    dim_order,
-    key_bounds=None,
-    key_values=None,
-    few_tiles=None,
-    few_tile_counts=None,
-):
-    check_attention(query, key, value, attn_mask, is_causal, dim_order, as_intervals(key_bounds, key_values))
-    return empty_output(query, value.shape[3], dim_order)
+def _implement(op: CustomOpDef, most_rows: int | None, map_block_n: int | None) -> None:
+    """Registers an operator's fake and CPU implementations.
+
+    Args:
+        op: the operator.
+        most_rows: query rows that it takes at most.
+        map_block_n: keys per tile of ``tiles``; ``None`` for a map of the tiled kernel.
+    """
+
+    def checked(query, key, value, mask, maps, is_causal, dim_order, bounds, values):
+        """The intervals, and memory for the result."""
+        intervals = as_intervals(bounds, values)
+        check_attention(query, key, value, mask, is_causal, dim_order, intervals, maps, most_rows)
+        return intervals, empty_output(query, value.shape[3], dim_order)
+
+    def fake(
+        query,
+        key,
+        value,
+        attn_mask,
+        tiles,
+        tile_counts,
+        is_causal,
+        scale,
+        dim_order,
+        key_bounds=None,
+        key_values=None,
+        few_tiles=None,
+        few_tile_counts=None,
+    ):
+        maps = given_maps(tiles, tile_counts, few_tiles, few_tile_counts)
+        return checked(query, key, value, attn_mask, maps, is_causal, dim_order, key_bounds, key_values)[1]
+
+    def cpu(
+        query,
+        key,
+        value,
+        attn_mask,
+        tiles,
+        tile_counts,
+        is_causal,
+        scale,
+        dim_order,
+        key_bounds=None,
+        key_values=None,
+        few_tiles=None,
+        few_tile_counts=None,
+    ):
+        maps = given_maps(tiles, tile_counts, few_tiles, few_tile_counts)
+        bounds = (key_bounds, key_values)
+        intervals, out = checked(query, key, value, attn_mask, maps, is_causal, dim_order, *bounds)
+        mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
+        return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
+
+    def given_maps(tiles, counts, few_tiles, few_counts):
+        few = GivenMap(few_tiles, few_counts, tuning.SPLIT_K_MAP_BLOCK_N)
+        return GivenMap(tiles, counts, map_block_n), few
+
+    op.register_fake(fake)
+    op.register_kernel("cpu")(cpu)
 
 
-def _cpu(
-    query,
-    key,
-    value,
-    attn_mask,
-    tiles,
-    tile_counts,
-    is_causal,
-    scale,
-    dim_order,
-    key_bounds=None,
-    key_values=None,
-    few_tiles=None,
-    few_tile_counts=None,
-):
-    intervals = as_intervals(key_bounds, key_values)
-    check_attention(query, key, value, attn_mask, is_causal, dim_order, intervals)
-    mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
-    out = empty_output(query, value.shape[3], dim_order)
-    return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
-
-
-for _op in (sdpa_decode, sdpa_verify, sdpa_prefill, sdpa_dispatch):
-    _op.register_fake(_fake)
-    _op.register_kernel("cpu")(_cpu)
+_implement(sdpa_decode, 1, tuning.SPLIT_K_MAP_BLOCK_N)
+_implement(sdpa_verify, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N)
+_implement(sdpa_prefill, None, None)
+_implement(sdpa_dispatch, None, None)

@@ -23,12 +23,12 @@ from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
 from flashpte.kernels.combine import Partials, active_splits, key_steps, launch_combine, share_of
+from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
     cdiv,
-    check_attention,
     dependent_launch,
     empty_output,
     exponent_scale,
@@ -48,8 +48,6 @@ from flashpte.kernels.primitives import (
     wait_for_earlier_kernels,
 )
 from flashpte.kernels.tile_map import launch_tile_map, map_strides
-
-MAX_ROWS = 16
 
 
 @triton.jit
@@ -267,12 +265,11 @@ def launch_split_k(
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
+    maps = (GivenMap(tiles, counts, map_block_n),)
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals, maps, MAX_ROWS)
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     static_rows = static_int(q_len)
-    if static_rows is not None and static_rows > MAX_ROWS:
-        raise ValueError(f"the split-K kernel takes at most {MAX_ROWS} query rows, got {static_rows}")
     group = heads_q // heads_kv
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
     if config is None:

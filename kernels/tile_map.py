@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.contract import Size, may_be_equal, printable
 from flashpte.kernels.launch import broadcast_stride, cdiv, static_int
 from flashpte.kernels.primitives import INTERPRETED
 
@@ -152,7 +153,7 @@ def _compact_kernel(
     tl.store(counts + 3, tl.where(one_run, first_partial, -1))
 
 
-def _check(mask: torch.Tensor, head_group: int) -> None:
+def _check(mask: torch.Tensor, head_group: int, q_len: Size, kv_len: Size) -> None:
     if mask.dim() != 4:
         raise ValueError(f"tile_map needs a 4-dimensional mask, got {mask.dim()} dimensions")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
@@ -160,6 +161,9 @@ def _check(mask: torch.Tensor, head_group: int) -> None:
     heads = mask.shape[1]
     if isinstance(heads, int) and heads != 1 and heads % head_group:
         raise ValueError(f"tile_map: {heads} mask heads are not a multiple of head_group {head_group}")
+    for size, wanted, what in ((mask.shape[2], q_len, "rows"), (mask.shape[3], kv_len, "keys")):
+        if not (isinstance(size, int) and size == 1) and not may_be_equal(size, wanted, True):
+            raise ValueError(f"tile_map: the mask is for {printable(size)} {what}, not for {printable(wanted)}")
 
 
 def _floor(dtype: torch.dtype) -> float:
@@ -219,7 +223,7 @@ def launch_tile_map(
     row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; arguments and results as for :func:`tile_map`."""
-    _check(mask, head_group)
+    _check(mask, head_group, q_len, kv_len)
     heads = _map_heads(mask, head_group)
     group = 1 if static_int(mask.shape[1]) == 1 else head_group
     if row_tiles is None:
@@ -282,14 +286,15 @@ def tile_map(
         and of the first partial tile where those of the kind are consecutive, else (and where there is none) -1.
 
     Raises:
-        ValueError: the mask is not 4-dimensional, not bool or float, or its heads are no multiple of ``head_group``.
+        ValueError: the mask is not 4-dimensional, not bool or float, of other lengths, or its heads are no multiple
+            of ``head_group``.
     """
     return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles)
 
 
 @tile_map.register_fake
 def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
-    _check(mask, head_group)
+    _check(mask, head_group, q_len, kv_len)
     rows = cdiv(q_len, block_m) if row_tiles is None else row_tiles
     shape = (mask.shape[0], _map_heads(mask, head_group), rows, cdiv(kv_len, block_n))
     return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], COUNTS), dtype=torch.int32)
@@ -306,7 +311,7 @@ def tile_map_reference(
     row_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
-    _check(mask, head_group)
+    _check(mask, head_group, q_len, kv_len)
     batch, heads = mask.shape[0], _map_heads(mask, head_group)
     group = 1 if mask.shape[1] == 1 else head_group
     rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)

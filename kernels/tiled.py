@@ -23,13 +23,13 @@ from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
 from flashpte.kernels.combine import Partials, launch_combine
+from flashpte.kernels.contract import GivenMap, check_attention
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
     attention_shape,
     broadcast_stride,
     cdiv,
-    check_attention,
     empty_output,
     exponent_scale,
     static_int,
@@ -254,7 +254,7 @@ def launch_tiled(
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals)
+    check_attention(query, key, value, mask, is_causal, dim_order, intervals, (GivenMap(tiles, counts, None),))
     batch, heads_q, q_len, head_dim = query.shape
     heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
     query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from flashpte.kernels.split_k import MAX_ROWS
+from flashpte.kernels.contract import MAX_ROWS
 from flashpte.passes.insert import call_before, insert_before, size_argument
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, same_size, size_range, val
 from flashpte.passes.tile_maps import mask_source

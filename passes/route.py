@@ -7,8 +7,7 @@ import math
 
 import torch
 
-from flashpte.kernels.launch import MAX_HEAD_DIM, SUPPORTED_DTYPES
-from flashpte.kernels.split_k import MAX_ROWS
+from flashpte.kernels.contract import MAX_ROWS, why_not_mask, why_not_tensors
 from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, may_be_same, printable, same_size, size_range, val
 from flashpte.passes.vmap_regions import is_batched
 
@@ -106,51 +105,24 @@ def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
         return "scale is computed at run time; the kernels take a constant"
     if call.scale is not None and not math.isfinite(call.scale):
         return f"scale is {call.scale}"
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; the kernels take 4"
-    if query.dtype not in SUPPORTED_DTYPES or not query.dtype == key.dtype == value.dtype:
-        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: the kernels take one of bfloat16, float16, float32"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor.shape[1], int) or not isinstance(tensor.shape[3], int):
+        if not all(isinstance(size, int) for size in (*tensor.shape[1:2], *tensor.shape[3:4])):
             return f"{name} has a dynamic number of heads or head dim"
         if 0 in tensor.shape:
             return f"{name} is empty"
-    if query.shape[3] != key.shape[3]:
-        return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
-    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
-        dim = max(query.shape[3], value.shape[3])
-        return f"head dim {dim} is above {MAX_HEAD_DIM}: a program's tiles of it exceed shared memory or registers"
-    batches = (query.shape[0], key.shape[0], value.shape[0])
-    if not (sizes.equal(*batches[:2], broadcasts=True) and sizes.equal(*batches[1:], broadcasts=True)):
-        return f"query, key and value have different batch sizes, {', '.join(str(printable(b)) for b in batches)}"
-    if key.shape[1] != value.shape[1]:
-        return f"key has {key.shape[1]} heads, value {value.shape[1]}"
-    if not sizes.equal(key.shape[2], value.shape[2]):
-        return f"key has length {printable(key.shape[2])}, value {printable(value.shape[2])}"
-    grouped = call.enable_gqa and query.shape[1] % key.shape[1] == 0
-    if query.shape[1] != key.shape[1] and key.shape[1] != 1 and not grouped:
+    reason = why_not_tensors(query, key, value, sizes.equal)
+    if reason is not None:
+        return reason
+    if query.shape[1] != key.shape[1] and key.shape[1] != 1 and not call.enable_gqa:
         return f"{query.shape[1]} query heads on {key.shape[1]} key/value heads"
     for name, tensor in (("key", key), ("value", value)):
         if tensor.stride(3) != 1:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
     if result_order(call, memory_order(val(call.node))) is None:
         return "the result's memory layout is none of 4 dimensions"
-    return _decline_mask(call, val(call.mask), sizes) if call.mask is not None else None
-
-
-def _decline_mask(call: SdpaCall, mask: torch.Tensor, sizes: _Sizes) -> str | None:
-    query, key = val(call.query), val(call.key)
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        return f"mask dtype {mask.dtype}"
-    if mask.dtype == torch.float64:
-        return "mask dtype torch.float64: the kernels compute in float32"
-    if mask.dim() > 4:
-        return f"the mask has {mask.dim()} dimensions"
-    target = (*query.shape[:3], key.shape[2])
-    for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
-        if not same_size(size, 1) and not sizes.equal(size, wanted, broadcasts=True):
-            return f"mask size {printable(size)} does not match {printable(wanted)}"
-    return None
+    if call.mask is None:
+        return None
+    return why_not_mask(val(call.mask), (*query.shape[:3], key.shape[2]), sizes.equal)
 
 
 def route(call: SdpaCall, ranges: Ranges | None = None) -> Route:

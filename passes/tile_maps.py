@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from flashpte.kernels import tuning
-from flashpte.kernels.split_k import MAX_ROWS
+from flashpte.kernels.contract import MAX_ROWS
 from flashpte.passes.insert import call_before, insert_before, size_argument
 from flashpte.passes.interval_nodes import IntervalNodes, MaskNodes
 from flashpte.passes.mask_constants import Constants

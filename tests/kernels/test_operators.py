@@ -8,8 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import INTERVAL_MASKS, MASKS, Case, build, check, with_intervals, written_out
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from flashpte.kernels import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
+from flashpte.kernels.contract import why_not_tensors
+from flashpte.kernels.intervals import interval_map
+from flashpte.kernels.tile_map import tile_map
+from flashpte.kernels.tuning import tiled_map_block
 
 OPS = {1: sdpa_decode, 5: sdpa_verify, 40: sdpa_prefill, 39: sdpa_dispatch}
 NOT_LAUNCHING = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -119,42 +125,142 @@ def test_agrees_with_torch_where_a_row_attends_to_nothing():
     torch.testing.assert_close(out, expected)
 
 
-def bad(**changes):
-    p = build(Case(5, 40))
-    given = dict(q=p.query, k=p.key, v=p.value, mask=None, causal=False, order=[0, 2, 1, 3]) | changes
-    intervals = given.get("bounds"), given.get("values")
-    return sdpa_verify(
-        given["q"], given["k"], given["v"], given["mask"], None, None, given["causal"], 1.0, given["order"], *intervals
-    )
+def shapes_of(**changes):
+    """Arguments of an attention of 5 rows and 40 keys with some of them changed, by the operators' names."""
+    p = build(Case(5, 40, batch=2))
+    given = dict(query=p.query, key=p.key, value=p.value, attn_mask=None, tiles=None, tile_counts=None, is_causal=False)
+    given |= dict(scale=1.0, dim_order=[0, 2, 1, 3])
+    return given | {name: change(given) if callable(change) else change for name, change in changes.items()}
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(q=torch.randn(4, 5, 64)), "tensors, got 3"),
-        (dict(q=torch.randn(1, 4, 5, 64, dtype=torch.float64)), "must share one of"),
-        (dict(q=torch.randn(1, 4, 5, 32, dtype=torch.float16)), "head dims differ: 32 and 64"),
-        (dict(q=torch.randn(1, 3, 5, 64, dtype=torch.float16)), "multiple of key/value heads; got 3, 2, 2"),
-        (dict(mask=torch.ones(5, 40, dtype=torch.bool)), "4 dimensions"),
-        (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.int32)), "bool or float"),
-        (dict(mask=torch.ones(1, 1, 5, 40, dtype=torch.bool), causal=True), "ambiguous"),
-        (dict(order=[0, 1, 2, 2]), "permutation"),
-        (dict(bounds=torch.zeros(2, 1, 5)), "must be int64"),
-        (dict(bounds=torch.zeros(4, 1, 5, dtype=torch.int64)), "without key_values there can be one"),
-        (dict(values=torch.zeros(1, 1, 40, dtype=torch.int64)), "key_values without key_bounds"),
-        (dict(bounds=torch.zeros(2, 1, 5, dtype=torch.int64), causal=True), "ambiguous"),
-        (
-            dict(bounds=torch.zeros(2, 1, 5, dtype=torch.int64), mask=torch.ones(1, 1, 5, 40, dtype=torch.bool)),
-            "ambiguous",
-        ),
-        (dict(bounds=torch.zeros(2, 1, 4, dtype=torch.int64)), "are for 4 rows"),
-        (dict(bounds=torch.zeros(2, 3, 5, dtype=torch.int64)), "batch of 3"),
-        (
-            dict(bounds=torch.zeros(2, 1, 5, dtype=torch.int64), values=torch.zeros(1, 1, 41, dtype=torch.int64)),
-            "41 keys",
-        ),
-    ],
-)
-def test_wrong_arguments_are_named(changes, message):
+def on_cpu(op, arguments):
+    op(**arguments)
+
+
+def fake(op, arguments):
+    with torch._subclasses.FakeTensorMode() as mode:
+        op(**{n: mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for n, a in arguments.items()})
+
+
+def on_cuda(op, arguments):
+    """What an operator does on a GPU, up to its first launch: on the CPU's tensors that is an error of Triton."""
+    op._init_fn(**arguments)
+
+
+def a_mask(*shape, dtype=torch.bool):
+    return torch.ones(*shape, dtype=dtype)
+
+
+def ints(*shape, dtype=torch.int32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+# Of verify: 1 row of tiles of 64 keys, of which 40 keys have one.
+MAPPED = dict(attn_mask=a_mask(1, 1, 5, 40), tiles=ints(1, 1, 1, 1), tile_counts=ints(1, 1, 1, 4))
+WRONG = [
+    (dict(query=torch.randn(4, 5, 64)), "have 3, 4, 4 dimensions"),
+    (dict(query=torch.randn(2, 4, 5, 64, dtype=torch.float64)), "the kernels take one of"),
+    (dict(query=torch.randn(2, 4, 5, 32, dtype=torch.float16)), "different head dims, 32 and 64"),
+    (dict(query=torch.randn(2, 3, 5, 64, dtype=torch.float16)), "3 query heads on 2 key/value heads"),
+    (dict(value=lambda given: given["value"][:, :, :39]), "key has length 40, value 39"),
+    (dict(value=lambda given: given["value"][:, :1]), "key has 2 heads, value 1"),
+    (dict(key=lambda given: given["key"][:1]), "different batch sizes, 2, 1, 2"),
+    (dict(value=lambda given: given["value"][:1]), "different batch sizes, 2, 2, 1"),
+    (dict(query=torch.randn(3, 4, 5, 64, dtype=torch.float16)), "different batch sizes, 3, 2, 2"),
+    (dict(query=torch.randn(2, 4, 40, 64, dtype=torch.float16)), "at most 16 query rows, got 40"),
+    (dict(attn_mask=a_mask(5, 40)), "4 dimensions"),
+    (dict(attn_mask=a_mask(1, 1, 5, 40, dtype=torch.int32)), "bool or float"),
+    (dict(attn_mask=a_mask(1, 1, 5, 40, dtype=torch.float64)), "float64"),
+    (dict(attn_mask=a_mask(1, 1, 5, 39)), "mask size 39 does not match 40"),
+    (dict(attn_mask=a_mask(1, 1, 4, 40)), "mask size 4 does not match 5"),
+    (dict(attn_mask=a_mask(1, 2, 5, 40)), "mask size 2 does not match 4"),
+    (dict(attn_mask=a_mask(3, 1, 5, 40)), "mask size 3 does not match 2"),
+    (dict(attn_mask=a_mask(1, 1, 5, 40), is_causal=True), "ambiguous"),
+    (dict(dim_order=[0, 1, 2, 2]), "permutation"),
+    (dict(key_bounds=torch.zeros(2, 1, 5)), "must be int64"),
+    (dict(key_bounds=ints(4, 1, 5, dtype=torch.int64)), "without key_values there can be one"),
+    (dict(key_values=ints(1, 1, 40, dtype=torch.int64)), "key_values without key_bounds"),
+    (dict(key_bounds=ints(2, 1, 5, dtype=torch.int64), is_causal=True), "ambiguous"),
+    (dict(key_bounds=ints(2, 1, 5, dtype=torch.int64), attn_mask=a_mask(1, 1, 5, 40)), "ambiguous"),
+    (dict(key_bounds=ints(2, 1, 4, dtype=torch.int64)), "are for 4 rows"),
+    (dict(key_bounds=ints(2, 3, 5, dtype=torch.int64)), "batch of 3"),
+    (
+        dict(key_bounds=ints(2, 1, 5, dtype=torch.int64), key_values=ints(1, 1, 41, dtype=torch.int64)),
+        "41 keys",
+    ),
+    (MAPPED | dict(tile_counts=None), "belong together"),
+    (MAPPED | dict(tile_counts=torch.zeros(1, 1, 1, 4)), "tile_counts must be int32"),
+    (MAPPED | dict(tiles=ints(1, 1, 1, 1, dtype=torch.int64)), "tiles must be int32"),
+    (MAPPED | dict(tile_counts=ints(1, 1, 4)), "of 4 dimensions"),
+    (MAPPED | dict(tile_counts=ints(1, 1, 1, 3)), "do not fit tiles"),
+    (MAPPED | dict(tile_counts=ints(1, 2, 1, 4)), "do not fit tiles"),
+    (MAPPED | dict(tiles=ints(3, 1, 1, 1), tile_counts=ints(3, 1, 1, 4)), "not of 1 or 2, but of 3"),
+    (MAPPED | dict(tiles=ints(1, 4, 1, 1), tile_counts=ints(1, 4, 1, 4)), "not of 1 or 2, but of 4"),
+    (MAPPED | dict(tiles=ints(1, 1, 1, 2)), "not of 1 tiles of 64 keys"),
+    (MAPPED | dict(tiles=ints(1, 1, 0, 1), tile_counts=ints(1, 1, 0, 4)), "fewer than 1 rows of tiles"),
+    (MAPPED | dict(tiles=ints(2, 1, 1, 2)[..., :1], tile_counts=ints(2, 1, 1, 4)), "contiguous"),
+]
+
+
+@pytest.mark.parametrize("run", [on_cpu, fake, on_cuda])
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_wrong_arguments_are_named(run, changes, message):
     with pytest.raises(ValueError, match=message):
-        bad(**changes)
+        run(sdpa_verify, shapes_of(**changes))
+
+
+@pytest.mark.parametrize("run", [on_cpu, fake, on_cuda])
+def test_each_operator_has_its_rows_and_its_map(run):
+    rows = dict(query=torch.randn(2, 4, 40, 64, dtype=torch.float16), attn_mask=a_mask(1, 1, 40, 40))
+    with pytest.raises(ValueError, match="at most 1 query rows, got 5"):
+        run(sdpa_decode, shapes_of())
+    block_n = tiled_map_block(64, 64)[1]
+    short = rows | dict(key=torch.randn(2, 2, 400, 64).half(), value=torch.randn(2, 2, 400, 64).half())
+    short |= dict(attn_mask=a_mask(1, 1, 40, 400), tiles=ints(1, 1, 1, 1), tile_counts=ints(1, 1, 1, 4))
+    for op in (sdpa_prefill, sdpa_dispatch):
+        with pytest.raises(ValueError, match=f"not of {-(-400 // block_n)} tiles of {block_n} keys"):
+            run(op, shapes_of(**short))
+    long = rows | dict(query=torch.randn(2, 4, 400, 64).half(), attn_mask=a_mask(1, 1, 400, 40))
+    with pytest.raises(ValueError, match=r"fewer than \d rows of tiles"):
+        run(sdpa_prefill, shapes_of(**long, tiles=ints(1, 1, 1, 1), tile_counts=ints(1, 1, 1, 4)))
+    few = dict(few_tiles=ints(1, 4, 1, 1), few_tile_counts=ints(1, 4, 1, 4))
+    with pytest.raises(ValueError, match="not of 1 or 2, but of 4"):
+        run(sdpa_dispatch, shapes_of(**rows, **few))
+
+
+@pytest.mark.parametrize("run", [on_cpu, fake, on_cuda])
+def test_maps_of_masks_of_other_lengths(run):
+    for op, arguments, message in (
+        (tile_map, dict(mask=a_mask(1, 1, 5, 39), q_len=5, kv_len=40, head_group=2), "for 39 keys, not for 40"),
+        (tile_map, dict(mask=a_mask(1, 1, 4, 40), q_len=5, kv_len=40, head_group=2), "for 4 rows, not for 5"),
+        (
+            interval_map,
+            dict(key_bounds=ints(2, 1, 5, dtype=torch.int64), key_values=ints(1, 1, 39, dtype=torch.int64), kv_len=40),
+            "39 keys",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(op, arguments | dict(block_m=16, block_n=64))
+
+
+def test_sizes_that_may_be_equal_are_no_reason():
+    """In a program of dynamic shapes; those that are known to differ are one, and no size gets a guard."""
+    shape_env = ShapeEnv()
+    sizes = [DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    mode = torch._subclasses.FakeTensorMode(shape_env=shape_env)
+    query, key, value = (
+        mode.from_tensor(
+            torch.randn(1, 2, rows, 16),
+            symbolic_context=StatelessSymbolicContext(sizes),
+            source=ConstantSource(name),
+        )
+        for name, rows in (("q", 5), ("k", 40), ("v", 41))
+    )
+    with mode:
+        assert not isinstance(key.shape[2], int)
+        assert why_not_tensors(query, key, value) is None
+        assert not shape_env.guards
+        reason = why_not_tensors(query, key, key[:, :, 1:])
+        assert reason is not None
+        assert "key has length" in reason
+        assert not shape_env.guards

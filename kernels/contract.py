@@ -1,0 +1,194 @@
+"""The one contract of what attention the kernels take: why a call is none, in one sentence, or ``None``.
+
+The router declines with it. Every operator raises ``ValueError`` with it in each of its implementations (CPU, fake,
+CUDA), before anything is launched: a kernel trusts the sizes that it is given, and reads out of bounds where they do
+not fit.
+
+Sizes may be symbolic. Two sizes are refused where they are known to differ; what a program leaves open is no reason,
+and no guard is added. (A call on data has no symbolic sizes, so there everything is compared.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import cdiv
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 512
+MAX_ROWS = 16
+"""Query rows that the split-K kernels take at most."""
+
+Size = int | torch.SymInt
+Equal = Callable[[Size, Size, bool], bool]
+"""Whether two sizes may be equal; the third argument: whether attention takes a size of 1 in the place of the other."""
+
+
+def may_be_equal(a: Size, b: Size, broadcasts: bool = False) -> bool:
+    """Whether two sizes are not known to differ (``broadcasts``: or one of them may be 1). Adds no guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    if broadcasts and not all(statically_known_true(size != 1) for size in (a, b)):
+        return True
+    return not statically_known_true(a != b)
+
+
+def printable(size: Size) -> str:
+    """A size as messages write it."""
+    return str(size) if isinstance(size, int) else str(size.node.expr)
+
+
+def why_not_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, equal: Equal = may_be_equal
+) -> str | None:
+    """What is wrong with query, key and value."""
+    tensors = (query, key, value)
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; the kernels take 4"
+    if query.dtype not in SUPPORTED_DTYPES or not query.dtype == key.dtype == value.dtype:
+        return f"dtypes {query.dtype}, {key.dtype}, {value.dtype}: the kernels take one of bfloat16, float16, float32"
+    if not query.device == key.device == value.device:
+        return f"query, key and value are on {query.device}, {key.device} and {value.device}"
+    if query.shape[3] != key.shape[3]:
+        return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
+    if query.shape[3] > MAX_HEAD_DIM or value.shape[3] > MAX_HEAD_DIM:
+        dim = max(query.shape[3], value.shape[3])
+        return f"head dim {dim} is above {MAX_HEAD_DIM}: a program's tiles of it exceed shared memory or registers"
+    batches = [tensor.shape[0] for tensor in tensors]
+    if not (equal(batches[0], batches[1], True) and equal(batches[1], batches[2], True)):
+        return f"query, key and value have different batch sizes, {', '.join(map(printable, batches))}"
+    if key.shape[1] != value.shape[1]:
+        return f"key has {key.shape[1]} heads, value {value.shape[1]}"
+    if not equal(key.shape[2], value.shape[2], False):
+        return f"key has length {printable(key.shape[2])}, value {printable(value.shape[2])}"
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        return f"{query.shape[1]} query heads on {key.shape[1]} key/value heads"
+    return None
+
+
+def why_not_mask(mask: torch.Tensor, target: Sequence[Size], equal: Equal = may_be_equal) -> str | None:
+    """What is wrong with a mask that broadcasts to ``target``, ``[B, H_q, L_q, L_kv]``."""
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return f"mask dtype {mask.dtype}: it must be bool or float"
+    if mask.dtype == torch.float64:
+        return "mask dtype torch.float64: the kernels compute in float32"
+    if mask.dim() > 4:
+        return f"the mask has {mask.dim()} dimensions"
+    for size, wanted in zip(reversed(mask.shape), reversed(target), strict=False):
+        if not (isinstance(size, int) and size == 1) and not equal(size, wanted, True):
+            return f"mask size {printable(size)} does not match {printable(wanted)}"
+    return None
+
+
+class GivenMap(NamedTuple):
+    """A tile map that a call is given, or ``None`` twice.
+
+    Attributes:
+        tiles, counts: as ``flashpte::tile_map`` returns them.
+        block_n: keys per tile of a map for the split-K kernels; ``None`` for the tiled kernel's.
+    """
+
+    tiles: torch.Tensor | None
+    counts: torch.Tensor | None
+    block_n: int | None
+
+
+def _why_not_map(given: GivenMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+    tiles, counts, block_n = given
+    if tiles is None or counts is None:
+        return None if tiles is counts else "tiles and tile_counts belong together, one of them is missing"
+    heads, rows = key.shape[1], 1
+    if block_n is None:
+        block_m, block_n = tuning.tiled_map_block(query.shape[3], value.shape[3])
+        heads, rows = query.shape[1], cdiv(query.shape[2], block_m)
+    for name, tensor in (("tiles", tiles), ("tile_counts", counts)):
+        if tensor.dtype != torch.int32 or tensor.dim() != 4:
+            return f"{name} must be int32 of 4 dimensions, got {tensor.dtype} of {tensor.dim()}"
+        if tensor.device != query.device:
+            return f"{name} are on {tensor.device}, the query is on {query.device}"
+    sizes = f"[{', '.join(map(printable, tiles.shape))}]"
+    if not may_be_equal(counts.shape[3], 4) or not all(map(may_be_equal, counts.shape[:3], tiles.shape[:3])):
+        return f"tile_counts [{', '.join(map(printable, counts.shape))}] do not fit tiles {sizes}"
+    for size, wanted in ((tiles.shape[0], query.shape[0]), (tiles.shape[1], heads)):
+        if not (isinstance(size, int) and size == 1) and not may_be_equal(size, wanted, True):
+            return f"tiles {sizes} are not of 1 or {printable(wanted)}, but of {printable(size)}"
+    if statically_known_true(tiles.shape[2] < rows):
+        return f"tiles {sizes} have fewer than {printable(rows)} rows of tiles"
+    if not may_be_equal(tiles.shape[3], cdiv(key.shape[2], block_n)):
+        return f"tiles {sizes} are not of {printable(cdiv(key.shape[2], block_n))} tiles of {block_n} keys"
+    if all(isinstance(size, int) for size in tiles.shape) and not (tiles.is_contiguous() and counts.is_contiguous()):
+        return "tiles and tile_counts must be contiguous"
+    return None
+
+
+class Checkable(Protocol):
+    """Intervals, which are defined on top of this module."""
+
+    bounds: torch.Tensor
+    values: torch.Tensor | None
+
+    def check(self, batch: Size | None, q_len: Size | None, kv_len: Size | None) -> None:
+        """Raises ``ValueError`` if they do not fit."""
+
+
+def _why_not_rows(query: torch.Tensor, most: int) -> str | None:
+    rows = query.shape[2] if query.dim() == 4 else 0
+    return f"the kernel takes at most {most} query rows, got {rows}" if isinstance(rows, int) and rows > most else None
+
+
+def check_rows(query: torch.Tensor, most: int) -> None:
+    """Raises ``ValueError`` for more query rows than an operator takes."""
+    if (reason := _why_not_rows(query, most)) is not None:
+        raise ValueError(reason)
+
+
+def why_not(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    dim_order: Sequence[int],
+    intervals: Checkable | None = None,
+    maps: Sequence[GivenMap] = (),
+    most_rows: int | None = None,
+) -> str | None:
+    """Why an operator does not take its arguments, or ``None``."""
+    reason = why_not_tensors(query, key, value)
+    if reason is not None:
+        return reason
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if most_rows is not None and (reason := _why_not_rows(query, most_rows)):
+        return reason
+    if mask is not None and intervals is not None:
+        return "a mask together with key_bounds is ambiguous"
+    if is_causal and not (mask is None and intervals is None):
+        return "a mask together with is_causal is ambiguous"
+    if intervals is not None:
+        intervals.check(query.shape[0], q_len, kv_len)
+    if mask is not None:
+        if mask.dim() != 4:
+            return f"the mask must have 4 dimensions (size 1 where it is broadcast), got {mask.dim()}"
+        reason = why_not_mask(mask, (*query.shape[:3], kv_len))
+        if reason is not None:
+            return reason
+    parts = (mask,) if intervals is None else (intervals.bounds, intervals.values)
+    for part in parts:
+        if part is not None and part.device != query.device:
+            return f"the mask is on {part.device}, the query on {query.device}"
+    if sorted(dim_order) != [0, 1, 2, 3]:
+        return f"dim_order must be a permutation of 0..3, got {list(dim_order)}"
+    reasons = (_why_not_map(given, query, key, value) for given in maps)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def check_attention(*args: Any, **kwargs: Any) -> None:
+    """Raises ``ValueError`` with what :func:`why_not` says of the same arguments."""
+    reason = why_not(*args, **kwargs)
+    if reason is not None:
+        raise ValueError(reason)
