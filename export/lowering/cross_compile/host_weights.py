@@ -176,4 +176,7 @@ def deepcopy_sharing_tensors(program: ExportedProgram, memo: dict[int, Any]) -> 
     memo[id(program)] = new
     for name, value in vars(program).items():
         setattr(new, name, copy.deepcopy(value, memo))
+    # A copied graph has other names for nodes that are called like a builtin (``input``), and signatures have the old.
+    for before, after in zip(program.graph.nodes, new.graph.nodes, strict=True):
+        after.name = before.name
     return new

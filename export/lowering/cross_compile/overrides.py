@@ -20,6 +20,7 @@ from flashpte.export.lowering.cross_compile import (
     gluon,
     host_weights,
     kernel_code,
+    plain_products,
     scratch,
 )
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
@@ -288,6 +289,12 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
         "torch._inductor.graph:GraphLowering.codegen",
         "is where the layouts of all outputs are known",
         lambda target, original: check_outputs(original),
+        checked=("2.11", "2.13"),
+    ),
+    Override(
+        "torch._inductor.fx_passes.quantization:L",
+        "products by int8 weights become calls of libtorch, which ExecuTorch does not have",
+        lambda target, original: plain_products.int8_by_templates(original),
         checked=("2.11", "2.13"),
     ),
     Override(

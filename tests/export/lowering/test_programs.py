@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from module_of import module_of
 
 from flashpte.export.lowering import lower
+from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.manifest import describe_method
 from flashpte.passes import replace_sdpa
 
@@ -83,3 +84,13 @@ def test_a_size_without_an_upper_bound_is_described(dim):
     assert smallest in (0, 1, 2)
     assert largest is None
     assert columns == 4
+
+
+def test_a_copied_program_has_the_names_that_its_signature_has():
+    """A copied graph renames nodes that are called like a builtin; here the input is ``input``."""
+    program = torch.export.export(torch.nn.Sequential(torch.nn.ReLU()), (torch.ones(3),))
+    assert program.graph_signature.user_inputs == ("input",)
+    copied = deepcopy_sharing_tensors(program, {})
+    copied.validate()
+    assert [node.name for node in copied.graph.nodes] == [node.name for node in program.graph.nodes]
+    assert torch.equal(copied.module()(-torch.ones(3)), torch.zeros(3))

@@ -1,0 +1,45 @@
+"""Models that torchao quantised: their weights are tensor subclasses when they are exported."""
+
+import copy
+
+import pytest
+import torch
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+
+from flashpte.export.lowering import lower
+from flashpte.export.lowering.prepare import unwrap_weights
+
+CONFIGS = {
+    "int8": lambda: Int8WeightOnlyConfig(),
+    "int4 by groups": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+}
+
+
+def quantised(config):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 64)).bfloat16()
+    quantize_(module, CONFIGS[config]())
+    return torch.export.export(module.eval(), (torch.randn(4, 64).bfloat16(),))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_weights_become_the_tensors_that_they_hold(config):
+    program = quantised(config)
+    kinds = {name: type(value) for name, value in program.state_dict.items()}
+    plain = unwrap_weights(program)
+    assert {name: type(value) for name, value in program.state_dict.items()} == kinds
+    assert all(type(value) in (torch.Tensor, torch.nn.Parameter) for value in plain.state_dict.values())
+    assert any(value.dtype == torch.int8 for value in plain.state_dict.values())
+    x = torch.randn(4, 64).bfloat16()
+    torch.testing.assert_close(plain.module()(x), copy.deepcopy(program).module()(x))
+
+
+def test_plain_weights_are_left_alone():
+    program = torch.export.export(torch.nn.Linear(4, 4), (torch.ones(1, 4),))
+    assert unwrap_weights(program) is program
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("package", ["pte", "pt2"])
+def test_int8_weights_lower(tmp_path, package):
+    lower({"forward": quantised("int8")}, output_dir=tmp_path / "out", arch="sm_90", format=package)
