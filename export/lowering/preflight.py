@@ -127,8 +127,14 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
 
     Raises:
         UsageError: two methods have different tensors of one name.
-        ExportError: a method does what the package cannot hold; a ``.pt2`` can hold all of it.
+        ExportError: a method does what no GPU, or a ``.pte``, can do.
     """
+    for name, program in programs.items():
+        for node in _unsigned_products(program):
+            raise ExportError(
+                f"method {name} multiplies uint8 by int8 ({node}), which no GPU kernel takes: torchao writes that "
+                "for int8 activations on a CPU; quantise weights alone"
+            )
     if package != "pte":
         return
     for name, program in programs.items():
@@ -151,6 +157,13 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
                 "not have: convert it, or lower to .pt2"
             )
     _check_shared_tensors(programs)
+
+
+def _unsigned_products(program: ExportedProgram) -> Iterator[str]:
+    """Integer products whose first operand is not int8."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default):
+        if node.args[0].meta["val"].dtype != torch.int8:
+            yield node.name
 
 
 def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype]]:

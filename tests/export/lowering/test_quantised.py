@@ -4,8 +4,16 @@ import copy
 
 import pytest
 import torch
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
 
+from flashpte.export.errors import ExportError
 from flashpte.export.lowering import lower
 from flashpte.export.lowering.prepare import unwrap_weights
 
@@ -15,16 +23,22 @@ CONFIGS = {
 }
 
 
+REFUSED = {
+    "int8 activations": (Int8DynamicActivationInt8WeightConfig, "method forward multiplies uint8 by int8"),
+    "float8": (Float8WeightOnlyConfig, "is float8_e4m3fn, which ExecuTorch's CUDA delegate does not have"),
+}
+
+
 def quantised(config):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 64)).bfloat16()
-    quantize_(module, CONFIGS[config]())
+    quantize_(module, config())
     return torch.export.export(module.eval(), (torch.randn(4, 64).bfloat16(),))
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_weights_become_the_tensors_that_they_hold(config):
-    program = quantised(config)
+    program = quantised(CONFIGS[config])
     kinds = {name: type(value) for name, value in program.state_dict.items()}
     plain = unwrap_weights(program)
     assert {name: type(value) for name, value in program.state_dict.items()} == kinds
@@ -39,7 +53,15 @@ def test_plain_weights_are_left_alone():
     assert unwrap_weights(program) is program
 
 
+@pytest.mark.parametrize("config", REFUSED)
+def test_weights_that_cannot_be_lowered(tmp_path, config):
+    make, said = REFUSED[config]
+    with pytest.raises(ExportError, match=said):
+        lower({"forward": quantised(make)}, output_dir=tmp_path / "out", arch="sm_90")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.lowering
 @pytest.mark.parametrize("package", ["pte", "pt2"])
 def test_int8_weights_lower(tmp_path, package):
-    lower({"forward": quantised("int8")}, output_dir=tmp_path / "out", arch="sm_90", format=package)
+    lower({"forward": quantised(CONFIGS["int8"])}, output_dir=tmp_path / "out", arch="sm_90", format=package)
