@@ -37,7 +37,8 @@ def _put_groups_into_ids(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
-    torch.set_num_threads(1)
+    """Or as many as OMP_NUM_THREADS says."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture
