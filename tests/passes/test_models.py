@@ -46,7 +46,11 @@ def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
     assert len({n.args[9] for n in calls(new, "sdpa_")}) == 2
     generator = torch.Generator().manual_seed(0)  # the same near ties of logits, or none, whatever ran before
     for start in (0, 3, 30):
-        args = (torch.randint(64, (1, length), generator=generator), torch.arange(length) + start, torch.full((1,), 1e-4))
+        args = (
+            torch.randint(64, (1, length), generator=generator),
+            torch.arange(length) + start,
+            torch.full((1,), 1e-4),
+        )
         results = []
         for module in (program.module(), new.module()):
             torch.manual_seed(1)  # the model samples
