@@ -142,13 +142,7 @@ def _implement(op: CustomOpDef, most_rows: int | None, map_block_n: int | None) 
         map_block_n: keys per tile of ``tiles``; ``None`` for a map of the tiled kernel.
     """
 
-    def checked(query, key, value, mask, maps, is_causal, dim_order, bounds, values):
-        """The intervals, and memory for the result."""
-        intervals = as_intervals(bounds, values)
-        check_attention(query, key, value, mask, is_causal, dim_order, intervals, maps, most_rows)
-        return intervals, empty_output(query, value.shape[3], dim_order)
-
-    def fake(
+    def checked(
         query,
         key,
         value,
@@ -163,33 +157,24 @@ def _implement(op: CustomOpDef, most_rows: int | None, map_block_n: int | None) 
         few_tiles=None,
         few_tile_counts=None,
     ):
-        maps = given_maps(tiles, tile_counts, few_tiles, few_tile_counts)
-        return checked(query, key, value, attn_mask, maps, is_causal, dim_order, key_bounds, key_values)[1]
+        """Memory for the result, and what fills it with the reference's."""
+        intervals = as_intervals(key_bounds, key_values)
+        few = GivenMap(few_tiles, few_tile_counts, tuning.SPLIT_K_MAP_BLOCK_N)
+        maps = (GivenMap(tiles, tile_counts, map_block_n), few)
+        check_attention(query, key, value, attn_mask, is_causal, dim_order, intervals, maps, most_rows)
+        out = empty_output(query, value.shape[3], dim_order)
 
-    def cpu(
-        query,
-        key,
-        value,
-        attn_mask,
-        tiles,
-        tile_counts,
-        is_causal,
-        scale,
-        dim_order,
-        key_bounds=None,
-        key_values=None,
-        few_tiles=None,
-        few_tile_counts=None,
-    ):
-        maps = given_maps(tiles, tile_counts, few_tiles, few_tile_counts)
-        bounds = (key_bounds, key_values)
-        intervals, out = checked(query, key, value, attn_mask, maps, is_causal, dim_order, *bounds)
-        mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
-        return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
+        def fill():
+            mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
+            return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
 
-    def given_maps(tiles, counts, few_tiles, few_counts):
-        few = GivenMap(few_tiles, few_counts, tuning.SPLIT_K_MAP_BLOCK_N)
-        return GivenMap(tiles, counts, map_block_n), few
+        return out, fill
+
+    def fake(*args, **kwargs):
+        return checked(*args, **kwargs)[0]
+
+    def cpu(*args, **kwargs):
+        return checked(*args, **kwargs)[1]()
 
     op.register_fake(fake)
     op.register_kernel("cpu")(cpu)

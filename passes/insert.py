@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from flashpte.passes.sdpa_node import is_edge
@@ -66,6 +66,15 @@ def _in_dialect(anchor: Node, op: Any) -> Any:
     op = _EDGE_NAMES.get(op, op)
     namespace, name = op._schema.name.split("::")
     return getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
+
+
+def keep_names(before: Graph, after: Graph) -> None:
+    """Gives the nodes of a copied graph the names that they had, which signatures go by.
+
+    Copying renames what is called like a builtin: ``input`` becomes ``input_1``.
+    """
+    for old, new in zip(before.nodes, after.nodes, strict=True):
+        new.name = old.name
 
 
 def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:

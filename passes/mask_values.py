@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from flashpte.passes.mutation import Writes, is_in_place
+from flashpte.passes.mutation import Writes, computed_from, is_in_place
 from flashpte.passes.sdpa_node import aten_target, printable
 
 
@@ -46,7 +46,8 @@ class EqualMasks:
 
     def unwritten(self, nodes: Iterable[Node], user: Node) -> bool:
         """Whether neither the nodes nor what they are computed from is written to before ``user`` reads them."""
-        computed = self._computed_from(nodes)
+        # Down to nodes that are equal only to themselves.
+        computed = computed_from(nodes, lambda node: self._key(node) is not None)
         return not self._writes.between(min(computed), user, computed)
 
     def _key(self, node: Node) -> Any:
@@ -68,15 +69,3 @@ class EqualMasks:
             return tuple(self._frozen(item) for item in argument)
         # The type and the text: True, 1 and 1.0 are equal and are different arguments; so are 0.0 and -0.0.
         return type(argument), str(argument)
-
-    def _computed_from(self, nodes: Iterable[Node]) -> set[Node]:
-        """The nodes, and every node between them and those that are equal only to themselves, these included."""
-        found: set[Node] = set()
-        pending = list(nodes)
-        while pending:
-            node = pending.pop()
-            if node not in found:
-                found.add(node)
-                if self._key(node) is not None:
-                    pending += node.all_input_nodes
-        return found

@@ -8,7 +8,7 @@ be right before as well.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from flashpte.passes.sdpa_node import aten_target, is_edge
 
-# An in-place operator by its schema, which changes no number.
+# An in-place operator by its schema, which changes what autograd knows, and no number.
 _WRITE_NOTHING = {torch.ops.aten.detach_.default}
 
 # Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
@@ -68,6 +68,19 @@ def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
     return False
 
 
+def computed_from(nodes: Iterable[Node], followed: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """The nodes and what they are computed from, up to nodes that are not ``followed``, these included."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            if followed(node):
+                pending += node.all_input_nodes
+    return found
+
+
 def is_in_place(target: torch._ops.OpOverload) -> bool:
     """Whether the operator writes to one of its arguments."""
     return target._schema.is_mutable and target not in _WRITE_NOTHING
@@ -107,10 +120,8 @@ def _aliased_argument(node: Node) -> Node | None:
 
 def _written(node: Node) -> Iterator[Node]:
     """Nodes whose memory ``node`` may write to."""
-    if node.op != "call_function" or node.target is operator.getitem or node.target in _WRITE_NOTHING:
+    if node.op != "call_function" or node.target is operator.getitem or aten_target(node) in _WRITE_NOTHING:
         return
-    if aten_target(node) is torch.ops.aten.detach_.default:
-        return  # changes what autograd knows, and no entry
     schema = _schema(node)
     if schema is not None:
         for argument, value in _given(node, schema):

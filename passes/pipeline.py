@@ -20,7 +20,7 @@ from flashpte.passes.dead_code import eliminate_dead_code
 from flashpte.passes.decomposed import Unserved, Written
 from flashpte.passes.find_attention import Found, find_attention
 from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
-from flashpte.passes.insert import call_before
+from flashpte.passes.insert import call_before, keep_names
 from flashpte.passes.mask_constants import Constant, Constants, constant_tensors
 from flashpte.passes.mask_terms import Structure
 from flashpte.passes.other_operators import is_other_attention, other_call
@@ -44,8 +44,8 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
             write are taken as constants: masks kept in them may be compiled away.
 
     Returns:
-        The rewritten program and a report with one entry for every ``scaled_dot_product_attention`` node: the operator
-        it was given and why, or why it was left as it was. The rewritten program also runs on a CPU, where the
+        The rewritten program and a report with one entry for every attention, however it is written: the operator it
+        was given and why, or why it was left as it was. The rewritten program also runs on a CPU, where the
         operators are their references.
 
     Raises:
@@ -143,7 +143,7 @@ def replace_sdpa_in_graph(
         eliminate_dead_code(module.graph, kept, known.dropped)
         module.graph.lint()
         module.recompile()
-    tidy_regions(regions)
+    tidy_regions(regions, kept)
     counts = collections.Counter(tiles for tiles in users if tiles is not None)
     return RoutingReport(
         tuple(
@@ -284,9 +284,7 @@ def _sizes(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
 def _copy(program: ExportedProgram) -> ExportedProgram:
     """A program with its own graph and signature; parameters, buffers and constants are the same tensors."""
     graph_module = copy.deepcopy(program.graph_module)
-    # Copying a graph renames what shadows a builtin ("input" becomes "input_1"), and the signature goes by name.
-    for old, new in zip(program.graph.nodes, graph_module.graph.nodes, strict=True):
-        new.name = old.name
+    keep_names(program.graph, graph_module.graph)
     return ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,

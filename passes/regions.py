@@ -11,14 +11,14 @@ writes to is memory of what it is computed from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch.fx import GraphModule, Node
 
 from flashpte.passes.dead_code import eliminate_dead_code
 from flashpte.passes.mask_constants import Constant
-from flashpte.passes.mutation import REGION_BODY, Writes, is_in_place, storage_base
+from flashpte.passes.mutation import REGION_BODY, Writes, computed_from, is_in_place, storage_base
 from flashpte.passes.sdpa_node import SdpaCall, aten_target, find_sdpa
 
 
@@ -77,8 +77,13 @@ def copy_masks_into_regions(graph_module: GraphModule) -> list[Region]:
     return regions
 
 
-def tidy_regions(regions: list[Region]) -> None:
-    """Takes back what no region needs after all: a mask that is still read as a tensor is read from outside."""
+def tidy_regions(regions: list[Region], kept: Collection[str] = ()) -> None:
+    """Takes back what no region needs after all: a mask that is still read as a tensor is read from outside.
+
+    Args:
+        regions: what :func:`copy_masks_into_regions` returned.
+        kept: names of nodes that stay even if nothing uses them any more.
+    """
     for region in reversed(regions):
         for placeholder, copy in region.copies.items():
             if copy.graph is region.body.graph and copy in set(region.body.graph.nodes):
@@ -89,7 +94,7 @@ def tidy_regions(regions: list[Region]) -> None:
                 region.remove(placeholder)
         region.body.graph.lint()
         region.body.recompile()
-        eliminate_dead_code(region.parent.graph)
+        eliminate_dead_code(region.parent.graph, kept)
         region.parent.recompile()
 
 
@@ -111,14 +116,14 @@ def _regions(graph_module: GraphModule) -> list[Region]:
 def _copy_masks(region: Region) -> None:
     body, caller = region.body, region.caller
     masks = _masks_read_in(body)
-    read = _computed_from(masks)
+    read = computed_from(masks)
     inside, outside = Writes(body.graph), Writes(region.parent.graph)
     operands = region.operands
     written = {storage_base(given) for p, given in operands.items() if given is not None and inside.to(p)}
     for placeholder, outer in operands.items():
         if placeholder not in read or outer is None or not _is_pure(outer, caller):
             continue
-        nodes = sorted(_computed_from([outer], lambda node: _is_pure(node, caller)))
+        nodes = sorted(computed_from([outer], lambda node: _is_pure(node, caller)))
         if written & {storage_base(node) for node in nodes} or outside.between(nodes[0], caller, nodes):
             continue
         copies: dict[Node, Node] = {}
@@ -140,7 +145,7 @@ def _masks_read_in(module: GraphModule) -> list[Node]:
     masks = [mask for node in module.graph.nodes for mask in _masks_of(node)]
     for region in _regions(module):
         if region.parent is module:
-            read = _computed_from(_masks_read_in(region.body))
+            read = computed_from(_masks_read_in(region.body))
             masks += [given for placeholder, given in region.operands.items() if placeholder in read and given]
     return masks
 
@@ -150,19 +155,6 @@ def _masks_of(node: Node) -> list[Node]:
         return []
     mask = SdpaCall.from_node(node).mask
     return [] if mask is None else [mask]
-
-
-def _computed_from(nodes: Iterable[Node], followed=lambda node: True) -> set[Node]:
-    """The nodes and what they are computed from, up to nodes that are not ``followed``, these included."""
-    found: set[Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            if followed(node):
-                pending += node.all_input_nodes
-    return found
 
 
 def _is_pure(node: Node, caller: Node) -> bool:

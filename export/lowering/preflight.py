@@ -18,22 +18,9 @@ from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, 
 from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA, Attention
 from flashpte.export.lowering.mutation import mutated_inputs, returned_buffers
 from flashpte.export.lowering.output import MANIFEST_NAME, check_output_folder
+from flashpte.export.lowering.shims import has_dtype
 
 Format = Literal["pte", "pt2"]
-# ``backends/aoti/slim/c10/core/ScalarType.h`` of ExecuTorch.
-_DTYPES = frozenset(
-    {
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.bool,
-    }
-)
 _OUTPUT_NAMES = ("model.pte", "model.pt2", "aoti_cuda_blob.ptd", MANIFEST_NAME)
 # Matrix multiplies that become Triton templates, which have no float64.
 _MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "scaled_dot_product_attention"})
@@ -172,7 +159,7 @@ def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dtype not in _DTYPES:
+        if isinstance(value, torch.Tensor) and not has_dtype(value.dtype):
             if node.op == "placeholder" and (node.users or node.name not in names):
                 yield names.get(node.name, f"input {node.name}"), value.dtype
             elif node in results:

@@ -8,6 +8,8 @@ user's machine, so it is refused here.
 
 from __future__ import annotations
 
+import torch
+
 _SHIMS = frozenset(
     """
     aoti_torch__reinterpret_tensor aoti_torch_assign_tensors_out aoti_torch_check aoti_torch_clone
@@ -37,6 +39,11 @@ _NEVER_CALLED = frozenset({"aoti_torch_empty_strided_pinned"})  # 2.15: staging 
 def missing_shims(undefined: frozenset[str]) -> tuple[str, ...]:
     """Undefined symbols that are neither shims, nor of the C/C++ runtime, nor of CUDA; sorted."""
     return tuple(sorted(name for name in undefined if _is_torch(name) and name not in _SHIMS | _NEVER_CALLED))
+
+
+def has_dtype(dtype: torch.dtype) -> bool:
+    """Whether ExecuTorch's CUDA delegate has tensors of a dtype (``slim/c10/core/ScalarType.h`` lists the same)."""
+    return f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}" in _SHIMS
 
 
 def _is_torch(name: str) -> bool:

@@ -168,3 +168,30 @@ def test_other_masks_are_read_from_outside(module):
     computed = [n for n in masks_computed(new) if "bitwise" not in str(n.target) and n.op == "call_function"]
     assert len({n.name for n in computed}) == len(computed)
     assert len([n for n in computed if "remainder" in str(n.target)]) <= 1
+
+
+def test_signatures_of_modules_around_a_region():
+    """A mask is an argument of a module whose call is kept, though nothing reads it once it is proven."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            with torch.no_grad():
+                return attend(q, k, v, attn_mask=mask)
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Layer()
+
+        def forward(self, q, k, v, pos):
+            return self.layer(q, k, v, torch.arange(KEYS) <= pos[:, None]) + 1
+
+    args = (*qkv(5, KEYS), torch.arange(5) + 60)
+    with torch.enable_grad():
+        program = export(Outer(), args, preserve_module_call_signature=("layer",))
+    new, report = replace_sdpa(program)
+    assert [entry.mask_form for entry in report.nodes] == ["positions"]
+    names = {node.name for node in new.graph.nodes}
+    signature = next(entry.signature for entry in new.module_call_graph if entry.fqn == "layer")
+    assert {argument.name for argument in (*signature.inputs, *signature.outputs)} <= names
+    torch.testing.assert_close(new.module()(*args), Outer()(*args), atol=2e-6, rtol=2e-5)

@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
+from flashpte.passes.insert import keep_names
 
 _HOST = "_flashpte_host"  # attribute of a fake CUDA tensor: its value, as a HostBackedCuda
 
@@ -176,7 +177,5 @@ def deepcopy_sharing_tensors(program: ExportedProgram, memo: dict[int, Any]) -> 
     memo[id(program)] = new
     for name, value in vars(program).items():
         setattr(new, name, copy.deepcopy(value, memo))
-    # A copied graph has other names for nodes that are called like a builtin (``input``), and signatures have the old.
-    for before, after in zip(program.graph.nodes, new.graph.nodes, strict=True):
-        after.name = before.name
+    keep_names(program.graph, new.graph)
     return new
