@@ -1,0 +1,111 @@
+"""Whether a change of the source leaves the exported files as they were.
+
+Before the change:  python tests/support/same_bytes.py record before.json
+After it:           python tests/support/same_bytes.py compare before.json
+
+Each case is exported by ``export-model`` in a process of its own. Files are compared by their SHA-256; where they
+differ, the machine code of their kernels is: the ``.text`` sections of each cubin, in which neither a kernel's name nor
+the line of its source stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from flashpte.export.lowering import inspect_pte
+
+COMMON = ("--random-weights", "--small", "--arch", "sm_90")
+CASES = {
+    "demo": ("--target", "gemma4-31b", "--verify-window", "4", *COMMON),
+    "llama": ("--target", "llama", "--verify-window", "4", *COMMON),
+    "draft": ("--target", "gemma4-31b", "--chain", "3", "--layers", "2", *COMMON),
+    "demo-pt2": ("--target", "gemma4-31b", "--format", "pt2", "--method", "decode", *COMMON),
+    "llama-pt2": ("--target", "llama", "--format", "pt2", "--method", "prefill", *COMMON),
+}
+"""Arguments of ``export-model``, by the name of the case."""
+
+Digests = dict[str, dict[str, str]]
+
+
+def digests(arguments: tuple[str, ...]) -> Digests:
+    """SHA-256 of the files of one export, and of the machine code of its kernels by method and entry points."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "out"
+        program = "import sys; from flashpte.export.cli import main; sys.exit(main())"
+        subprocess.run([sys.executable, "-c", program, *arguments, "--output-dir", str(folder), "--quiet"], check=True)
+        files = {path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())}
+        return {"files": files, "machine code": dict(_machine_code(folder))}
+
+
+def _machine_code(folder: Path) -> Iterator[tuple[str, str]]:
+    if (folder / "model.pte").exists():
+        cubins = [
+            (f"{name}: {' '.join(cubin.kernels)}", cubin.data)
+            for name, method in inspect_pte(folder / "model.pte").methods.items()
+            for cubin in method.library.cubins
+        ]
+    else:
+        with zipfile.ZipFile(folder / "model.pt2") as package:
+            names = [name for name in package.namelist() if name.endswith(".cubin")]
+            cubins = [("cubin", package.read(name)) for name in names]
+    code = sorted((name, _sha256(b"".join(_text_sections(data)))) for name, data in cubins)
+    for place, (name, digest) in enumerate(code):
+        yield f"{place} {name}", digest
+
+
+def _text_sections(data: bytes) -> list[bytes]:
+    from flashpte.export.lowering.elf import Elf
+
+    elf = Elf(data)
+    contents = [elf.section(section.name) for section in elf.sections if section.name.startswith(".text.")]
+    return [content for content in contents if content is not None]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def differences(before: Digests, after: Digests) -> list[str]:
+    """One line for each file or, in one of the two, kernel that is not the same."""
+    found = []
+    for kind in ("files", "machine code"):
+        for name in sorted({*before[kind], *after[kind]}):
+            if before[kind].get(name) != after[kind].get(name):
+                found.append(f"{kind}: {name} differs")
+    return found
+
+
+def main() -> int:
+    """Records or compares; returns 0 where all files are the same, or the machine code is with ``--code-only``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("record", "compare"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="this case alone; may be repeated")
+    parser.add_argument("--code-only", action="store_true", help="only the machine code has to be the same")
+    options = parser.parse_args()
+    known = json.loads(options.file.read_text()) if options.action == "compare" else {}
+    status = 0
+    for name in options.case or CASES:
+        made = digests(CASES[name])
+        if options.action == "record":
+            known[name] = made
+            options.file.write_text(json.dumps(known, indent=1))
+            print(f"{name}: {len(made['files'])} files, {len(made['machine code'])} kernels", flush=True)
+            continue
+        found = differences(known[name], made)
+        counts = any(line.startswith("machine code") for line in found) if options.code_only else bool(found)
+        status |= counts
+        print(f"{name}: {'the same' if not found else '; '.join(found)}", flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
