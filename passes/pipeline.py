@@ -15,24 +15,32 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 import flashpte.kernels  # noqa: F401  (registers the operators)
 from flashpte.kernels.dispatch import shares_map
-from flashpte.passes.copies import copied_bytes
-from flashpte.passes.dead_code import eliminate_dead_code
-from flashpte.passes.decomposed import Unserved, Written
-from flashpte.passes.find_attention import Found, find_attention
-from flashpte.passes.forms import MaskForms, broadcast, require_equal, restored, to_four_dims, with_unit_strides
-from flashpte.passes.insert import call_before, keep_names
-from flashpte.passes.mask_constants import Constant, Constants, constant_tensors
-from flashpte.passes.mask_terms import Structure
-from flashpte.passes.other_operators import is_other_attention, other_call
-from flashpte.passes.recover_gqa import recover_gqa
-from flashpte.passes.regions import copy_masks_into_regions, region_constants, tidy_regions
+from flashpte.passes.attention.call import SdpaCall, find_sdpa
+from flashpte.passes.attention.copies import copied_bytes
+from flashpte.passes.attention.find import Found, find_attention
+from flashpte.passes.attention.forms import (
+    MaskForms,
+    broadcast,
+    require_equal,
+    restored,
+    to_four_dims,
+    with_unit_strides,
+)
+from flashpte.passes.attention.masks.constants import Constant, Constants, constant_tensors
+from flashpte.passes.attention.masks.regions import copy_masks_into_regions, region_constants, tidy_regions
+from flashpte.passes.attention.masks.terms import Structure
+from flashpte.passes.attention.masks.tile_maps import TileMaps
+from flashpte.passes.attention.other_operators import is_other_attention, other_call
+from flashpte.passes.attention.recover_gqa import recover_gqa
+from flashpte.passes.attention.route import DISPATCH, PREFILL, VERIFY, Route, route
+from flashpte.passes.attention.savings import mask_bytes, repeated_bytes
+from flashpte.passes.attention.written import Unserved, Written
+from flashpte.passes.attention.written_call import Masks, call_of
+from flashpte.passes.graph.dead_code import eliminate_dead_code
+from flashpte.passes.graph.insert import call_before, keep_names
+from flashpte.passes.graph.values import Ranges, module_path, printable, size_range, val
+from flashpte.passes.graph.vmap import without_vmap
 from flashpte.passes.report import NodeRoute, RoutingReport
-from flashpte.passes.route import DISPATCH, PREFILL, VERIFY, Route, route
-from flashpte.passes.savings import mask_bytes, repeated_bytes
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, find_sdpa, module_path, printable, size_range, val
-from flashpte.passes.tile_maps import TileMaps
-from flashpte.passes.vmap_regions import without_vmap
-from flashpte.passes.written_attention import Masks, call_of
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
-from flashpte.passes.vmap_regions import without_vmap
+from flashpte.passes.graph.vmap import without_vmap
 
 PT2_NAME = "model.pt2"
 

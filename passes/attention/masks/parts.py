@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.insert import call_before, insert_before, size_argument
-from flashpte.passes.operands import Path, Placed, arguments
-from flashpte.passes.sdpa_node import aten_target, same_size, val
+from flashpte.passes.attention.masks.operands import Path, Placed, arguments
+from flashpte.passes.graph.insert import call_before, insert_before, size_argument
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, size_range, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.graph.values import Ranges, hint, size_range, val
 
 
 def largest(size: int | torch.SymInt, ranges: Ranges | None) -> int:

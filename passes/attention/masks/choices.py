@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.mask_constants import Constants
-from flashpte.passes.mask_numbers import Numbers
-from flashpte.passes.operands import Path, is_cast, view_source
-from flashpte.passes.sdpa_node import aten_target, val
+from flashpte.passes.attention.masks.constants import Constants
+from flashpte.passes.attention.masks.numbers import Numbers
+from flashpte.passes.attention.masks.operands import Path, is_cast, view_source
+from flashpte.passes.graph.values import aten_target, val
 
 
 @dataclasses.dataclass(frozen=True)

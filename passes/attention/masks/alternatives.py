@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from flashpte.passes.mask_terms import Between, Bound, Constraint, Extreme, Flag, Sum, Truth, Unless
-from flashpte.passes.operands import ROW_AXIS, KeyIndex
+from flashpte.passes.attention.masks.operands import ROW_AXIS, KeyIndex
+from flashpte.passes.attention.masks.terms import Between, Bound, Constraint, Extreme, Flag, Sum, Truth, Unless
 
 
 class NoConjunction(Exception):

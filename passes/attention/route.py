@@ -8,8 +8,9 @@ import math
 import torch
 
 from flashpte.kernels.contract import MAX_ROWS, why_not_mask, why_not_tensors
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, hint, may_be_same, printable, same_size, size_range, val
-from flashpte.passes.vmap_regions import is_batched
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.graph.values import Ranges, hint, may_be_same, printable, same_size, size_range, val
+from flashpte.passes.graph.vmap import is_batched
 
 Size = int | torch.SymInt
 

@@ -13,14 +13,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import Node
 
-from flashpte.passes.decomposed import Written, packet_of
-from flashpte.passes.forms import mask_source
-from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.layouts import Layout, Layouts, moved_input, regrouped
-from flashpte.passes.mask_operators import constant_of
-from flashpte.passes.mutation import written_between
-from flashpte.passes.recover_gqa import Origin, origin_from
-from flashpte.passes.sdpa_node import SdpaCall, same_size, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.forms import mask_source
+from flashpte.passes.attention.masks.operators import constant_of
+from flashpte.passes.attention.recover_gqa import Origin, origin_from
+from flashpte.passes.attention.written import Written, packet_of
+from flashpte.passes.graph.aliasing import written_between
+from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.layouts import Layout, Layouts, moved_input, regrouped
+from flashpte.passes.graph.values import same_size, val
 
 aten = torch.ops.aten
 

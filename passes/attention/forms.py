@@ -19,9 +19,10 @@ import torch
 from torch.fx import Node
 
 from flashpte.kernels.contract import MAX_ROWS
-from flashpte.passes.insert import call_before, insert_before, size_argument
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, same_size, size_range, val
-from flashpte.passes.tile_maps import mask_source
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.masks.tile_maps import mask_source
+from flashpte.passes.graph.insert import call_before, insert_before, size_argument
+from flashpte.passes.graph.values import Ranges, same_size, size_range, val
 
 aten = torch.ops.aten
 

@@ -3,8 +3,8 @@
 Without ``enable_gqa`` a model repeats each key/value head for the query heads that share it: ``unsqueeze -> expand ->
 reshape`` (Hugging Face's ``repeat_kv``), ``repeat_interleave`` before or after the heads are moved in front of the
 length, a broadcast to more heads than one, ``stack``, an index. That copies the whole cache at every step; the kernels
-take grouped heads as they are. Which chains do that is told by where each head comes from (``passes/layouts.py``), not
-by their form.
+take grouped heads as they are. Where each head comes from (``passes/graph/layouts.py``) tells such a chain from any
+other, not its form.
 
 The traps: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1). And
 before a program is made functional, the cache may be written between the repetition and the attention, or the copy may
@@ -19,10 +19,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch.fx import Node
 
-from flashpte.passes.insert import call_before
-from flashpte.passes.layouts import Layout, Layouts, moved_input
-from flashpte.passes.mutation import written_between
-from flashpte.passes.sdpa_node import SdpaCall, same_size, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.graph.aliasing import written_between
+from flashpte.passes.graph.insert import call_before
+from flashpte.passes.graph.layouts import Layout, Layouts, moved_input
+from flashpte.passes.graph.values import same_size, val
 
 aten = torch.ops.aten
 

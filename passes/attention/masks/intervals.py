@@ -7,10 +7,21 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.fx import Node
 
-from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.mask_terms import Between, Bound, Constraint, Extreme, Number, Structure, Sum, Truth, Unless
-from flashpte.passes.operands import KeyIndex, Operand
-from flashpte.passes.sdpa_node import SdpaCall, same_size, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.masks.operands import KeyIndex, Operand
+from flashpte.passes.attention.masks.terms import (
+    Between,
+    Bound,
+    Constraint,
+    Extreme,
+    Number,
+    Structure,
+    Sum,
+    Truth,
+    Unless,
+)
+from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.values import same_size, val
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from flashpte.passes.mutation import Writes, computed_from, is_in_place
-from flashpte.passes.sdpa_node import aten_target, printable
+from flashpte.passes.graph.aliasing import Writes, computed_from, is_in_place
+from flashpte.passes.graph.values import aten_target, printable
 
 
 class EqualMasks:

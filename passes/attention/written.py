@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.layouts import Layouts, moved_input, regrouped
-from flashpte.passes.mask_operators import constant_of
-from flashpte.passes.sdpa_node import aten_target, same_size, val
+from flashpte.passes.attention.masks.operators import constant_of
+from flashpte.passes.graph.layouts import Layouts, moved_input, regrouped
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from flashpte.passes.sdpa_node import aten_target, is_edge
+from flashpte.passes.graph.values import aten_target, is_edge
 
 # An in-place operator by its schema, which changes what autograd knows, and no number.
 _WRITE_NOTHING = {torch.ops.aten.detach_.default}

@@ -1,20 +1,17 @@
-"""Reading a ``scaled_dot_product_attention`` node: its arguments, shapes, size ranges, and the dialect it is in."""
+"""What a node of an exported program says of its result: shape, range of each size, operator, dialect, module."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 # What an exported program says of its dynamic sizes. Its graph's own symbols start at 2 where a size may be 1.
 Ranges = Mapping[sympy.Symbol, ValueRanges]
-
-ATEN_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def is_edge(node: Node) -> bool:
@@ -26,17 +23,6 @@ def aten_target(node: Node) -> Any:
     """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
     target: Any = node.target
     return target._op if is_edge(node) else target
-
-
-def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
-    """Every ``scaled_dot_product_attention`` with the (sub)graph it is in, in graph order."""
-    return [
-        (module, node)
-        for module in graph_module.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
-        if aten_target(node) is ATEN_SDPA
-    ]
 
 
 def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[int, int | None]:
@@ -91,53 +77,6 @@ def hint(size: int | torch.SymInt) -> int:
 def printable(size: int | torch.SymInt) -> int | str:
     """A size as the report writes it."""
     return size if isinstance(size, int) else str(size.node.expr)
-
-
-@dataclasses.dataclass(frozen=True)
-class SdpaCall:
-    """One attention call as written in the graph.
-
-    Attributes:
-        node: the node itself.
-        query, key, value, mask: argument nodes (``mask`` may be ``None``).
-        dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
-        dims: for each of the dimensions ``[B, H, L, D]`` those of the node's result that it stands for.
-    """
-
-    node: Node
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
-    dropout_p: Any
-    is_causal: Any
-    scale: Any
-    enable_gqa: Any
-    dims: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,))
-
-    @classmethod
-    def from_node(cls, node: Node) -> SdpaCall:
-        """Reads positional and keyword arguments by the operator's schema."""
-        names = [argument.name for argument in ATEN_SDPA._schema.arguments]
-        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        return cls(
-            node=node,
-            query=given["query"],
-            key=given["key"],
-            value=given["value"],
-            mask=given.get("attn_mask"),
-            dropout_p=given.get("dropout_p", 0.0),
-            is_causal=given.get("is_causal", False),
-            scale=given.get("scale"),
-            enable_gqa=given.get("enable_gqa", False),
-        )
-
-    @property
-    def mask_kind(self) -> str:
-        """``"none"``, ``"causal"``, ``"bool"`` or ``"float"``."""
-        if self.mask is not None:
-            return "bool" if val(self.mask).dtype == torch.bool else "float"
-        return "causal" if self.is_causal else "none"
 
 
 def module_path(node: Node) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.sdpa_node import aten_target, same_size, val
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 Size = int | torch.SymInt

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from flashpte.passes.operands import KeyIndex, Operand, Step
+from flashpte.passes.attention.masks.operands import KeyIndex, Operand, Step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,10 @@ import dataclasses
 
 from torch.fx import GraphModule, Node
 
-from flashpte.passes.decomposed import Unserved, Written, find_written
-from flashpte.passes.other_operators import is_other_attention, named
-from flashpte.passes.sdpa_node import ATEN_SDPA, aten_target
+from flashpte.passes.attention.call import ATEN_SDPA
+from flashpte.passes.attention.other_operators import is_other_attention, named
+from flashpte.passes.attention.written import Unserved, Written, find_written
+from flashpte.passes.graph.values import aten_target
 
 
 @dataclasses.dataclass(frozen=True)

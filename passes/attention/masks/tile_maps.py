@@ -19,15 +19,16 @@ from torch.fx import Graph, Node
 
 from flashpte.kernels import tuning
 from flashpte.kernels.contract import MAX_ROWS
-from flashpte.passes.insert import call_before, insert_before, size_argument
-from flashpte.passes.interval_nodes import IntervalNodes, MaskNodes
-from flashpte.passes.mask_constants import Constants
-from flashpte.passes.mask_structure import prove
-from flashpte.passes.mask_terms import Structure, with_nodes
-from flashpte.passes.mask_values import EqualMasks
-from flashpte.passes.mutation import Writes
-from flashpte.passes.route import PREFILL
-from flashpte.passes.sdpa_node import SdpaCall, aten_target, printable, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.masks.constants import Constants
+from flashpte.passes.attention.masks.equal import EqualMasks
+from flashpte.passes.attention.masks.intervals import IntervalNodes, MaskNodes
+from flashpte.passes.attention.masks.structure import prove
+from flashpte.passes.attention.masks.terms import Structure, with_nodes
+from flashpte.passes.attention.route import PREFILL
+from flashpte.passes.graph.aliasing import Writes
+from flashpte.passes.graph.insert import call_before, insert_before, size_argument
+from flashpte.passes.graph.values import aten_target, printable, val
 
 _EXPANDS = (torch.ops.aten.expand.default, torch.ops.aten.expand_copy.default)
 
@@ -43,7 +44,7 @@ def mask_source(mask: Any) -> Node:
 class MaskArguments:
     """Arguments of an attention operator about its mask, as :func:`flashpte.kernels.ops.sdpa_decode` takes them.
 
-    ``live`` is as in :class:`flashpte.passes.interval_nodes.MaskNodes`.
+    ``live`` is as in :class:`flashpte.passes.attention.masks.intervals.MaskNodes`.
     """
 
     attn_mask: Node | None = None

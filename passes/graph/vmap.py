@@ -15,7 +15,7 @@ from torch._functorch import predispatch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from flashpte.passes.sdpa_node import find_sdpa
+from flashpte.passes.attention.call import find_sdpa
 
 
 def _present(*names: str) -> frozenset[Callable[..., Any]]:

@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from flashpte.passes.sdpa_node import is_edge
+from flashpte.passes.graph.values import is_edge
 
 # The edge dialect has no views: it spells them as copies, which lowering turns back into views.
 _EDGE_NAMES = {

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.decomposed import Unserved
-from flashpte.passes.forms import mask_source
-from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.sdpa_node import SdpaCall, aten_target, same_size, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.forms import mask_source
+from flashpte.passes.attention.written import Unserved
+from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 

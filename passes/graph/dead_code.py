@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch.fx import Graph, Node
 
-from flashpte.passes.sdpa_node import aten_target
-from flashpte.passes.vmap_regions import changes_level
+from flashpte.passes.graph.values import aten_target
+from flashpte.passes.graph.vmap import changes_level
 
 _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 

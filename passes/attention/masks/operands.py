@@ -15,8 +15,8 @@ from torch._guards import detect_fake_mode
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from flashpte.passes.insert import call_before
-from flashpte.passes.sdpa_node import aten_target, same_size, val
+from flashpte.passes.graph.insert import call_before
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 

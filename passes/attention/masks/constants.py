@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from flashpte.passes.mutation import Writes
+from flashpte.passes.graph.aliasing import Writes
 
 # Entries looked at: a triangle of 16,384 positions.
 MAX_ENTRIES = 2**28

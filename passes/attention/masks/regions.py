@@ -16,10 +16,11 @@ from collections.abc import Collection
 import torch
 from torch.fx import GraphModule, Node
 
-from flashpte.passes.dead_code import eliminate_dead_code
-from flashpte.passes.mask_constants import Constant
-from flashpte.passes.mutation import REGION_BODY, Writes, computed_from, is_in_place, storage_base
-from flashpte.passes.sdpa_node import SdpaCall, aten_target, find_sdpa
+from flashpte.passes.attention.call import SdpaCall, find_sdpa
+from flashpte.passes.attention.masks.constants import Constant
+from flashpte.passes.graph.aliasing import REGION_BODY, Writes, computed_from, is_in_place, storage_base
+from flashpte.passes.graph.dead_code import eliminate_dead_code
+from flashpte.passes.graph.values import aten_target
 
 
 @dataclasses.dataclass

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from flashpte.passes.layouts import moved_input
-from flashpte.passes.savings import largest
-from flashpte.passes.sdpa_node import Ranges, SdpaCall, aten_target, hint, val
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.savings import largest
+from flashpte.passes.graph.layouts import moved_input
+from flashpte.passes.graph.values import Ranges, aten_target, hint, val
 
 aten = torch.ops.aten
 

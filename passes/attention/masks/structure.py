@@ -4,7 +4,7 @@ The proof walks the nodes that compute a mask down to comparisons, and each comp
 operands: those that vary from key to key go to one side, those that do not to the other. What is left is a list of
 constraints ``lower(row) <= number(key) <= upper(row)``, the form of :class:`flashpte.kernels.intervals.Intervals`:
 causal masks, windows, ring buffers, prefixes, packed documents, padding. An "or" joins a condition to a number or to a
-bound (:mod:`flashpte.passes.mask_alternatives`). What the numbers are is not looked into: they
+bound (:mod:`flashpte.passes.attention.masks.alternatives`). What the numbers are is not looked into: they
 are read at run time, so positions with gaps or out of order are as good as any.
 
 A float mask is 0 where the constraints hold and, elsewhere, -inf or the most negative numbers of a dtype that scores do
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.mask_alternatives import Constraint, NoConjunction, either
-from flashpte.passes.mask_choices import Choices
-from flashpte.passes.mask_constants import Constants
-from flashpte.passes.mask_numbers import ProofFailed
-from flashpte.passes.mask_operators import ADD, AND, COMPARISONS, FILL, MUL, NOT, OR, TRIL, TRIU, WHERE
-from flashpte.passes.mask_parts import parts_of
-from flashpte.passes.mask_terms import Between, Bound, Extreme, Flag, Number, Structure
-from flashpte.passes.operands import KEY_AXIS, ROW_AXIS, Path, arguments, is_cast, view_source
-from flashpte.passes.sdpa_node import aten_target, val
+from flashpte.passes.attention.masks.alternatives import Constraint, NoConjunction, either
+from flashpte.passes.attention.masks.choices import Choices
+from flashpte.passes.attention.masks.constants import Constants
+from flashpte.passes.attention.masks.numbers import ProofFailed
+from flashpte.passes.attention.masks.operands import KEY_AXIS, ROW_AXIS, Path, arguments, is_cast, view_source
+from flashpte.passes.attention.masks.operators import ADD, AND, COMPARISONS, FILL, MUL, NOT, OR, TRIL, TRIU, WHERE
+from flashpte.passes.attention.masks.parts import parts_of
+from flashpte.passes.attention.masks.terms import Between, Bound, Extreme, Flag, Number, Structure
+from flashpte.passes.graph.values import aten_target, val
 
 MAX_TERMS = 3
 NEG_INF = float("-inf")

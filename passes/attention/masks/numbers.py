@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from flashpte.passes.insert import call_before, size_argument
-from flashpte.passes.mask_constants import Constants
-from flashpte.passes.mask_operators import ADD, ARANGES, INTEGERS, MUL, SUB, TRIL, compared_exactly, constant_of
-from flashpte.passes.mask_terms import Between, Constraint, Sum
-from flashpte.passes.operands import (
+from flashpte.passes.attention.masks.constants import Constants
+from flashpte.passes.attention.masks.operands import (
     BATCH_AXIS,
     HEAD_AXIS,
     KEY_AXIS,
@@ -24,7 +21,19 @@ from flashpte.passes.operands import (
     is_cast,
     view_source,
 )
-from flashpte.passes.sdpa_node import aten_target, same_size, val
+from flashpte.passes.attention.masks.operators import (
+    ADD,
+    ARANGES,
+    INTEGERS,
+    MUL,
+    SUB,
+    TRIL,
+    compared_exactly,
+    constant_of,
+)
+from flashpte.passes.attention.masks.terms import Between, Constraint, Sum
+from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 
