@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from flashpte.passes.graph.planned import Value
 from flashpte.passes.graph.values import aten_target, val
 
 ATEN_SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -30,16 +31,16 @@ class SdpaCall:
 
     Attributes:
         node: the node itself.
-        query, key, value, mask: argument nodes (``mask`` may be ``None``).
+        query, key, value, mask: arguments, as nodes or planned (``mask`` may be ``None``).
         dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
         dims: for each of the dimensions ``[B, H, L, D]`` those of the node's result that it stands for.
     """
 
     node: Node
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
+    query: Value
+    key: Value
+    value: Value
+    mask: Value | None
     dropout_p: Any
     is_causal: Any
     scale: Any

@@ -12,38 +12,17 @@ import operator
 from collections.abc import Iterator
 
 import torch
-from torch.fx import Node
 
 from flashpte.passes.attention.call import SdpaCall
 from flashpte.passes.attention.savings import largest
 from flashpte.passes.graph.layouts import moved_input
-from flashpte.passes.graph.values import Ranges, aten_target, hint, val
+from flashpte.passes.graph.planned import Value
+from flashpte.passes.graph.values import Ranges, hint, val
+from flashpte.passes.graph.views import Kind, kind_of, packet_of
 
 aten = torch.ops.aten
 
-_ALWAYS = (
-    aten.clone,
-    aten._to_copy,
-    aten.repeat,
-    aten.tile,
-    aten.repeat_interleave,
-    aten.index,
-    aten.index_select,
-    aten.stack,
-    aten.cat,
-    aten.concat,
-)
-_WHERE_NO_VIEW = (
-    aten.view,
-    aten.view_copy,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.flatten,
-    aten.contiguous,
-    aten.to,
-)
-_PARTS = (aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.tensor_split)
-_SELECTS = (aten.select, aten.select_copy)
+_ALWAYS = (Kind.REPEAT, Kind.INTERLEAVE, Kind.INDEX, Kind.JOIN)
 # What gives the tensor that it changes, and what writes its result to memory of its own.
 _UPDATES = (
     *(aten.index_copy, aten.index_copy_, aten.index_put, aten.index_put_, aten.slice_scatter, aten.select_scatter),
@@ -52,7 +31,7 @@ _UPDATES = (
 _PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.matmul, aten.linear, aten.convolution, aten.conv2d)
 
 
-def copied_bytes(call: SdpaCall, counted: set[Node], ranges: Ranges | None) -> int:
+def copied_bytes(call: SdpaCall, counted: set[Value], ranges: Ranges | None) -> int:
     """Bytes that one run writes only to hand query, key and value to the kernel of ``call``, at most.
 
     Args:
@@ -69,7 +48,7 @@ def copied_bytes(call: SdpaCall, counted: set[Node], ranges: Ranges | None) -> i
     return total
 
 
-def _copies(operand: Node) -> Iterator[Node]:
+def _copies(operand: Value) -> Iterator[Value]:
     """The nodes that copy on the way to an operand."""
     chain = [operand]
     while (source := _behind(chain[-1])) is not None:
@@ -81,24 +60,22 @@ def _copies(operand: Node) -> Iterator[Node]:
             yield node
 
 
-def _behind(node: Node) -> Node | None:
+def _behind(node: Value) -> Value | None:
     """The tensor whose entries, or some of them, ``node`` holds."""
-    packet = getattr(aten_target(node), "overloadpacket", None)
     given = node.args[0] if node.args else None
-    if node.op == "call_function" and node.target is operator.getitem and isinstance(given, Node):
-        parts = getattr(aten_target(given), "overloadpacket", None) in _PARTS
-        return given.args[0] if parts and isinstance(given.args[0], Node) else None
-    if packet in _SELECTS and isinstance(given, Node):
+    if node.op == "call_function" and node.target is operator.getitem and isinstance(given, Value):
+        parts = kind_of(given) is Kind.SPLIT
+        return given.args[0] if parts and isinstance(given.args[0], Value) else None
+    if kind_of(node) is Kind.SELECT and isinstance(given, Value):
         return given
     return moved_input(node)
 
 
-def _is_copy(node: Node) -> bool:
-    packet = getattr(aten_target(node), "overloadpacket", None)
-    if packet in _ALWAYS:
+def _is_copy(node: Value) -> bool:
+    kind, packet, source = kind_of(node), packet_of(node), moved_input(node)
+    if kind in _ALWAYS or packet in (aten.clone, aten._to_copy):
         return True
-    source = moved_input(node)
-    if packet not in _WHERE_NO_VIEW or source is None:
+    if (kind is not Kind.RESHAPE and packet not in (aten.contiguous, aten.to)) or source is None:
         return False
     before = torch.empty_strided(*([hint(n) for n in given] for given in (val(source).shape, val(source).stride())),
                                  device="meta")  # fmt: skip
@@ -113,25 +90,24 @@ def _is_copy(node: Node) -> bool:
     return False
 
 
-def _joined(root: Node) -> list[Node]:
+def _joined(root: Value) -> list[Value]:
     """The tensors that a join at the start of a chain is made of; else the start itself."""
-    packet = getattr(aten_target(root), "overloadpacket", None)
-    if packet in (aten.cat, aten.stack, aten.concat):
+    if kind_of(root) is Kind.JOIN:
         given = root.args[0]
         assert isinstance(given, (list, tuple))
-        return [node for node in given if isinstance(node, Node)]
+        return [node for node in given if isinstance(node, Value)]
     return [root]
 
 
-def _is_in_memory(node: Node) -> bool:
+def _is_in_memory(node: Value) -> bool:
     """Whether a tensor is in memory before a compiler could write it anywhere else: an input, a cache, a product."""
     while True:
-        packet = getattr(aten_target(node), "overloadpacket", None)
+        packet = packet_of(node)
         source = node.args[0] if packet in _UPDATES else _behind(node)
-        if not isinstance(source, Node):
+        if not isinstance(source, Value):
             return node.op in ("placeholder", "get_attr") or packet in _PRODUCTS
         node = source
 
 
-def _entries(node: Node) -> int:
+def _entries(node: Value) -> int:
     return math.prod(hint(size) for size in val(node).shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from flashpte.passes.attention.call import ATEN_SDPA
 from flashpte.passes.attention.other_operators import is_other_attention, named
@@ -22,18 +22,8 @@ class Call:
 Found = Call | Written | Unserved
 
 
-def find_attention(graph_module: GraphModule) -> list[tuple[GraphModule, Found]]:
-    """Every attention with the (sub)graph it is in, in graph order; branches of control flow included."""
-    return [
-        (module, found)
-        for module in graph_module.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
-        if node.op == "call_function" and (found := _found(node)) is not None
-    ]
-
-
-def _found(node: Node) -> Found | None:
+def find_attention(node: Node) -> Found | None:
+    """The attention that a node is, or that it is the softmax of; ``None`` if of none."""
     if aten_target(node) is ATEN_SDPA or is_other_attention(node):
         return Call(node)
     return named(node) or find_written(node)

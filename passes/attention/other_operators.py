@@ -13,9 +13,8 @@ import torch
 from torch.fx import Node
 
 from flashpte.passes.attention.call import SdpaCall
-from flashpte.passes.attention.forms import mask_source
 from flashpte.passes.attention.written import Unserved
-from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.planned import Value, planned, planned_size
 from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
@@ -69,13 +68,8 @@ def is_other_attention(node: Node) -> bool:
     return operator_name(node) in (*_FUSED, *_TRITON)
 
 
-def other_call(node: Node, masks: dict[tuple, Node]) -> SdpaCall | str:
-    """The plain call that an operator stands for, or in one sentence why there is none; inserts at most a mask.
-
-    Args:
-        node: the call of the operator.
-        masks: the masks that were put together so far: layers share them.
-    """
+def other_call(node: Node) -> SdpaCall | str:
+    """The plain call that an operator stands for, or in one sentence why there is none; plans at most a mask."""
     schema = aten_target(node)._schema
     given: dict[str, Any] = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
@@ -94,27 +88,21 @@ def other_call(node: Node, masks: dict[tuple, Node]) -> SdpaCall | str:
         scale = None if scale == 0.0 else scale
         # One row of these two sees all keys, causal or not; the other takes as many keys as rows.
         causal = causal and name == "triton::sdpa"
-        mask = _bounded(result, key, mask, given.get("kv_len"), masks)
+        mask = _bounded(key, mask, given.get("kv_len"))
     if causal and not same_size(*lengths) and name not in _TOP_LEFT:
         return f"{name} is causal for {lengths[0]} rows and {lengths[1]} keys"
     dropout = given.get("dropout_p", 0.0)
     return SdpaCall(result, query, key, value, mask, dropout, causal, scale, given.get("enable_gqa", False))
 
 
-def _bounded(anchor: Node, key: Node, mask: Node | None, kv_len: Node | None, masks: dict[tuple, Node]) -> Node | None:
+def _bounded(key: Node, mask: Value | None, kv_len: Node | None) -> Value | None:
     """The mask of a call that reads the first ``kv_len`` keys alone."""
     if kv_len is None:
         return mask
-    form = ("kv_len", None if mask is None else mask_source(mask), kv_len, str(val(key).shape[2]))
-    if form not in masks:
-        length = size_argument(anchor, key, 2)
-        options: dict[str, Any] = {"dtype": torch.int64, "device": val(kv_len).device, "pin_memory": False}
-        keys = call_before(anchor, aten.arange.start_step, 0, length, 1, **options)
-        bound = call_before(anchor, aten.view.default, kv_len, [1])
-        if val(bound).dtype != torch.int64:
-            bound = call_before(anchor, aten._to_copy.default, bound, dtype=torch.int64)
-        shown = call_before(anchor, aten.unsqueeze.default, call_before(anchor, aten.lt.Tensor, keys, bound), 0)
-        if mask is not None:
-            shown = call_before(anchor, aten.logical_and.default, mask, shown)
-        masks[form] = shown
-    return masks[form]
+    options: dict[str, Any] = {"dtype": torch.int64, "device": val(kv_len).device, "pin_memory": False, "near": key}
+    keys = planned(aten.arange.start_step, 0, planned_size(key, 2), 1, **options)
+    bound = planned(aten.view.default, kv_len, [1], near=key)
+    if val(bound).dtype != torch.int64:
+        bound = planned(aten._to_copy.default, bound, dtype=torch.int64, near=key)
+    shown = planned(aten.unsqueeze.default, planned(aten.lt.Tensor, keys, bound, near=key), 0, near=key)
+    return shown if mask is None else planned(aten.logical_and.default, mask, shown, near=key)

@@ -21,8 +21,8 @@ from torch.fx import Node
 
 from flashpte.passes.attention.call import SdpaCall
 from flashpte.passes.graph.aliasing import written_between
-from flashpte.passes.graph.insert import call_before
 from flashpte.passes.graph.layouts import Layout, Layouts, moved_input
+from flashpte.passes.graph.planned import Value, nodes_of, planned
 from flashpte.passes.graph.values import same_size, val
 
 aten = torch.ops.aten
@@ -41,8 +41,8 @@ class Origin:
         read: nodes whose values were looked at.
     """
 
-    source: Node
-    chain: tuple[Node, ...]
+    source: Value
+    chain: tuple[Value, ...]
     dims: tuple[int | None, ...]
     group: int
     repeats: bool
@@ -58,26 +58,35 @@ class Origin:
         dim = self.dims[-3]
         return 1 if dim is None else val(self.source).shape[dim]
 
-    def insert(self, anchor: Node) -> Node:
-        """The source as ``[B or 1, H / group, L, D]``, by views before ``anchor``."""
-        node, dims = self.source, self.dims
-        missing = [dim for dim in range(val(node).dim()) if dim not in dims]
+    def planned(self) -> Value:
+        """The source as ``[B or 1, H / group, L, D]``, by planned views."""
+        value, dims = self.source, self.dims
+        missing = [dim for dim in range(val(value).dim()) if dim not in dims]
         if missing:
-            node = call_before(anchor, aten.squeeze.dims, node, missing)
+            value = planned(aten.squeeze.dims, value, missing, near=value)
         kept = sorted(dim for dim in dims if dim is not None)
         order = [kept.index(dim) for dim in dims if dim is not None]
         if order != sorted(order):
-            node = call_before(anchor, aten.permute.default, node, order)
+            value = planned(aten.permute.default, value, order, near=value)
         for dim, origin in enumerate(dims):
             if origin is None:
-                node = call_before(anchor, aten.unsqueeze.default, node, dim)
-        return node
+                value = planned(aten.unsqueeze.default, value, dim, near=value)
+        return value
+
+    def may_be_written(self, before: Node) -> bool:
+        """Whether what the operand is read from may be written to on the way to ``before``."""
+        copied = [node for node in self.chain if isinstance(node, Node)]
+        # What is planned reads its source at the call itself.
+        if copied and written_between(copied[0].prev, before, nodes_of([self.source, *copied])):
+            return True
+        first = min(self.read, default=None)
+        return first is not None and written_between(first.prev, before, self.read)
 
 
 def recover_gqa(call: SdpaCall, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall:
     """The call on grouped heads, if both key and value are repetitions of fewer heads; else the call itself.
 
-    Inserts at most views; the repetition is dead once the call is replaced.
+    Plans at most views; the repetition is dead once the call is replaced.
 
     Args:
         call: the call, on four dimensions.
@@ -91,15 +100,13 @@ def recover_gqa(call: SdpaCall, constants: Mapping[str, torch.Tensor] | None = N
     heads = val(call.query).shape[1]
     if not same_size(heads, val(call.key).shape[1]) and key.group > 1:
         return call
-    for origin in (key, value):
-        for start, readers in ((origin.chain[0], [origin.source, *origin.chain]), _with_first(origin.read)):
-            if start is not None and written_between(start.prev, call.node, readers):
-                return call
-    grouped = [origin.insert(call.node) for origin in (key, value)]
+    if any(origin.may_be_written(call.node) for origin in (key, value)):
+        return call
+    grouped = [origin.planned() for origin in (key, value)]
     return dataclasses.replace(call, key=grouped[0], value=grouped[1], enable_gqa=True)
 
 
-def origin_of(node: Node, constants: Mapping[str, torch.Tensor] | None = None) -> Origin | None:
+def origin_of(node: Value, constants: Mapping[str, torch.Tensor] | None = None) -> Origin | None:
     """What ``node`` ``[B, H, L, D]`` is a repetition of, along the heads and the batch; ``None`` if of nothing."""
     chain = [node]
     while (parent := moved_input(chain[-1])) is not None:
@@ -119,13 +126,7 @@ def origin_of(node: Node, constants: Mapping[str, torch.Tensor] | None = None) -
     return best
 
 
-def _with_first(nodes: Collection[Node]) -> tuple[Node | None, list[Node]]:
-    """Nodes of one graph, and the first of them in its order."""
-    listed = list(nodes)
-    return next((node for node in listed[0].graph.nodes if node in nodes), None) if listed else None, listed
-
-
-def origin_from(source: Node, chain: Sequence[Node], layout: Layout, read: Collection[Node] = ()) -> Origin | None:
+def origin_from(source: Value, chain: Sequence[Value], layout: Layout, read: Collection[Node] = ()) -> Origin | None:
     """Attention's operand of a layout; ``None`` if it is more than a repetition along the heads and the batch.
 
     Args:

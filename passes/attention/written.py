@@ -14,7 +14,6 @@ written to before the result is used.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -22,14 +21,13 @@ from torch.fx import Node
 from flashpte.passes.attention.masks.operators import constant_of
 from flashpte.passes.graph.layouts import Layouts, moved_input, regrouped
 from flashpte.passes.graph.values import aten_target, same_size, val
+from flashpte.passes.graph.views import Kind, kind_of, packet_of
 
 aten = torch.ops.aten
 
 _SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax, aten.special_softmax)
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
-_CASTS = (aten.to, aten._to_copy, aten.type_as)
 _DROPOUTS = (aten.dropout, aten.native_dropout, aten.feature_dropout)
-_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.view_copy)
 _CHECKS = (aten._assert_tensor_metadata, aten.sym_size, aten.full_like, aten.zeros_like)
 _CHOOSES = (aten.where, aten.masked_fill)
 # What a search for the products of an attention that is not taken goes through.
@@ -40,7 +38,7 @@ _BETWEEN = (
     *(aten.div_, aten.sub_, aten.tanh_, aten.masked_fill_, aten.pow, aten.sqrt, aten.abs, aten.relu),
     *_SOFTMAX,
     *_DROPOUTS,
-    *_CASTS,
+    *(aten.to, aten._to_copy, aten.type_as),
 )
 # In place, on scores that nothing else uses, an operator does the same.
 _IN_PLACE = {
@@ -115,11 +113,6 @@ def find_written(softmax: Node) -> Written | Unserved | None:
         return Unserved(result, f"written out; {failure}")
 
 
-def packet_of(node: Node) -> Any:
-    """The operator that a node calls, whatever its overload."""
-    return getattr(aten_target(node), "overloadpacket", None) if node.op == "call_function" else None
-
-
 def is_product(node: Node) -> bool:
     """Whether a node is a product of batches of matrices."""
     packet = packet_of(node)
@@ -190,7 +183,7 @@ class _Reader:
             packet, sides = _IN_PLACE[packet], (0,)
             self._dropped.append(node)
         source = args[0] if args else None
-        if isinstance(source, Node) and (packet in _CASTS or moved_input(node) is source):
+        if isinstance(source, Node) and (kind_of(node) is Kind.CAST or moved_input(node) is source):
             if not val(node).dtype.is_floating_point or val(node).dtype == torch.float64:
                 raise _NotTaken(f"its scores are cast to {val(node).dtype}")
             return source
@@ -256,7 +249,7 @@ class _Reader:
                 if packet is not aten.dropout or (user.args[1] != 0 and user.args[2]):
                     raise _NotTaken("it has dropout")
                 self._dropped.append(user)
-            elif packet in _CASTS and user.args[0] is node:
+            elif kind_of(user) is Kind.CAST and user.args[0] is node:
                 if not val(user).dtype.is_floating_point:
                     raise _NotTaken(f"its weights are cast to {val(user).dtype}")
             elif moved_input(user) is node:
@@ -290,7 +283,7 @@ class _Reader:
             view = next(iter(node.users)) if len(node.users) == 1 else None
             if (
                 view is None
-                or packet_of(view) not in _RESHAPES
+                or kind_of(view) is not Kind.RESHAPE
                 or not _same_sizes(val(view).shape[:-2], lead)
                 or not _same_sizes(val(view).shape[-2:], val(node).shape[-2:])
             ):
@@ -299,7 +292,7 @@ class _Reader:
         cast = next(iter(node.users)) if len(node.users) == 1 else None
         if (
             cast is not None
-            and packet_of(cast) in _CASTS
+            and kind_of(cast) is Kind.CAST
             and val(node).dtype == torch.float32
             and val(cast).dtype in (torch.bfloat16, torch.float16)
             and val(cast).device == val(node).device

@@ -17,18 +17,17 @@ from flashpte.passes.attention.call import SdpaCall
 from flashpte.passes.attention.forms import mask_source
 from flashpte.passes.attention.masks.operators import constant_of
 from flashpte.passes.attention.recover_gqa import Origin, origin_from
-from flashpte.passes.attention.written import Written, packet_of
+from flashpte.passes.attention.written import Written
 from flashpte.passes.graph.aliasing import written_between
-from flashpte.passes.graph.insert import call_before, size_argument
 from flashpte.passes.graph.layouts import Layout, Layouts, moved_input, regrouped
+from flashpte.passes.graph.planned import Value, nodes_of, planned, planned_size
 from flashpte.passes.graph.values import same_size, val
+from flashpte.passes.graph.views import packet_of
 
 aten = torch.ops.aten
 
 # From here on a number that a mask puts in place of scores is the minimum of its dtype, which other masks may add to.
 _MINIMUM = -1e38
-
-Masks = dict[tuple, Node]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +37,11 @@ class _Operand:
     dtype: torch.dtype
 
 
-def call_of(written: Written, masks: Masks, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall | str:
-    """The call that stands for ``written``, or in one sentence why there is none; inserts views and a mask.
+def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall | str:
+    """The call that stands for ``written``, on planned views and a planned mask; or in one sentence why there is none.
 
     Args:
         written: attention that is written out.
-        masks: the masks that were put together so far: layers share them.
         constants: the values of placeholders that no run of the program changes, by name.
     """
     query, key = written.scores.args[1:3] if packet_of(written.scores) is aten.baddbmm else written.scores.args[:2]
@@ -63,7 +61,7 @@ def call_of(written: Written, masks: Masks, constants: Mapping[str, torch.Tensor
     scale = found[0].factor * found[1].factor
     if found[2].factor != 1.0:
         return "written out; its values are scaled"
-    mask: Node | None = None
+    mask: Value | None = None
     kind = ""
     for step in written.steps:
         if step.kind == "scale":
@@ -74,19 +72,18 @@ def call_of(written: Written, masks: Masks, constants: Mapping[str, torch.Tensor
         if mask is not None and kind == "finite":
             return "written out; it has several masks, of which one hides scores by a finite number"
         assert step.tensor is not None
-        aligned = _aligned(node, step.tensor, masks)
-        mask, kind = _masked(node, mask, step.kind, aligned, step.number, step.flipped, masks, kind)
+        aligned = _aligned(node, step.tensor)
+        mask, kind = _masked(mask, step.kind, aligned, step.number, step.flipped, kind)
         if not kind:
             return "written out; it has several masks, of which one hides scores by a finite number"
     nodes = [operand.origin for operand in found]
-    readers = {node for origin in nodes for node in (origin.source, *origin.chain)}
+    readers = set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
     readers |= {step.tensor for step in written.steps if step.tensor is not None}
     first = next(known for known in node.graph.nodes if known in readers or known is written.scores)
     if written_between(first, node, readers):
         return "written out; what it reads may be written to before its result is made"
-    query, key, value = (origin.insert(node) for origin in nodes)
-    grouped = any(origin.group > 1 for origin in nodes)
-    return SdpaCall(node, query, key, value, mask, 0.0, False, scale, grouped)
+    q, k, v = (origin.planned() for origin in nodes)
+    return SdpaCall(node, q, k, v, mask, 0.0, False, scale, any(origin.group > 1 for origin in nodes))
 
 
 def _operand(
@@ -96,13 +93,12 @@ def _operand(
     chain, factors, same = [node], [1.0], set()
     while True:
         current = chain[-1]
-        source, factor = _unscaled(current)
-        if source is None and casts:
-            source = _upcast_source(current)
-        if source is not None:
+        unscaled, factor = _unscaled(current)
+        if unscaled is None and casts:
+            unscaled = _upcast_source(current)
+        if unscaled is not None:
             same.add(current)
-        else:
-            source = moved_input(current)
+        source = moved_input(current) if unscaled is None else unscaled
         if not isinstance(source, Node):
             break
         chain.append(source)
@@ -157,65 +153,59 @@ def _upcast_source(node: Node) -> Node | None:
     return source if val(source).dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _aligned(anchor: Node, mask: Node, masks: Masks) -> Node:
+def _aligned(anchor: Node, mask: Node) -> Value:
     """A mask of merged batches of heads ``[B * H, L, S]`` with the dimensions of the result."""
     lead = val(anchor).shape[:-2]
     source = mask_source(mask)
     if val(source).dim() != 3 or len(lead) < 2 or same_size(val(source).shape[0], 1) or _is_of_heads(source, lead):
         return mask
-    key = ("aligned", source, *(str(size) for size in lead))
-    if key not in masks:
-        rows = [size_argument(anchor, source, dim) for dim in (1, 2)]
-        heads = [size if isinstance(size, int) else -1 for size in lead]
-        masks[key] = call_before(anchor, aten.view.default, source, [*heads, *rows])
-    return masks[key]
+    rows = [planned_size(source, dim) for dim in (1, 2)]
+    heads = [size if isinstance(size, int) else -1 for size in lead]
+    return planned(aten.view.default, source, [*heads, *rows], near=source)
 
 
-def _is_of_heads(mask: Node, lead: Sequence[int | torch.SymInt]) -> bool:
+def _is_of_heads(mask: Value, lead: Sequence[int | torch.SymInt]) -> bool:
     """Whether a mask of three dimensions broadcasts along all leading dimensions but the heads."""
     return same_size(val(mask).shape[0], lead[-1]) and not all(same_size(size, 1) for size in lead[:-1])
 
 
 def _masked(
-    anchor: Node, mask: Node | None, kind: str, tensor: Node, number: float, flipped: bool, masks: Masks, before: str
-) -> tuple[Node, str]:
+    mask: Value | None, kind: str, tensor: Value, number: float, flipped: bool, before: str
+) -> tuple[Value, str]:
     """The mask with one more step, and ``"bool"``, ``"float"`` or ``"finite"``; ``""`` where there is no such mask."""
     source = mask_source(tensor)
-    key = (mask, kind, source, number, flipped)
     finite = kind == "keep" and number != float("-inf")
     after = "float" if kind == "add" or (mask is not None and before == "float") else "bool"
     if finite:
         after = "float" if number <= _MINIMUM else "finite"
         if after == "finite" and mask is not None and before == "float":
             return source, ""
-    if key not in masks:
-        masks[key] = _made(anchor, mask, kind, source, number, flipped, before)
-    return masks[key], after
+    return _planned_mask(mask, kind, source, number, flipped, before), after
 
 
-def _made(anchor: Node, mask: Node | None, kind: str, source: Node, number: float, flipped: bool, before: str) -> Node:
+def _planned_mask(mask: Value | None, kind: str, source: Value, number: float, flipped: bool, before: str) -> Value:
     device = val(source).device
 
-    def constant(value: float) -> Node:
-        return call_before(anchor, aten.full.default, [1], value, dtype=torch.float32, device=device, pin_memory=False)
+    def constant(value: float) -> Value:
+        return planned(aten.full.default, [1], value, near=source, dtype=torch.float32, device=device, pin_memory=False)
 
     if kind == "add":
         if mask is None:
             return source
         if before == "bool":
-            return call_before(anchor, aten.where.self, mask, source, constant(float("-inf")))
-        return call_before(anchor, aten.add.Tensor, mask, source)
-    shown = call_before(anchor, aten.logical_not.default, source) if flipped else source
+            return planned(aten.where.self, mask, source, constant(float("-inf")), near=source)
+        return planned(aten.add.Tensor, mask, source, near=source)
+    shown = planned(aten.logical_not.default, source, near=source) if flipped else source
     if number == float("-inf"):
         if mask is None:
             return shown
         if before == "bool":
-            return call_before(anchor, aten.logical_and.default, mask, shown)
-        return call_before(anchor, aten.where.self, shown, mask, constant(number))
+            return planned(aten.logical_and.default, mask, shown, near=source)
+        return planned(aten.where.self, shown, mask, constant(number), near=source)
     # A number that hides scores of float16 hides none of float32: only a row of nothing else tells, whatever it is.
     number = number if number <= _MINIMUM else torch.finfo(torch.float32).min
     if mask is None:
         mask = constant(0.0)
     elif before == "bool":
-        mask = call_before(anchor, aten.where.self, mask, constant(0.0), constant(float("-inf")))
-    return call_before(anchor, aten.where.self, shown, mask, constant(number))
+        mask = planned(aten.where.self, mask, constant(0.0), constant(float("-inf")), near=source)
+    return planned(aten.where.self, shown, mask, constant(number), near=source)

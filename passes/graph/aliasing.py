@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from flashpte.passes.graph.values import aten_target, is_edge
 
@@ -34,6 +35,24 @@ def storage_base(node: Node) -> Node:
     return node
 
 
+def whole(node: Node) -> Node:
+    """The node whose tensor ``node`` is, all of it: followed back through writing in place, not through views."""
+    while (parent := _same_tensor(node)) is not None:
+        node = parent
+    return node
+
+
+def written_placeholders(module: GraphModule) -> set[Node]:
+    """The placeholders of a graph whose memory it may write to, in a branch or region of it or itself."""
+    return {base for _, bases in written_by(module.graph) for base in bases if base.op == "placeholder"}
+
+
+def written_by(graph: Graph) -> list[tuple[Node, set[Node]]]:
+    """The nodes of a graph that may write to memory, each with the nodes that made it."""
+    writes = [(node, {storage_base(written) for written in _written(node)}) for node in graph.nodes]
+    return [(node, bases) for node, bases in writes if bases]
+
+
 class Writes:
     """The nodes of one graph that may write to memory, found once for many questions.
 
@@ -41,8 +60,7 @@ class Writes:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._writes = [(node, {storage_base(written) for written in _written(node)}) for node in graph.nodes]
-        self._writes = [(node, bases) for node, bases in self._writes if bases]
+        self._writes = written_by(graph)
 
     def to(self, node: Node) -> bool:
         """Whether the memory of ``node`` may be written to anywhere in the graph."""
@@ -105,7 +123,8 @@ def _aliased_argument(node: Node) -> Node | None:
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:
-        return node.args[0] if isinstance(node.args[0], Node) else None
+        given = node.args[0]
+        return _given_to_body(node, storage_base) or (given if isinstance(given, Node) else None)
     schema = _schema(node)
     if schema is None:
         return None
@@ -118,6 +137,29 @@ def _aliased_argument(node: Node) -> Node | None:
     return None
 
 
+def _same_tensor(node: Node) -> Node | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return _given_to_body(node, whole)
+    schema = _schema(node)
+    written = [] if schema is None or not schema.returns else list(_written(node))
+    return written[0] if len(written) == 1 else None
+
+
+def _given_to_body(item: Node, follow: Callable[[Node], Node]) -> Node | None:
+    """Of a result of a region the operand that it is, by what ``follow`` finds inside; ``None`` if it is none."""
+    caller, place = item.args[0], item.args[1]
+    bodies = _bodies(caller) if isinstance(caller, Node) else []
+    if len(bodies) != 1 or not isinstance(place, int):
+        return None
+    body, operands = bodies[0]
+    results = pytree.tree_leaves(body.graph.output_node().args[0])
+    inside = follow(results[place]) if place < len(results) and isinstance(results[place], Node) else None
+    outside = operands.get(inside) if inside is not None else None
+    return outside if isinstance(outside, Node) else None
+
+
 def _written(node: Node) -> Iterator[Node]:
     """Nodes whose memory ``node`` may write to."""
     if node.op != "call_function" or node.target is operator.getitem or aten_target(node) in _WRITE_NOTHING:
@@ -128,25 +170,45 @@ def _written(node: Node) -> Iterator[Node]:
             if argument.alias_info and argument.alias_info.is_write:
                 values = value if isinstance(value, (list, tuple)) else [value]
                 yield from (v for v in values if isinstance(v, Node))
-    elif node.target is torch.ops.higher_order.cond:
-        _, *branches, operands = node.args
-        yield from _written_by_bodies(node, branches, operands)
-    elif node.target in REGION_BODY:
-        place = REGION_BODY[node.target]
-        yield from _written_by_bodies(node, [node.args[place]], node.args[place + 1 :])
     elif isinstance(node.target, torch._ops.HigherOrderOperator):
-        # What its bodies write to is not looked into: anything they are given.
-        yield from (n for n in node.all_input_nodes if n.op != "get_attr")
+        bodies = _bodies(node)
+        for body, operands in bodies:
+            inside = written_placeholders(body)
+            yield from (n for p, n in operands.items() if isinstance(n, Node) and p in inside)
+        if not bodies:
+            # What it runs is not seen: it may write to anything that it is given.
+            yield from (n for n in node.all_input_nodes if n.op != "get_attr")
 
 
-def _written_by_bodies(caller: Node, bodies: Iterable[Any], operands: Any) -> Iterator[Node]:
-    """Operands of a ``torch.cond`` or a region whose memory one of its bodies may write to."""
-    assert caller.graph.owning_module is not None
-    assert isinstance(operands, (list, tuple))
-    for attribute in bodies:
-        assert isinstance(attribute, Node)
-        body = caller.graph.owning_module.get_submodule(str(attribute.target))
-        assert isinstance(body, GraphModule)
-        written = {storage_base(n) for inner in body.graph.nodes for n in _written(inner)}
+def _bodies(caller: Node) -> list[tuple[GraphModule, dict[Node, Any]]]:
+    """The graphs that a higher-order operator runs, with what it gives to each placeholder; none if that is not seen.
+
+    All such operators take the operands behind the graphs, in the order of their placeholders.
+    """
+    parent = caller.graph.owning_module
+    if not isinstance(caller.target, torch._ops.HigherOrderOperator) or parent is None:
+        return []
+    leaves = pytree.tree_leaves((list(caller.args), dict(caller.kwargs)))
+    graphs = [
+        (place, body)
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Node)
+        and leaf.op == "get_attr"
+        and isinstance(body := _attribute(parent, str(leaf.target)), GraphModule)
+    ]
+    if not graphs:
+        return []
+    operands = leaves[graphs[-1][0] + 1 :]
+    found = []
+    for _, body in graphs:
         inputs = body.graph.find_nodes(op="placeholder")
-        yield from (n for n, inside in zip(operands, inputs, strict=True) if isinstance(n, Node) and inside in written)
+        if len(inputs) != len(operands):
+            return []
+        found.append((body, dict(zip(inputs, operands, strict=True))))
+    return found
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module

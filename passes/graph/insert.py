@@ -6,44 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from flashpte.passes.graph.values import is_edge
+from flashpte.passes.graph.views import VIEW_COPIES
 
-# The edge dialect has no views: it spells them as copies, which lowering turns back into views.
-_EDGE_NAMES = {
-    torch.ops.aten.unsqueeze.default: torch.ops.aten.unsqueeze_copy.default,
-    torch.ops.aten.select.int: torch.ops.aten.select_copy.int,
-    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_copy.Tensor,
-    torch.ops.aten.permute.default: torch.ops.aten.permute_copy.default,
-    torch.ops.aten.expand.default: torch.ops.aten.expand_copy.default,
-    torch.ops.aten.squeeze.dims: torch.ops.aten.squeeze_copy.dims,
-    torch.ops.aten.view.default: torch.ops.aten.view_copy.default,
-}
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
-
-
-def call_before(anchor: Node, op: Any, *args: Any, **kwargs: Any) -> Node:
-    """Inserts ``op(*args, **kwargs)`` before ``anchor`` and computes its metadata.
-
-    Args:
-        anchor: the node to insert before; also decides the dialect and gives the new node its provenance.
-        op: an ATen or ``flashpte`` operator overload.
-        args, kwargs: nodes and constants.
-
-    Returns:
-        The new node, with ``meta["val"]`` set by running ``op`` on fake tensors.
-    """
-    fake_args = pytree.tree_map_only(Node, lambda n: n.meta["val"], args)
-    # Without a tensor among the arguments, the anchor's mode.
-    fake_mode = detect_fake_mode([*fake_args, anchor.meta.get("val")])
-    if fake_mode is None:
-        raise ValueError(f"the arguments of {op} carry no fake tensors; run the pass on an exported program")
-    with fake_mode:
-        value = op(*fake_args, **kwargs)
-    return insert_before(anchor, _in_dialect(anchor, op), args, value, kwargs)
 
 
 def insert_before(
@@ -57,13 +25,14 @@ def insert_before(
     return node
 
 
-def _in_dialect(anchor: Node, op: Any) -> Any:
-    """The operator overload as the dialect of ``anchor`` spells it."""
-    if not is_edge(anchor):
+def in_dialect(anchor: Node, op: Any) -> Any:
+    """The operator overload as the dialect of ``anchor`` spells it; a Python operator is spelled alike in all."""
+    if not is_edge(anchor) or not isinstance(op, torch._ops.OpOverload):
         return op
     from executorch.exir.dialects._ops import ops as exir_ops
 
-    op = _EDGE_NAMES.get(op, op)
+    # The edge dialect has no views: it spells them as copies, which lowering turns back into views.
+    op = VIEW_COPIES.get(op, op)
     namespace, name = op._schema.name.split("::")
     return getattr(getattr(getattr(exir_ops.edge, namespace), name), op._overloadname)
 
@@ -75,12 +44,3 @@ def keep_names(before: Graph, after: Graph) -> None:
     """
     for old, new in zip(before.nodes, after.nodes, strict=True):
         new.name = old.name
-
-
-def size_argument(anchor: Node, tensor: Node, dim: int) -> int | Node:
-    """A size of ``tensor`` as an argument: the number itself, or a node that reads it where it is dynamic."""
-    size = tensor.meta["val"].shape[dim]
-    dim %= tensor.meta["val"].dim()
-    if isinstance(size, int):
-        return size
-    return insert_before(anchor, torch.ops.aten.sym_size.int, (tensor, dim), size)

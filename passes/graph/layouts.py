@@ -18,47 +18,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from flashpte.passes.graph.planned import Value
 from flashpte.passes.graph.values import aten_target, same_size, val
+from flashpte.passes.graph.views import Kind, kind_of, packet_of
 
 aten = torch.ops.aten
 Size = int | torch.SymInt
 
+# What keeps entries, each in one place or several. A selected entry has no dimension that a layout could name.
+_MOVING = frozenset(Kind) - {Kind.JOIN, Kind.SPLIT, Kind.SELECT}
+
 # The largest index that is computed while the program is rewritten.
 _MAX_INDEX = 65536
-
-_COPIES = (
-    aten.clone,
-    aten.contiguous,
-    aten.alias,
-    aten.alias_copy,
-    aten.detach,
-    aten.detach_,
-    aten.detach_copy,
-    aten.lift_fresh_copy,
-    aten.positive,
-)
-_CASTS = (aten.to, aten._to_copy)
-_RESHAPES = (
-    aten.view,
-    aten.view_copy,
-    aten.reshape,
-    aten._unsafe_view,
-    aten._reshape_copy,
-    aten.flatten,
-    aten.unflatten,
-    aten.squeeze,
-    aten.squeeze_copy,
-    aten.unsqueeze,
-    aten.unsqueeze_copy,
-    aten.view_as,
-    aten.reshape_as,
-)
-_EXPANDS = (aten.expand, aten.expand_copy, aten.expand_as, aten.broadcast_to)
-_REPEATS = (aten.repeat, aten.tile)
-_PERMUTES = (aten.permute, aten.permute_copy)
-_TRANSPOSES = (aten.transpose, aten.transpose_copy, aten.swapaxes, aten.swapdims)
-_SLICES = (aten.slice, aten.slice_copy, aten.narrow, aten.narrow_copy)
-_JOINS = (aten.stack, aten.cat, aten.concat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +49,22 @@ def identity(shape: Sequence[Size]) -> Layout:
     return tuple(() if same_size(size, 1) else (Factor(size, dim),) for dim, size in enumerate(shape))
 
 
-def moved_input(node: Node) -> Node | None:
+def moved_input(node: Value) -> Value | None:
     """The one tensor whose entries ``node`` holds in another place, or ``None``."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    packet = getattr(aten_target(node), "overloadpacket", None)
-    if packet in _JOINS:
+    kind = kind_of(node)
+    if kind is Kind.JOIN:
         joined = node.args[0]
         assert isinstance(joined, (list, tuple))
         source = joined[0] if all(given is joined[0] for given in joined) else None
-        return source if isinstance(source, Node) else None
-    source = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        return source if isinstance(source, Value) else None
+    source = node.args[0] if node.args and isinstance(node.args[0], Value) else None
     if source is None or not isinstance(source.meta.get("val"), torch.Tensor):
         return None
     if val(source).dtype != val(node).dtype or val(source).device != val(node).device:
         return None
-    if packet in _CASTS or getattr(aten_target(node), "__name__", "") == "_to_dim_order_copy.default":
-        return source
-    known = (*_COPIES, *_RESHAPES, *_EXPANDS, *_PERMUTES, *_TRANSPOSES, *_SLICES)
-    others = (aten.t, aten.t_copy, *_REPEATS, aten.repeat_interleave, aten.index, aten.index_select)
-    return source if packet in (*known, *others) else None
+    return source if kind in _MOVING else None
 
 
 class Layouts:
@@ -112,7 +79,7 @@ class Layouts:
         self.read: set[Node] = set()
         """Nodes whose values were computed to find layouts: they must not be written to."""
 
-    def through(self, source: Node, chain: Sequence[Node], same: Collection[Node] = ()) -> Layout | None:
+    def through(self, source: Value, chain: Sequence[Value], same: Collection[Value] = ()) -> Layout | None:
         """The layout of the last node of ``chain``, which starts behind ``source``; ``same`` of them move nothing."""
         layout: Layout | None = identity(val(source).shape)
         for node in chain:
@@ -120,36 +87,35 @@ class Layouts:
                 layout = self.after(node, layout)
         return layout
 
-    def after(self, node: Node, layout: Layout) -> Layout | None:
+    def after(self, node: Value, layout: Layout) -> Layout | None:
         """The layout of ``node``, given that of its :func:`moved_input`; ``None`` where it is not known."""
-        packet = getattr(aten_target(node), "overloadpacket", None)
-        source = moved_input(node)
+        kind, source = kind_of(node), moved_input(node)
         assert source is not None
         before, after = val(source).shape, val(node).shape
-        if packet in _RESHAPES:
+        if kind is Kind.RESHAPE:
             return regrouped(layout, after)
-        if packet in _EXPANDS:
+        if kind is Kind.EXPAND:
             return _expanded(layout, after)
-        if packet in _PERMUTES:
+        if kind is Kind.PERMUTE:
             order = node.args[1]
             assert isinstance(order, (list, tuple))
-            return tuple(layout[int(dim)] for dim in order)  # type: ignore[arg-type]
-        if packet in _TRANSPOSES or packet in (aten.t, aten.t_copy):
+            return tuple(layout[int(dim)] for dim in order)
+        if kind is Kind.TRANSPOSE:
             return _transposed(layout, node)
-        if packet in _REPEATS:
+        if kind is Kind.REPEAT:
             return _repeated(layout, node.args[1], after)
-        if packet is aten.repeat_interleave:
+        if kind is Kind.INTERLEAVE:
             return _interleaved(layout, node)
-        if packet in _JOINS:
-            return _joined(layout, node, packet is aten.stack)
-        if packet in (aten.index, aten.index_select):
+        if kind is Kind.JOIN:
+            return _joined(layout, node, packet_of(node) is aten.stack)
+        if kind is Kind.INDEX:
             return self._picked(layout, node)
         same = len(before) == len(after) and all(same_size(a, b) for a, b in zip(before, after, strict=True))
         return layout if same else None
 
-    def _picked(self, layout: Layout, node: Node) -> Layout | None:
+    def _picked(self, layout: Layout, node: Value) -> Layout | None:
         """``index`` along one dimension, by a vector that repeats each entry as often, in order."""
-        if aten_target(node).overloadpacket is aten.index_select:
+        if packet_of(node) is aten.index_select:
             dim, index = node.args[1], node.args[2]
         else:
             indices = node.args[1]
@@ -188,7 +154,7 @@ class Layouts:
             return self._constants.get(node.name)
         target = aten_target(node)
         if target is aten.detach_.default:
-            return self._constant(node.args[0]) if isinstance(node.args[0], Node) else None
+            return self._constant(node.args[0]) if isinstance(node.args[0], Value) else None
         if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
             return None
         if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
@@ -281,7 +247,7 @@ def _expanded(layout: Layout, sizes: Sequence[Size]) -> Layout | None:
     return tuple(result)
 
 
-def _transposed(layout: Layout, node: Node) -> Layout | None:
+def _transposed(layout: Layout, node: Value) -> Layout | None:
     dims = list(layout)
     if len(dims) < 2:
         return layout
@@ -299,7 +265,7 @@ def _repeated(layout: Layout, repeats: Any, sizes: Sequence[Size]) -> Layout | N
     padded = [()] * (len(repeats) - len(layout)) + list(layout)
     result = []
     for factors, times, size in zip(padded, repeats, sizes, strict=True):
-        if isinstance(times, Node):
+        if isinstance(times, Value):
             if factors:
                 return None
             times = size
@@ -307,7 +273,7 @@ def _repeated(layout: Layout, repeats: Any, sizes: Sequence[Size]) -> Layout | N
     return tuple(result)
 
 
-def _interleaved(layout: Layout, node: Node) -> Layout | None:
+def _interleaved(layout: Layout, node: Value) -> Layout | None:
     given = dict(zip(("self", "repeats", "dim"), node.args, strict=False)) | dict(node.kwargs)
     times, dim = given.get("repeats"), given.get("dim")
     if not isinstance(times, int) or not isinstance(dim, int):
@@ -315,7 +281,7 @@ def _interleaved(layout: Layout, node: Node) -> Layout | None:
     return _with_inner(layout, dim % len(layout), times)
 
 
-def _joined(layout: Layout, node: Node, stacked: bool) -> Layout | None:
+def _joined(layout: Layout, node: Value, stacked: bool) -> Layout | None:
     """``stack`` or ``cat`` of one tensor several times."""
     tensors = node.args[0]
     assert isinstance(tensors, (list, tuple))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -14,12 +14,32 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 Ranges = Mapping[sympy.Symbol, ValueRanges]
 
 
-def is_edge(node: Node) -> bool:
+class Described(Protocol):
+    """A node, or a planned one: a call and what it gives."""
+
+    @property
+    def op(self) -> str:
+        """``"call_function"`` for a call."""
+
+    @property
+    def target(self) -> Any:
+        """What is called."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """``meta["val"]`` is the fake result."""
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+
+
+def is_edge(node: Described) -> bool:
     """Whether the node is in ExecuTorch's edge dialect, where every operator is wrapped."""
     return node.op == "call_function" and type(node.target).__name__ == "EdgeOpOverload"
 
 
-def aten_target(node: Node) -> Any:
+def aten_target(node: Described) -> Any:
     """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
     target: Any = node.target
     return target._op if is_edge(node) else target
@@ -88,7 +108,7 @@ def module_path(node: Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']").replace("slice(None, None, None)", "")
 
 
-def val(node: Node) -> torch.Tensor:
+def val(node: Described) -> torch.Tensor:
     """The fake tensor that describes a node's result.
 
     Raises:

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from flashpte.passes.attention.masks.constants import Constants
 from flashpte.passes.attention.masks.numbers import Numbers
 from flashpte.passes.attention.masks.operands import Path, is_cast, view_source
+from flashpte.passes.graph.planned import Value
 from flashpte.passes.graph.values import aten_target, val
 
 
@@ -18,7 +18,7 @@ from flashpte.passes.graph.values import aten_target, val
 class Choice:
     """A node with two values: ``true`` where the bool ``condition``, seen through ``path``, is true, else ``false``."""
 
-    condition: Node
+    condition: Value
     path: Path
     true: torch.Tensor
     false: torch.Tensor
@@ -31,14 +31,14 @@ class Choices(Numbers):
         super().__init__(kv_len, constants)
         self._choices: dict[tuple, Choice | None] = {}
 
-    def choice(self, node: Node, path: Path) -> Choice | None:
+    def choice(self, node: Value, path: Path) -> Choice | None:
         """The two values of a node; of a bool that is no function of another, true and false."""
         derived = self.derived_choice(node, path)
         if derived is None and val(node).dtype == torch.bool:
             derived = Choice(node, path, _entry(True, node), _entry(False, node))
         return derived
 
-    def derived_choice(self, node: Node, path: Path) -> Choice | None:
+    def derived_choice(self, node: Value, path: Path) -> Choice | None:
         """The two values of a node that is computed from a bool and constants, each entry from one entry."""
         key = (node, path)
         if key not in self._choices:
@@ -47,7 +47,7 @@ class Choices(Numbers):
                 self.visited.add(node)
         return self._choices[key]
 
-    def _evaluated(self, node: Node, path: Path) -> Choice | None:
+    def _evaluated(self, node: Value, path: Path) -> Choice | None:
         source = view_source(node)
         if source is not None:
             inner = self.choice(source, (node, *path))
@@ -60,15 +60,15 @@ class Choices(Numbers):
             and torch.Tag.pointwise in target.tags
             and torch.Tag.nondeterministic_seeded not in target.tags
             and not target._schema.is_mutable
-            and not any(isinstance(leaf, Node) for leaf in node.kwargs.values())
+            and not any(isinstance(leaf, Value) for leaf in node.kwargs.values())
         ):
             given = list(node.args)
         else:
             return None
         known: list[tuple[Any, Any]] = []
-        condition: tuple[Node, Path] | None = None
+        condition: tuple[Value, Path] | None = None
         for argument in given:
-            if not isinstance(argument, Node):
+            if not isinstance(argument, Value):
                 known.append((argument, argument))
                 continue
             if not isinstance(argument.meta.get("val"), torch.Tensor):
@@ -94,7 +94,7 @@ class Choices(Numbers):
         return Choice(*condition, *values)
 
 
-def _entry(value: Any, node: Node) -> torch.Tensor:
+def _entry(value: Any, node: Value) -> torch.Tensor:
     """One entry of a node, as a tensor that takes part in type promotion as the node does."""
     shape = (1,) if val(node).dim() else ()
     return torch.as_tensor(value).to("cpu", val(node).dtype).reshape(shape)

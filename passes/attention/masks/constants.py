@@ -7,26 +7,17 @@ form that a proof needs, so that a triangle with one bit flipped is none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch._subclasses import FakeTensor
-from torch.export import ExportedProgram
-from torch.fx import Node
 
-from flashpte.passes.graph.aliasing import Writes
+from flashpte.passes.graph.constants import Constant
+from flashpte.passes.graph.planned import Value
 
 # Entries looked at: a triangle of 16,384 positions.
 MAX_ENTRIES = 2**28
 # Entries compared at a time.
 _CHUNK = 2**22
-
-
-class Constant(NamedTuple):
-    """What a placeholder holds; ``buffer``: a buffer of the module, which other methods of it may still write to."""
-
-    tensor: torch.Tensor
-    buffer: bool
 
 
 class Constants:
@@ -40,7 +31,7 @@ class Constants:
         self._only_entries: dict[str, int | float | bool | None] = {}
         self._bands: dict[str, tuple[int | None, int | None, float] | None] = {}
 
-    def tensor(self, node: Node) -> torch.Tensor | None:
+    def tensor(self, node: Value) -> torch.Tensor | None:
         """The content of a node, if it is constant and can be looked at."""
         if node.op != "placeholder" or node.name not in self._tensors:
             return None
@@ -50,7 +41,7 @@ class Constants:
         readable = tensor.device.type not in ("meta",) and 0 < tensor.numel() <= MAX_ENTRIES
         return tensor.detach() if readable and tensor.layout is torch.strided else None
 
-    def only_entry(self, node: Node) -> int | float | bool | None:
+    def only_entry(self, node: Value) -> int | float | bool | None:
         """The number that every entry of a constant has, or ``None``."""
         if node.op != "placeholder" or node.name not in self._tensors or self._tensors[node.name].buffer:
             return None
@@ -59,7 +50,7 @@ class Constants:
             self._only_entries[node.name] = None if tensor is None else _only_entry(tensor)
         return self._only_entries[node.name]
 
-    def band(self, node: Node) -> tuple[int | None, int | None, float] | None:
+    def band(self, node: Value) -> tuple[int | None, int | None, float] | None:
         """``(least, most, other)``: an entry is true (0 in a float mask) where ``least <= column - row <= most``.
 
         A side that cuts nothing off is ``None``; ``other`` is the float mask's entry elsewhere. ``None``: the constant
@@ -71,25 +62,6 @@ class Constants:
             tensor = self.tensor(node)
             self._bands[node.name] = None if tensor is None else _band(tensor)
         return self._bands[node.name]
-
-
-def constant_tensors(program: ExportedProgram) -> dict[str, Constant]:
-    """Tensors of a program that are the same in every call, by placeholder: constants, and buffers it does not write.
-
-    Parameters are not among them, and buffers are, persistent or not: what is loaded into a program later, or written
-    by another method that shares the buffer, must be what it was exported with.
-    """
-    signature = program.graph_signature
-    writes = Writes(program.graph)
-    tensors: dict[str, Constant] = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        name = signature.inputs_to_buffers.get(node.name) or signature.inputs_to_lifted_tensor_constants.get(node.name)
-        if name is None or name in signature.buffers_to_mutate.values() or writes.to(node):
-            continue
-        tensor = program.state_dict.get(name, program.constants.get(name))
-        if isinstance(tensor, torch.Tensor):
-            tensors[node.name] = Constant(tensor, node.name in signature.inputs_to_buffers)
-    return tensors
 
 
 def _only_entry(tensor: torch.Tensor) -> int | float | bool | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from flashpte.passes.attention.masks.constants import Constants
 from flashpte.passes.attention.masks.operands import (
@@ -32,7 +31,7 @@ from flashpte.passes.attention.masks.operators import (
     constant_of,
 )
 from flashpte.passes.attention.masks.terms import Between, Constraint, Sum
-from flashpte.passes.graph.insert import call_before, size_argument
+from flashpte.passes.graph.planned import Value, planned, planned_size
 from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
@@ -54,7 +53,7 @@ class Numbers:
     def __init__(self, kv_len: int | torch.SymInt, constants: Constants) -> None:
         self._kv_len = kv_len
         self._constants = constants
-        self.visited: set[Node] = set()
+        self.visited: set[Value] = set()
         # Results by node and path: a graph may use one node many times.
         self._sums: dict[tuple, Sum] = {}
 
@@ -62,7 +61,7 @@ class Numbers:
         """The number that every entry of an argument has, if it is known."""
         return constant_of(value, self.visited, self._constants)
 
-    def seen_through(self, node: Node, path: Path) -> Operand | None:
+    def seen_through(self, node: Value, path: Path) -> Operand | None:
         """The operand, if it has a place in a mask; what its views read is looked at, too."""
         operand = Operand.through(node, path)
         if operand is None or operand.varies_in(HEAD_AXIS) or operand.value.dim() > BATCH_AXIS + 1:
@@ -85,7 +84,7 @@ class Numbers:
         return [self._constraint(name, side + self.sum(b, path).times(-1)) for side in sides]
 
     def _inside_abs(self, value: Any, path: Path) -> Sum | None:
-        while isinstance(value, Node) and val(value).dtype == torch.int64:
+        while isinstance(value, Value) and val(value).dtype == torch.int64:
             self.visited.add(value)
             if aten_target(value) is aten.abs.default:
                 return self.sum(value.args[0], path)
@@ -118,7 +117,7 @@ class Numbers:
         """An integer argument of a comparison as a sum of operands."""
         if isinstance(value, int):
             return Sum((), int(value))
-        if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+        if not isinstance(value, Value) or not isinstance(value.meta.get("val"), torch.Tensor):
             raise ProofFailed(f"it compares with {value}")
         if val(value).dtype not in INTEGERS:
             raise ProofFailed(f"it compares {val(value).dtype}")
@@ -130,7 +129,7 @@ class Numbers:
             self._sums[key] = self._sum_of_node(value, path)
         return self._sums[key]
 
-    def _sum_of_node(self, value: Node, path: Path) -> Sum:
+    def _sum_of_node(self, value: Value, path: Path) -> Sum:
         self.visited.add(value)
         operand = self.seen_through(value, path)
         # What belongs to rows is taken as it is; keys are followed down, so that equal numbers are found equal.
@@ -143,7 +142,7 @@ class Numbers:
                 raise
             return Sum(((operand, 1),))
 
-    def _sum_of_operator(self, node: Node, path: Path) -> Sum:
+    def _sum_of_operator(self, node: Value, path: Path) -> Sum:
         target, args = aten_target(node), arguments(node)
         arithmetic = not node.kwargs and val(node).dtype == torch.int64
         if target in ADD and arithmetic and len(args) == 2:
@@ -166,7 +165,7 @@ class Numbers:
             return Sum(((KEY_INDEX, 1),), start)
         raise ProofFailed(f"its part {node.name} varies with row and key")
 
-    def _first_index(self, node: Node, path: Path) -> int | None:
+    def _first_index(self, node: Value, path: Path) -> int | None:
         """``s`` if the node, seen through ``path``, is ``s, s + 1, ...`` over all keys."""
         target, args = aten_target(node), arguments(node)
         operand = Operand.through(node, path)
@@ -185,14 +184,14 @@ class Numbers:
         whole = same_size(operand.value.shape[0], self._kv_len)
         return start if isinstance(start, int) and step == 1 and whole else None
 
-    def triangle(self, node: Node, path: Path, negated: bool) -> list[Constraint]:
+    def triangle(self, node: Value, path: Path, negated: bool) -> list[Constraint]:
         """Where ``tril`` or ``triu`` keeps entries (drops them, if ``negated``)."""
         args = arguments(node)
         diagonal = args[1] if len(args) > 1 else 0
         comparison = "le" if aten_target(node) in TRIL else "ge"
-        return self._distance(node, args[0], comparison, diagonal, path, negated)
+        return self._distance(args[0], comparison, diagonal, path, negated)
 
-    def band(self, node: Node, path: Path, negated: bool) -> list[Constraint] | None:
+    def band(self, node: Value, path: Path, negated: bool) -> list[Constraint] | None:
         """Where a constant is true, or 0 (is not, if ``negated``); ``None`` if it is no band around a diagonal."""
         band = self._constants.band(node)
         if band is None:
@@ -200,26 +199,22 @@ class Numbers:
         bounds = [(name, bound) for name, bound in zip(("ge", "le"), band[:2], strict=True) if bound is not None]
         if negated and len(bounds) != 1:
             return None
-        # Beside the node that reads it: nothing comes before a placeholder but placeholders.
-        anchor = min(node.users)
-        found = [self._distance(anchor, node, name, bound, path, negated) for name, bound in bounds]
+        found = [self._distance(node, name, bound, path, negated) for name, bound in bounds]
         return [constraint for constraints in found for constraint in constraints]
 
-    def band_fill(self, node: Node) -> float:
+    def band_fill(self, node: Value) -> float:
         """What a float constant that is a band holds elsewhere."""
         band = self._constants.band(node)
         assert band is not None
         return band[2]
 
-    def _distance(
-        self, anchor: Node, matrix: Node, name: str, bound: Any, path: Path, negated: bool
-    ) -> list[Constraint]:
+    def _distance(self, matrix: Value, name: str, bound: Any, path: Path, negated: bool) -> list[Constraint]:
         """``column - row`` of the last two dimensions of ``matrix``, compared with ``bound``."""
-        options = {"device": val(matrix).device, "pin_memory": False}
-        sizes = [size_argument(anchor, matrix, dim) for dim in (-2, -1)]
-        numbers = [call_before(anchor, aten.arange.start_step, 0, size, 1, **options) for size in sizes]
-        rows = call_before(anchor, aten.unsqueeze.default, numbers[0], 1)
-        offset = call_before(anchor, aten.add.Tensor, rows, bound)
+        options: dict[str, Any] = {"device": val(matrix).device, "pin_memory": False, "near": matrix}
+        sizes = [planned_size(matrix, dim) for dim in (-2, -1)]
+        numbers = [planned(aten.arange.start_step, 0, size, 1, **options) for size in sizes]
+        rows = planned(aten.unsqueeze.default, numbers[0], 1, near=matrix)
+        offset = planned(aten.add.Tensor, rows, bound, near=matrix)
         return self.comparison(name, numbers[1], offset, path, negated)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from flashpte.passes.attention.masks.constants import Constants
 from flashpte.passes.attention.masks.operands import is_cast, view_source
+from flashpte.passes.graph.planned import Value
 from flashpte.passes.graph.values import aten_target, val
 
 aten = torch.ops.aten
@@ -52,19 +52,19 @@ CONSTANTS = {
 }
 
 
-def constant_of(value: Any, looked_at: set[Node], constants: Constants | None = None) -> int | float | bool | None:
+def constant_of(value: Any, looked_at: set[Value], constants: Constants | None = None) -> int | float | bool | None:
     """The number that every entry of an argument has, if the graph says so; adds the nodes that say it.
 
     ``constants`` are the tensors whose content is known; without them, what the graph itself writes is.
     """
     constants = constants or Constants()
     chain = []
-    while isinstance(value, Node) and aten_target(value) not in CONSTANTS and constants.only_entry(value) is None:
+    while isinstance(value, Value) and aten_target(value) not in CONSTANTS and constants.only_entry(value) is None:
         if view_source(value) is None and not is_cast(value):
             return None
         chain.append(value)
         value = value.args[0]
-    if not isinstance(value, Node):
+    if not isinstance(value, Value):
         return value if isinstance(value, (int, float, bool)) and not chain else None
     number = constants.only_entry(value)
     if number is None:
@@ -85,8 +85,8 @@ def constant_of(value: Any, looked_at: set[Node], constants: Constants | None = 
 
 def compared_exactly(a: Any, b: Any) -> bool:
     """Whether a comparison's common dtype holds every value of both sides."""
-    values = [val(v) if isinstance(v, Node) and isinstance(v.meta.get("val"), torch.Tensor) else v for v in (a, b)]
-    if any(isinstance(v, Node) for v in values):
+    values = [val(v) if isinstance(v, Value) and isinstance(v.meta.get("val"), torch.Tensor) else v for v in (a, b)]
+    if any(isinstance(v, Value) for v in values):
         return False
     common = torch.result_type(*values)
     if common == torch.int64 or common not in INTEGERS:

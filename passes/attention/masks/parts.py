@@ -9,15 +9,15 @@ import torch
 from torch.fx import Node
 
 from flashpte.passes.attention.masks.operands import Path, Placed, arguments
-from flashpte.passes.graph.insert import call_before, insert_before, size_argument
+from flashpte.passes.graph.planned import Planned, Value, planned, planned_size
 from flashpte.passes.graph.values import aten_target, same_size, val
 
 aten = torch.ops.aten
 
-Size = int | Node
+Size = int | Value
 
 
-def parts_of(node: Node, path: Path) -> list[tuple[Node, Path, list[Node]]] | None:
+def parts_of(node: Value, path: Path) -> list[tuple[Value, Path, list[Value]]] | None:
     """The parts of a concatenation seen through ``path``, or ``None`` if the node is none.
 
     Returns:
@@ -39,11 +39,11 @@ def parts_of(node: Node, path: Path) -> list[tuple[Node, Path, list[Node]]] | No
     positions = None
     parts = []
     for i, tensor in enumerate(tensors):
-        before, end, after = (_total(node, some) for some in (sizes[:i], sizes[: i + 1], sizes[i + 1 :]))
+        before, end, after = (_total(some) for some in (sizes[:i], sizes[: i + 1], sizes[i + 1 :]))
         placed = (Placed(rank, dim, before, after), *path)
         beside = []
         if len(tensors) > 1 and positions is None:
-            positions = _positions(node, _total(node, sizes), rank - 1 - dim)
+            positions = _positions(node, _total(sizes), rank - 1 - dim)
         if i > 0:
             beside.append(_compared(node, "lt", positions, before))
         if i + 1 < len(tensors):
@@ -52,43 +52,42 @@ def parts_of(node: Node, path: Path) -> list[tuple[Node, Path, list[Node]]] | No
     return parts
 
 
-def _size(anchor: Node, tensor: Node, dim: int) -> Size:
+def _size(anchor: Value, tensor: Value, dim: int) -> Size:
     """A size that, if possible, does not keep ``tensor`` in the program: an earlier node may be the same number."""
     size = val(tensor).shape[dim]
     if isinstance(size, int):
         return size
-    for node in anchor.graph.nodes:
+    for node in anchor.graph.nodes if isinstance(anchor, Node) else ():
         if node is anchor:
             break
         if isinstance(node.meta.get("val"), torch.SymInt) and same_size(node.meta["val"], size):
             return node
-    return size_argument(anchor, tensor, dim)
+    return planned_size(tensor, dim)
 
 
-def _total(anchor: Node, sizes: list[Size]) -> Size:
+def _total(sizes: list[Size]) -> Size:
     number = sum(size for size in sizes if isinstance(size, int))
     total: Size = number
-    for node in (size for size in sizes if isinstance(size, Node)):
+    for value in (size for size in sizes if not isinstance(size, int)):
         if isinstance(total, int) and total == 0:
-            total = node
+            total = value
             continue
-        value = (total.meta["val"] if isinstance(total, Node) else total) + node.meta["val"]
-        total = insert_before(anchor, operator.add, (total, node), value)
+        result = (total if isinstance(total, int) else total.meta["val"]) + value.meta["val"]
+        total = Planned(operator.add, (total, value), {}, result)
     return total
 
 
-def _positions(anchor: Node, total: Size, following: int) -> Node:
-    options = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
-    positions = call_before(anchor, aten.arange.start_step, 0, total, 1, **options)
+def _positions(anchor: Value, total: Size, following: int) -> Value:
+    options: dict[str, Any] = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
+    positions = planned(aten.arange.start_step, 0, total, 1, near=anchor, **options)
     for _ in range(following):
-        positions = call_before(anchor, aten.unsqueeze.default, positions, -1)
+        positions = planned(aten.unsqueeze.default, positions, -1, near=anchor)
     return positions
 
 
-def _compared(anchor: Node, name: str, positions: Any, number: Size) -> Node:
+def _compared(anchor: Value, name: str, positions: Any, number: Size) -> Value:
     if isinstance(number, int):
-        return call_before(anchor, getattr(aten, name).Scalar, positions, number)
-    options = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
-    return call_before(
-        anchor, getattr(aten, name).Tensor, positions, call_before(anchor, aten.full.default, [1], number, **options)
-    )
+        return planned(getattr(aten, name).Scalar, positions, number, near=anchor)
+    options: dict[str, Any] = {"dtype": torch.int64, "device": val(anchor).device, "pin_memory": False}
+    one = planned(aten.full.default, [1], number, near=anchor, **options)
+    return planned(getattr(aten, name).Tensor, positions, one, near=anchor)

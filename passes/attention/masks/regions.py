@@ -11,14 +11,14 @@ writes to is memory of what it is computed from.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.fx import GraphModule, Node
 
 from flashpte.passes.attention.call import SdpaCall, find_sdpa
-from flashpte.passes.attention.masks.constants import Constant
 from flashpte.passes.graph.aliasing import REGION_BODY, Writes, computed_from, is_in_place, storage_base
+from flashpte.passes.graph.constants import Constant
 from flashpte.passes.graph.dead_code import eliminate_dead_code
 from flashpte.passes.graph.values import aten_target
 
@@ -155,7 +155,7 @@ def _masks_of(node: Node) -> list[Node]:
     if aten_target(node) is not torch.ops.aten.scaled_dot_product_attention.default:
         return []
     mask = SdpaCall.from_node(node).mask
-    return [] if mask is None else [mask]
+    return [mask] if isinstance(mask, Node) else []
 
 
 def _is_pure(node: Node, caller: Node) -> bool:
@@ -169,7 +169,7 @@ def _is_pure(node: Node, caller: Node) -> bool:
     return not changed and not is_in_place(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
-def region_constants(region: Region, outer: dict[str, Constant]) -> dict[str, Constant]:
+def region_constants(region: Region, outer: Mapping[str, Constant]) -> dict[str, Constant]:
     """Constants of the parent's graph, by the names of the placeholders that stand for them inside."""
     return {
         placeholder.name: outer[given.name]

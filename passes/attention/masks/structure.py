@@ -20,7 +20,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
 
 from flashpte.passes.attention.masks.alternatives import Constraint, NoConjunction, either
 from flashpte.passes.attention.masks.choices import Choices
@@ -30,13 +29,14 @@ from flashpte.passes.attention.masks.operands import KEY_AXIS, ROW_AXIS, Path, a
 from flashpte.passes.attention.masks.operators import ADD, AND, COMPARISONS, FILL, MUL, NOT, OR, TRIL, TRIU, WHERE
 from flashpte.passes.attention.masks.parts import parts_of
 from flashpte.passes.attention.masks.terms import Between, Bound, Extreme, Flag, Number, Structure
+from flashpte.passes.graph.planned import Value, nodes_of
 from flashpte.passes.graph.values import aten_target, val
 
 MAX_TERMS = 3
 NEG_INF = float("-inf")
 
 
-def prove(mask: Node, kv_len: int | torch.SymInt, constants: Constants | None = None) -> Structure | str:
+def prove(mask: Value, kv_len: int | torch.SymInt, constants: Constants | None = None) -> Structure | str:
     """Proves the structure of a mask ``[..., L_q, L_kv]``.
 
     Args:
@@ -64,7 +64,7 @@ class _Proof(Choices):
         # Results by node and path: a graph may use one node many times.
         self._bools: dict[tuple, list[Constraint]] = {}
 
-    def collect(self, constraints: list[Constraint], fills: set[float], mask: Node) -> Structure:
+    def collect(self, constraints: list[Constraint], fills: set[float], mask: Value) -> Structure:
         """Merges constraints on the same number of the keys; ``fills`` are the entries where they do not hold."""
         terms: dict[Number, Between] = {}
         for constraint in constraints:
@@ -84,15 +84,15 @@ class _Proof(Choices):
         if len(terms) + bool(key_flags) > MAX_TERMS:
             raise ProofFailed(f"it compares more than {MAX_TERMS} different numbers of the keys")
         average = _blank_rows_average(fills, val(mask).dtype)
-        return Structure(tuple(terms.values()), key_flags, row_flags, average, frozenset(self.visited))
+        return Structure(tuple(terms.values()), key_flags, row_flags, average, frozenset(nodes_of(list(self.visited))))
 
-    def of_float(self, node: Node, path: Path) -> tuple[list[Constraint], set[float]]:
+    def of_float(self, node: Value, path: Path) -> tuple[list[Constraint], set[float]]:
         """Constraints under which a float mask is 0, and its entries elsewhere."""
         constraints, fills = self._of_float_node(node, path)
         # A dtype may change the number: float32's minimum is -inf in bfloat16.
         return constraints, {torch.tensor(fill, dtype=torch.float64).to(val(node).dtype).item() for fill in fills}
 
-    def _of_float_node(self, node: Node, path: Path) -> tuple[list[Constraint], set[float]]:
+    def _of_float_node(self, node: Value, path: Path) -> tuple[list[Constraint], set[float]]:
         self.visited.add(node)
         target, args = aten_target(node), arguments(node)
         if self.constant(node) == 0:
@@ -148,7 +148,7 @@ class _Proof(Choices):
     def _addend(self, value: Any, path: Path) -> tuple[list[Constraint], set[float]]:
         if self.constant(value) == 0:
             return [], set()
-        if isinstance(value, Node) and val(value).dtype.is_floating_point:
+        if isinstance(value, Value) and val(value).dtype.is_floating_point:
             return self.of_float(value, path)
         raise ProofFailed(f"it adds {value} to the scores")
 
@@ -157,14 +157,14 @@ class _Proof(Choices):
         constant = self.constant(node)
         if constant is not None and bool(constant) != negated:
             return []
-        if not isinstance(node, Node) or val(node).dtype != torch.bool:
+        if not isinstance(node, Value) or val(node).dtype != torch.bool:
             raise ProofFailed(f"{node} is no bool tensor")
         key = (node, path, negated)
         if key not in self._bools:
             self._bools[key] = list(dict.fromkeys(self._of_bool_node(node, path, negated)))
         return self._bools[key]
 
-    def _of_bool_node(self, node: Node, path: Path, negated: bool) -> list[Constraint]:
+    def _of_bool_node(self, node: Value, path: Path, negated: bool) -> list[Constraint]:
         self.visited.add(node)
         flag = self._flag(node, path, negated)
         if flag is not None and not flag.of_keys:
@@ -176,7 +176,7 @@ class _Proof(Choices):
                 raise
             return [flag]
 
-    def _of_bool_operator(self, node: Node, path: Path, negated: bool) -> list[Constraint]:
+    def _of_bool_operator(self, node: Value, path: Path, negated: bool) -> list[Constraint]:
         target, args = aten_target(node), arguments(node)
         choice = self.derived_choice(node, path)
         if choice is not None and bool(choice.true) != bool(choice.false):
@@ -223,7 +223,7 @@ class _Proof(Choices):
             constraints += either(self.of_bool(condition, path, unless), self.of_bool(value, path, negated))
         return constraints
 
-    def _part(self, part: Any, placed: Path, beside: list[Node], path: Path, negated: bool) -> list[Constraint]:
+    def _part(self, part: Any, placed: Path, beside: list[Value], path: Path, negated: bool) -> list[Constraint]:
         """A part of a concatenation, where it stands."""
         constant = self.constant(part)
         if constant is None or bool(constant) != negated:
@@ -233,13 +233,13 @@ class _Proof(Choices):
             raise ProofFailed("it shows nothing")
         return outside[0] if len(outside) == 1 else either(*outside)
 
-    def _beside(self, beside: list[Node], path: Path, constraints: list[Constraint]) -> list[Constraint]:
+    def _beside(self, beside: list[Value], path: Path, constraints: list[Constraint]) -> list[Constraint]:
         """Constraints that need not hold where one of the bools ``beside`` is true."""
         for node in beside:
             constraints = either(self.of_bool(node, path, False), constraints)
         return constraints
 
-    def _flag(self, node: Node, path: Path, negated: bool) -> Flag | None:
+    def _flag(self, node: Value, path: Path, negated: bool) -> Flag | None:
         operand = self.seen_through(node, path)
         if operand is None:
             return None
@@ -248,7 +248,7 @@ class _Proof(Choices):
 
 
 def _is_bool(value: Any) -> bool:
-    given = value.meta.get("val") if isinstance(value, Node) else None
+    given = value.meta.get("val") if isinstance(value, Value) else None
     return isinstance(given, torch.Tensor) and given.dtype == torch.bool
 
 

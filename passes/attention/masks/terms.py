@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from flashpte.passes.attention.masks.operands import KeyIndex, Operand, Step
+from flashpte.passes.graph.planned import Planned, Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +87,16 @@ Bound = Sum | Extreme | Unless
 Number = Sum | Unless | Truth
 
 
-def with_nodes(part: Any, of: Callable[[Node], Node]) -> Any:
-    """A part of a proof in which every node is replaced by ``of(node)``."""
+def with_values(part: Any, of: Callable[[Value], Value]) -> Any:
+    """A part of a proof in which every node or plan is replaced by ``of(value)``."""
     if isinstance(part, Operand):
-        steps = tuple(Step(step.op, pytree.tree_map_only(Node, of, step.args)) for step in part.steps)
+        steps = tuple(Step(step.op, pytree.tree_map_only((Node, Planned), of, step.args)) for step in part.steps)
         return Operand(of(part.node), steps, part.value)
     if isinstance(part, tuple):
-        return tuple(with_nodes(item, of) for item in part)
+        return tuple(with_values(item, of) for item in part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = dataclasses.fields(part)
-        return dataclasses.replace(part, **{f.name: with_nodes(getattr(part, f.name), of) for f in fields})
+        return dataclasses.replace(part, **{f.name: with_values(getattr(part, f.name), of) for f in fields})
     return part
 
 
