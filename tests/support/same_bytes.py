@@ -22,15 +22,30 @@ from pathlib import Path
 
 from flashpte.export.lowering import inspect_pte
 
-COMMON = ("--random-weights", "--small", "--arch", "sm_90")
-CASES = {
-    "demo": ("--target", "gemma4-31b", "--verify-window", "4", *COMMON),
-    "llama": ("--target", "llama", "--verify-window", "4", *COMMON),
-    "draft": ("--target", "gemma4-31b", "--chain", "3", "--layers", "2", *COMMON),
-    "demo-pt2": ("--target", "gemma4-31b", "--format", "pt2", "--method", "decode", *COMMON),
-    "llama-pt2": ("--target", "llama", "--format", "pt2", "--method", "prefill", *COMMON),
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
-"""Arguments of ``export-model``, by the name of the case."""
+COMMON = ("--random-weights", "--arch", "sm_90")
+GEMMA = ("--target", "gemma4-31b", "--small", *COMMON)
+HF = ("--target", "hf", "--config", "CONFIG", *COMMON)
+CASES = {
+    "demo": (*GEMMA, "--verify-window", "4"),
+    "llama": (*HF, "--verify-window", "4"),
+    "draft": (*GEMMA, "--chain", "3", "--layers", "2"),
+    "demo-pt2": (*GEMMA, "--format", "pt2", "--method", "decode"),
+    "llama-pt2": (*HF, "--format", "pt2", "--method", "prefill"),
+}
+"""Arguments of ``export-model``, by the name of the case; CONFIG stands for a file that holds ``LLAMA``."""
 
 Digests = dict[str, dict[str, str]]
 
@@ -38,9 +53,11 @@ Digests = dict[str, dict[str, str]]
 def digests(arguments: tuple[str, ...]) -> Digests:
     """SHA-256 of the files of one export, and of the machine code of its kernels by method and entry points."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "out"
+        folder, config = Path(scratch) / "out", Path(scratch) / "config.json"
+        config.write_text(json.dumps(LLAMA))
+        given = [str(config) if argument == "CONFIG" else argument for argument in arguments]
         program = "import sys; from flashpte.export.cli import main; sys.exit(main())"
-        subprocess.run([sys.executable, "-c", program, *arguments, "--output-dir", str(folder), "--quiet"], check=True)
+        subprocess.run([sys.executable, "-c", program, *given, "--output-dir", str(folder), "--quiet"], check=True)
         files = {path.name: _sha256(path.read_bytes()) for path in sorted(folder.iterdir())}
         return {"files": files, "machine code": dict(_machine_code(folder))}
 
@@ -87,11 +104,11 @@ def main() -> int:
     """Records or compares; returns 0 where all files are the same, or the machine code is with ``--code-only``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="digests; record adds to a file that exists")
     parser.add_argument("--case", action="append", choices=tuple(CASES), help="this case alone; may be repeated")
     parser.add_argument("--code-only", action="store_true", help="only the machine code has to be the same")
     options = parser.parse_args()
-    known = json.loads(options.file.read_text()) if options.action == "compare" else {}
+    known = json.loads(options.file.read_text()) if options.file.exists() else {}
     status = 0
     for name in options.case or CASES:
         made = digests(CASES[name])
