@@ -85,7 +85,7 @@ def profile_export(
 
 
 def main() -> int:
-    from flashpte.export.cli.arguments import build_parser, check_arguments
+    from flashpte.export.cli.export_model_flags import build_parser, check_arguments
     from flashpte.export.cli.progress import StageLog
     from flashpte.export.pipeline import export_model, plan_export
 

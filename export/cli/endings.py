@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from flashpte.export.errors import ExportError, UsageError
-from flashpte.export.signals import Terminated
+from flashpte.export.cli.flag_names import spell_flag
+from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.signals import Terminated
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -50,9 +51,9 @@ def report_errors(
     try:
         return body()
     except UsageError as error:
-        return fail(str(error), EXIT_USAGE)
+        return fail(error.spelled(spell_flag), EXIT_USAGE)
     except ExportError as error:
-        return fail("; ".join(filter(None, (str(error), state()))), EXIT_FAILED)
+        return fail("; ".join(filter(None, (error.spelled(spell_flag), state()))), EXIT_FAILED)
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         what = "interrupted" if number == signal.SIGINT else "terminated"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from flashpte.export.signals import raise_what_was_swallowed
+from flashpte.export.common.signals import raise_what_was_swallowed
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -1,9 +1,9 @@
 """Exported programs to ``.pte`` and ``.pt2`` files, on machines with or without a GPU."""
 
+from flashpte.export.files.output_folder import OutputError, check_output_folder
+from flashpte.export.files.pte_contents import ContentsError, PteContents, inspect_pte
 from flashpte.export.lowering.api import LoweredModel, LoweringError, lower
 from flashpte.export.lowering.cross_compile import ARCHES, CrossCompileError, GpuArch, UnknownArchError, find_arch
-from flashpte.export.lowering.output import OutputError, check_output_folder
-from flashpte.export.lowering.pte_contents import ContentsError, PteContents, inspect_pte
 from flashpte.export.lowering.self_check import SelfCheckError
 
 __all__ = [

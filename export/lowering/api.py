@@ -17,20 +17,22 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from flashpte.export.errors import ExportError
-from flashpte.export.garbage import fewer_collections
-from flashpte.export.lowering.aot_inductor import PT2_NAME, write_pt2
+from flashpte.export.common.errors import ExportError
+from flashpte.export.common.gc_tuning import fewer_collections
+from flashpte.export.common.options import Attention, Format
+from flashpte.export.files.manifest import build_manifest, describe_files, write_manifest
+from flashpte.export.files.names import MANIFEST_NAME, PT2_NAME
+from flashpte.export.files.output_folder import OutputError, atomic_folder, check_free_space
+from flashpte.export.lowering.aot_inductor import write_pt2
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.export.lowering.executorch import (
     MUTABLE_BUFFER_METADATA,
-    Attention,
     mutable_buffer_metadata,
     write_pte,
 )
 from flashpte.export.lowering.explain import explain, origin
-from flashpte.export.lowering.manifest import build_manifest, describe_files, describe_method, write_manifest
-from flashpte.export.lowering.output import MANIFEST_NAME, OutputError, atomic_folder, check_free_space
-from flashpte.export.lowering.preflight import Format, check_programs, check_request, check_surroundings
+from flashpte.export.lowering.preflight import check_programs, check_request, check_surroundings
 from flashpte.export.lowering.prepare import unwrap_weights
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch.export import ExportedProgram
 
-from flashpte.export.lowering.mutation import mutated_buffers
+from flashpte.export.common.options import Attention
+from flashpte.export.files.names import PTE_NAME
+from flashpte.export.lowering.mutated_buffers import mutated_buffers
 from flashpte.export.lowering.prepare import prepare_pte
 
-PTE_NAME = "model.pte"
-PTD_NAME = "aoti_cuda_blob.ptd"  # the name ExecuTorch gives the CUDA backend's external data
 MUTABLE_BUFFER_METADATA = "get_mutable_buffer_metadata"
-
-Attention = Literal["flashpte", "executorch", "math"]
 
 
 def mutable_buffer_metadata(programs: Mapping[str, ExportedProgram]) -> str:

@@ -7,21 +7,22 @@ import keyword
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import Attention, Format
+from flashpte.export.files.dtypes import dtype_name
+from flashpte.export.files.names import OUTPUT_NAMES
+from flashpte.export.files.output_folder import check_output_folder
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_cccl_include, find_compiler
-from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA, Attention
-from flashpte.export.lowering.mutation import mutated_inputs, returned_buffers
-from flashpte.export.lowering.output import MANIFEST_NAME, check_output_folder
+from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA
+from flashpte.export.lowering.mutated_buffers import mutated_inputs, returned_buffers
 from flashpte.export.lowering.shims import has_dtype
 
-Format = Literal["pte", "pt2"]
-_OUTPUT_NAMES = ("model.pte", "model.pt2", "aoti_cuda_blob.ptd", MANIFEST_NAME)
 # Matrix multiplies that become Triton templates, which have no float64.
 _MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "scaled_dot_product_attention"})
 
@@ -36,7 +37,7 @@ def check_surroundings(output: Path, extra_files: Sequence[Path]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
     check_output_folder(output)
-    taken = {*_OUTPUT_NAMES}
+    taken = {*OUTPUT_NAMES}
     for file in map(Path, extra_files):
         try:
             if not file.is_file():
@@ -140,7 +141,7 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
             )
         for what, dtype in _foreign_dtypes(program):
             raise ExportError(
-                f"method {name}: {what} is {str(dtype).removeprefix('torch.')}, which ExecuTorch's CUDA delegate does "
+                f"method {name}: {what} is {dtype_name(dtype)}, which ExecuTorch's CUDA delegate does "
                 "not have: convert it, or lower to .pt2"
             )
     _check_shared_tensors(programs)

@@ -16,10 +16,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from flashpte.export.errors import ExportError
-from flashpte.export.lowering.cross_compile import GpuArch
-from flashpte.export.lowering.mutation import mutated_buffers
-from flashpte.export.lowering.pte_contents import (
+from flashpte.export.common.errors import ExportError
+from flashpte.export.files.names import COPY_OPERATORS, PTE_NAME
+from flashpte.export.files.pte_contents import (
     Method,
     PteContents,
     SharedLibrary,
@@ -27,9 +26,10 @@ from flashpte.export.lowering.pte_contents import (
     inspect_pte,
     read_library,
 )
+from flashpte.export.lowering.cross_compile import GpuArch
+from flashpte.export.lowering.mutated_buffers import mutated_buffers
 from flashpte.export.lowering.shims import missing_shims
 
-_COPIES = ("et_copy::_h2d_copy.out", "et_copy::_d2h_copy.out")
 _COMPARE_BYTES = 64 << 20
 
 
@@ -43,7 +43,7 @@ def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuAr
     Raises:
         SelfCheckError: naming the first thing that is wrong.
     """
-    contents = inspect_pte(folder / "model.pte")
+    contents = inspect_pte(folder / PTE_NAME)
     if set(contents.methods) != set(programs):
         raise SelfCheckError(f"the file has methods {sorted(contents.methods)}, not {sorted(programs)}")
     for name, method in contents.methods.items():
@@ -95,7 +95,7 @@ def check_pt2(path: Path, arch: GpuArch) -> None:
 def _method_problems(method: Method, arch: GpuArch, foreign: frozenset[str]) -> Iterator[str]:
     if method.delegates != ("CudaBackend",):
         yield f"delegates are {method.delegates}; one CudaBackend was expected"
-    others = [operator for operator in method.operators if operator not in _COPIES]
+    others = [operator for operator in method.operators if operator.removesuffix(".out") not in COPY_OPERATORS]
     if others:
         yield f"operators left outside the delegate: {', '.join(others)}"
     yield from _code_problems(method.library, arch)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from flashpte.export.files.dtypes import dtype_name
+
 _SHIMS = frozenset(
     """
     aoti_torch__reinterpret_tensor aoti_torch_assign_tensors_out aoti_torch_check aoti_torch_clone
@@ -43,7 +45,7 @@ def missing_shims(undefined: frozenset[str]) -> tuple[str, ...]:
 
 def has_dtype(dtype: torch.dtype) -> bool:
     """Whether ExecuTorch's CUDA delegate has tensors of a dtype (``slim/c10/core/ScalarType.h`` lists the same)."""
-    return f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}" in _SHIMS
+    return f"aoti_torch_dtype_{dtype_name(dtype)}" in _SHIMS
 
 
 def _is_torch(name: str) -> bool:

@@ -15,6 +15,7 @@ Shape legend: T tokens, C hidden size of the draft, C_t of the target, V_d draft
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +26,11 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from flashpte.export.errors import ExportError
-from flashpte.export.models.caches import ATTENTION_NAME, AttentionShape, CacheView
+from flashpte.export.common.errors import ExportError
+from flashpte.export.models.attention_interface import ATTENTION_NAME
+from flashpte.export.models.build import EmptyTensorsOnMeta, wrong_size
 from flashpte.export.models.eagle3_config import CONFIG_CLASSES, DraftConfig
-from flashpte.export.models.source import EmptyTensorsOnMeta, wrong_size
+from flashpte.export.state.caches import AttentionShape, CacheView
 
 _ATTENTION: dict[str, Callable[..., nn.Module]] = {"llama": LlamaAttention, "qwen3": Qwen3Attention}
 
@@ -201,3 +203,27 @@ def build_draft(
     except KeyError as error:
         raise ExportError(f"not a valid draft config: {error.args[0]!r} is unknown or missing") from error
     return fusion.eval().requires_grad_(False), head.eval().requires_grad_(False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A draft head that fits a target.
+
+    Attributes:
+        config: what it computes.
+        chain: K, how many tokens it proposes at a time.
+        taps: hidden states of the target that it reads: 0 is the embedding, k the output of layer k - 1.
+        fusion: part that runs in the target's methods.
+        head: part that runs in ``draft_decode``.
+    """
+
+    config: DraftConfig
+    chain: int
+    taps: tuple[int, ...]
+    fusion: FeatureFusion
+    head: DraftHead
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window of the draft's attention."""
+        return self.head.attention.window

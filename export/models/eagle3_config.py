@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 

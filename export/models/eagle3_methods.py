@@ -29,12 +29,11 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from flashpte.export.models.caches import FULL, SLIDING, KVCache
-from flashpte.export.models.eagle3 import DraftHead, FeatureFusion
-from flashpte.export.models.eagle3_plan import DraftPlan
+from flashpte.export.common.options import DECODE, DRAFT_DECODE
+from flashpte.export.models.build import decoder_layers
+from flashpte.export.models.eagle3 import Draft, DraftHead, FeatureFusion
 from flashpte.export.models.methods import CausalLMMethod, MethodSpec, example_length, export_method
-from flashpte.export.models.source import decoder_layers
-from flashpte.export.options import DECODE, DRAFT_DECODE
+from flashpte.export.state.caches import FULL, SLIDING, KVCache
 
 
 @contextlib.contextmanager
@@ -138,7 +137,7 @@ def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:
 
 
 def export_with_draft(
-    model: nn.Module, kv_cache: KVCache, draft: DraftPlan, draft_cache: KVCache, spec: MethodSpec
+    model: nn.Module, kv_cache: KVCache, draft: Draft, draft_cache: KVCache, spec: MethodSpec
 ) -> ExportedProgram:
     """Exports one method of a target with a draft; ``decode``, which the draft does not use, is the plain one.
 
@@ -169,7 +168,7 @@ def export_with_draft(
         )
 
 
-def draft_constants(draft: DraftPlan, specs: Sequence[MethodSpec]) -> dict[str, Any]:
+def draft_constants(draft: Draft, specs: Sequence[MethodSpec]) -> dict[str, Any]:
     """Values that a runner reads from a program with a draft, by the name of the method that returns each.
 
     ``get_chain_len`` K; ``get_taps`` the hidden states that are fused (0 the embedding, k the output of layer k - 1);

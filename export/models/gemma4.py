@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 from flashpte.export.models.registry import TargetSpec
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def build(fields: Mapping[str, Any]) -> nn.Module:
     Raises:
         ExportError: the config belongs to another member of the family (experts, shared caches, ...).
     """
-    from flashpte.export.models.source import build_causal_lm, text_fields
+    from flashpte.export.models.build import build_causal_lm, text_fields
 
     fields = text_fields(fields)
     model = build_causal_lm("Gemma4TextConfig", "Gemma4ForCausalLM", fields)

@@ -19,7 +19,7 @@ _CLASSES = {
 
 def build(fields: Mapping[str, Any]) -> nn.Module:
     """The causal language model that a config of one of the supported types describes, parameters on meta."""
-    from flashpte.export.models.source import build_causal_lm
+    from flashpte.export.models.build import build_causal_lm
 
     config_class, model_class = _CLASSES[fields["model_type"]]
     return build_causal_lm(config_class, model_class, fields)
@@ -27,7 +27,7 @@ def build(fields: Mapping[str, Any]) -> nn.Module:
 
 TARGET = TargetSpec(
     name="hf",
-    description="a dense Llama or Qwen3 model, from --checkpoint or --config",
+    description="a dense Llama or Qwen3 model, from a checkpoint or a config",
     model_types=tuple(_CLASSES),
     build=build,
 )

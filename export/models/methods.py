@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from flashpte.export.errors import UsageError
-from flashpte.export.models.caches import SLIDING, KVCache
-from flashpte.export.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.errors import Option, UsageError, wanted
+from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.state.caches import SLIDING, KVCache
 
 MIN_PREFILL_CHUNK = 2
 """One token is what decode is for, with other kernels. Starting at 2 also keeps clear of the sizes 0 and 1, which
@@ -81,14 +81,14 @@ def plan_methods(
         return tuple(specs)
     chosen = tuple(spec for spec in specs if spec.name == only)
     if not chosen:
-        raise UsageError(f"method {only} needs {_NEEDS[only]}")
+        raise UsageError(f"method {only} needs ", *_NEEDS[only])
     return chosen
 
 
-_NEEDS = {
-    DECODE: "a target that takes one token at a time and, beside a draft, --with-decode",
-    TARGET_VERIFY: "a number of tokens: add --verify-window M",
-    DRAFT_DECODE: "a draft: add --draft DIR",
+_NEEDS: dict[str, tuple[str | Option, ...]] = {
+    DECODE: ("a target that takes one token at a time and, beside a draft, ", Option("with_decode")),
+    TARGET_VERIFY: ("a number of tokens: add ", wanted("verify_window")),
+    DRAFT_DECODE: ("a draft: add ", wanted("draft")),
 }
 
 
@@ -129,7 +129,7 @@ def example_length(spec: MethodSpec) -> int:
 def export_method(
     model: nn.Module, kv_cache: KVCache, spec: MethodSpec, module: CausalLMMethod | None = None
 ) -> ExportedProgram:
-    """Exports one method of a model whose attention implementation is :data:`caches.ATTENTION_NAME`.
+    """Exports one method of a model whose attention implementation is :data:`ATTENTION_NAME`.
 
     Tracing is non-strict: the Python of the model runs as it is, so its decorators, caches and output classes need
     no support by TorchDynamo, and tracing is several times faster; every shape decision is still guarded.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,15 +42,15 @@ class TargetSpec:
     """A model family that can be exported.
 
     Its vocabulary, hidden size and sliding window are read off the built model
-    (:class:`flashpte.export.models.source.ModelFacts`), because config fields differ between releases of transformers.
+    (:class:`flashpte.export.models.build.ModelFacts`), because config fields differ between releases of transformers.
 
     Attributes:
         name: what ``--target`` takes.
         description: one line for ``--list-targets``.
         model_types: values of ``model_type`` in a ``config.json`` that this target accepts.
         build: makes the causal language model that a config describes, parameters on the meta device and attention
-            implementation :data:`flashpte.export.models.caches.ATTENTION_NAME`; see
-            :func:`flashpte.export.models.source.build_causal_lm`. Takes the fields of a ``config.json``.
+            implementation :data:`flashpte.export.models.attention_interface.ATTENTION_NAME`; see
+            :func:`flashpte.export.models.build.build_causal_lm`. Takes the fields of a ``config.json``.
         config: fields of the full-size model, or ``None`` when only a checkpoint or ``--config`` can say.
         small_config: fields of the ``--small`` model: the same architecture, exported in a few minutes.
         max_seq_len: default of ``--max-seq-len``; a model with fewer positions lowers it.

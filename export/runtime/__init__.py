@@ -1,8 +1,9 @@
 """Runs exported programs on a GPU, under libtorch instead of ExecuTorch's runtime."""
 
-from flashpte.export.runtime.folder import ModelFolder, ProgramError, open_folder
+from flashpte.export.common.errors import ProgramError
+from flashpte.export.files.model_folder import ModelFolder, open_folder
+from flashpte.export.files.signature import InputError, MethodSignature, TensorSpec
 from flashpte.export.runtime.program import Program
-from flashpte.export.runtime.signature import InputError, MethodSignature, TensorSpec
 
 __all__ = [
     "InputError",

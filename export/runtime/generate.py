@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from flashpte.export.errors import UsageError
-from flashpte.export.runtime.folder import ProgramError
+from flashpte.export.common.errors import ProgramError, UsageError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
 
 

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
-from flashpte.export.errors import UsageError
-from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
-from flashpte.export.runtime.folder import ProgramError
-from flashpte.export.runtime.signature import MethodSignature
+from flashpte.export.common.errors import ProgramError, UsageError
+from flashpte.export.common.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.files.signature import MethodSignature
 
 
 class RunsMethods(Protocol):

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.pte_contents import Method, PteContents, inspect_pte
-from flashpte.export.runtime.folder import ModelFolder, ProgramError
+from flashpte.export.common.errors import ProgramError
+from flashpte.export.files.dtypes import read_dtype
+from flashpte.export.files.model_folder import ModelFolder
+from flashpte.export.files.names import COPY_OPERATORS
+from flashpte.export.files.pte_contents import Method, PteContents, inspect_pte
 from flashpte.export.runtime.machine import check_arch
-from flashpte.export.runtime.signature import read_dtype
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 """Runs a method on the current stream: tensors in calling order in, outputs out."""
-
-_COPIES = ("et_copy::_h2d_copy", "et_copy::_d2h_copy")
 
 
 def check_methods(folder: ModelFolder, contents: PteContents) -> None:
@@ -38,7 +38,7 @@ def check_methods(folder: ModelFolder, contents: PteContents) -> None:
     for name, method in contents.methods.items():
         if method.delegates != ("CudaBackend",):
             raise ProgramError(f"method {name} calls {', '.join(method.delegates)}; only one CudaBackend can be run")
-        others = [operator for operator in method.operators if operator.partition(".")[0] not in _COPIES]
+        others = [operator for operator in method.operators if operator.partition(".")[0] not in COPY_OPERATORS]
         if others:
             raise ProgramError(f"method {name} has operators outside of its compiled code: {', '.join(others)}")
         inputs = len(folder.signatures[name].inputs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashpte.export.runtime.folder import ModelFolder, ProgramError
+from flashpte.export.common.errors import Option, ProgramError
+from flashpte.export.files.model_folder import ModelFolder
 
 _FIRST_EXACT = (9, 0)  # kernels for sm_90 and later use features of one architecture (sm_90a) and run on that one only
 
@@ -77,4 +78,4 @@ def check_arch(arch: str, capability: tuple[int, int], name: str) -> None:
         raise ProgramError(f"the manifest's arch is {arch!r}, which is no GPU architecture") from error
     if not fits:
         own = "sm_{}{}".format(*capability)
-        raise ProgramError(f"compiled for {arch}, but {name} is {own}: export again with --arch {own}")
+        raise ProgramError(f"compiled for {arch}, but {name} is {own}: export again with ", Option("arch", own))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError, Option
 from flashpte.export.runtime.kernel_families import FAMILIES
 from flashpte.export.runtime.profile import ProfileReport
 
@@ -21,7 +21,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ExportError("--plot needs matplotlib: pip install 'flashpte[plot]'") from error
+        raise ExportError(Option("plot"), " needs matplotlib: pip install 'flashpte[plot]'") from error
 
 
 def draw(report: ProfileReport, path: Path) -> None:
@@ -64,4 +64,4 @@ def draw_beside(reports: Mapping[str, ProfileReport], path: Path) -> None:
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        raise ExportError(f"--plot {path} cannot be written: {error.strerror}") from error
+        raise ExportError(Option("plot", path), f" cannot be written: {error.strerror}") from error

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from flashpte.export.errors import UsageError
-from flashpte.export.options import DECODE, PREFILL, TARGET_VERIFY
-from flashpte.export.runtime.folder import ProgramError
+from flashpte.export.common.errors import Option, ProgramError, UsageError
+from flashpte.export.common.options import DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.runtime.kernel_families import FAMILIES, family
 from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
 
@@ -114,15 +113,16 @@ def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | No
     cases = []
     for context in contexts:
         if context + longest > limits.max_seq_len:
-            raise UsageError(f"--contexts {context}: the cache holds {limits.max_seq_len} positions")
+            raise UsageError(Option("contexts", context), f": the cache holds {limits.max_seq_len} positions")
         room = limits.max_seq_len - context
         if limits.prefill is not None and room >= limits.prefill[0]:
             if prefill is not None and prefill > room:
                 raise UsageError(
-                    f"--prefill {prefill} at a context of {context}: the cache holds {limits.max_seq_len} positions"
+                    Option("prefill", prefill),
+                    f" at a context of {context}: the cache holds {limits.max_seq_len} positions",
                 )
             if prefill is not None and prefill < limits.prefill[0]:
-                raise UsageError(f"--prefill {prefill}: must be at least {limits.prefill[0]}")
+                raise UsageError(Option("prefill", prefill), f": must be at least {limits.prefill[0]}")
             chunks = plan_chunks(prefill or min(DEFAULT_PREFILL, room), limits)
             cases.append(Case(PREFILL, context, tuple(size for _, size in chunks)))
         if limits.verify is not None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from flashpte.export.runtime.folder import ModelFolder, ProgramError, read_folder, verify_files
+from flashpte.export.common.errors import ProgramError
+from flashpte.export.files.model_folder import ModelFolder, read_folder, verify_files
+from flashpte.export.files.signature import InputError, MethodSignature
 from flashpte.export.runtime.graphs import CapturedCall
 from flashpte.export.runtime.libraries import (
     Call,
@@ -22,7 +24,6 @@ from flashpte.export.runtime.libraries import (
     open_pte,
 )
 from flashpte.export.runtime.machine import check_gpu, check_torch
-from flashpte.export.runtime.signature import InputError, MethodSignature
 
 
 class Program:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from flashpte.export.errors import UsageError
-from flashpte.export.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.errors import Option, ProgramError, UsageError
+from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.files.signature import MethodSignature
 from flashpte.export.runtime import generate as plain
-from flashpte.export.runtime.folder import ProgramError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel, RunsMethods
-from flashpte.export.runtime.signature import MethodSignature
 from flashpte.export.speculative import Acceptance, Choose, Sampler, SpeculativeProgram, generate, greedy
 from flashpte.export.speculative.loop import check_request
 
@@ -87,7 +86,7 @@ def check_speculation(constants: Mapping[str, Any], prompt: Sequence[int], force
         raise CacheFullError(f"the prompt has {len(prompt)} tokens, the cache holds {sizes.max_seq_len}")
     for count in forced:
         if count > sizes.chain_len:
-            raise UsageError(f"--force-accept {count}: the draft proposes {sizes.chain_len} tokens a round")
+            raise UsageError(Option("force_accept", count), f": the draft proposes {sizes.chain_len} tokens a round")
     check_request(sizes, prompt, 1, sizes.chain_len, None)
 
 

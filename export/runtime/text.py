@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashpte.export.errors import ExportError
-from flashpte.export.runtime.folder import ModelFolder
+from flashpte.export.common.errors import ExportError, Option
+from flashpte.export.files.model_folder import ModelFolder
 
 _NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -53,12 +53,14 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
-        raise ExportError("--chat: the tokenizer of this export has no chat template; leave --chat out")
+        raise ExportError(
+            Option("chat"), ": the tokenizer of this export has no chat template; leave ", Option("chat"), " out"
+        )
     messages = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:
-        raise ExportError(f"--chat: the chat template failed: {' '.join(str(error).split())}") from error
+        raise ExportError(Option("chat"), f": the chat template failed: {' '.join(str(error).split())}") from error
     # The template writes its special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -23,11 +23,11 @@ from typing import Literal
 
 import torch
 
-from flashpte.export.errors import UsageError
-from flashpte.export.options import DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.errors import UsageError
+from flashpte.export.common.options import DRAFT_DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.speculative.acceptance import Acceptance
 from flashpte.export.speculative.choose import Choose, greedy
-from flashpte.export.speculative.program import SpeculativeProgram
+from flashpte.export.speculative.sizes import SpeculativeProgram
 
 Run = Callable[..., Sequence[torch.Tensor]]
 """``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls.

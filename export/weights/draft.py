@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError, Option
 from flashpte.export.models.eagle3_config import DraftConfig, parse_draft_config
-from flashpte.export.weights.folder import CONFIG_FILE, read_json
+from flashpte.export.weights.checkpoint_folder import CONFIG_FILE, read_json
 from flashpte.export.weights.random import random_tensor, tensor_generator
 from flashpte.export.weights.safetensors import FLOAT_DTYPES, Checkpoint
 
@@ -95,10 +95,10 @@ def open_draft(folder: Path) -> DraftFiles:
         ExportError: a file is missing or broken, or the config asks for what is not implemented.
     """
     if not folder.is_dir():
-        raise ExportError(f"--draft {folder} is not an existing folder")
+        raise ExportError(Option("draft", folder), " is not an existing folder")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ExportError(f"--draft {folder} has no {CONFIG_FILE}: give the folder of an EAGLE-3 draft head")
+        raise ExportError(Option("draft", folder), f" has no {CONFIG_FILE}: give the folder of an EAGLE-3 draft head")
     config = parse_draft_config(read_json(path, "draft config"), path)
     return DraftFiles(folder, config, Checkpoint(folder))
 

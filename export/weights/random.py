@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashpte.export.models.source import is_tied
+from flashpte.export.models.build import is_tied
 
 _HEAD_LEAN = 1.0
 """How much of the embedding of token t - 1 the random head has in row t, beside noise of the same size."""

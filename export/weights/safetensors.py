@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from flashpte.export.errors import ExportError
-from flashpte.export.models.source import is_tied
-from flashpte.export.weights.folder import read_json
+from flashpte.export.common.errors import ExportError
+from flashpte.export.models.build import is_tied
+from flashpte.export.weights.checkpoint_folder import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

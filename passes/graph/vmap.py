@@ -11,11 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._functorch import predispatch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from flashpte.passes.attention.call import find_sdpa
+from flashpte.passes.graph.values import aten_target
+
+# What decompositions take apart.
+_WHOLE = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _present(*names: str) -> frozenset[Callable[..., Any]]:
@@ -51,8 +55,9 @@ def without_vmap(program: ExportedProgram) -> ExportedProgram:
     Attention inside of a ``vmap`` would be taken apart: such a program stays as it is.
     """
     modules = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    if not any(changes_level(node) for module in modules for node in module.graph.nodes):
+    nodes = [node for module in modules for node in module.graph.nodes]
+    if not any(changes_level(node) for node in nodes):
         return program
-    if any(is_batched(node) for _, node in find_sdpa(program.graph_module)):
+    if any(node.op == "call_function" and aten_target(node) is _WHOLE and is_batched(node) for node in nodes):
         return program
     return program.run_decompositions({})

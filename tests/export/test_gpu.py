@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashpte.export.cli import main
-from flashpte.export.options import ExportOptions
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.pipeline import load_weights, plan_export
 from flashpte.export.runtime import Program
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from flashpte.export.models.caches import KVCache
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.files.signature import MethodSignature, TensorSpec
 from flashpte.export.models.eagle3_methods import DraftMethod, TargetMethod
 from flashpte.export.models.methods import CausalLMMethod
-from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import load_weights, plan_export
-from flashpte.export.runtime.signature import MethodSignature, TensorSpec
+from flashpte.export.state.caches import KVCache
 
 
 def signatures(methods, vocabulary=512, dtype=torch.bfloat16, feature_size=None):

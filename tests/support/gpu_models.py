@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from flashpte.export.runtime.compare import compare
-from flashpte.export.runtime.reference import EagerModel
+from flashpte.export.check.compare import compare
+from flashpte.export.check.eager_model import EagerModel
 
 
 def follow(own: EagerModel, reference: EagerModel, tokens: Sequence[int], logits: torch.Tensor) -> None:

@@ -8,8 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-from flashpte.export.lowering import inspect_pte, pte_contents
-from flashpte.export.lowering.pte_contents import read_ptd
+from flashpte.export.files import pte_contents
+from flashpte.export.files.pte_contents import read_ptd
+from flashpte.export.lowering import inspect_pte
 
 PTE, PTD = "model.pte", "aoti_cuda_blob.ptd"
 

@@ -6,7 +6,7 @@ import difflib
 
 import torch
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
 from flashpte.kernels.tuning import ARCHES, GpuArch
 
 DEFAULT_ARCH = "sm_90"

@@ -16,8 +16,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from flashpte.export.lowering.cross_compile.replace import Target
-from flashpte.export.signals import ENDING, deferred_signals
+from flashpte.export.common.signals import ENDING, deferred_signals
+from flashpte.export.lowering.cross_compile.override_table import Target
 
 _FEW = 2  # a process costs a tenth of a second, a kernel half a second and more
 _MOST = 8  # a container may have fewer cores and less memory than it sees

@@ -15,22 +15,22 @@ import torch
 
 from flashpte.export.lowering.cross_compile import (
     compile_kernels,
-    constants,
     dependent_launch,
     gluon,
     host_weights,
     kernel_code,
+    lifted_constants,
     plain_products,
     scratch,
 )
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
-from flashpte.export.lowering.cross_compile.layouts import (
+from flashpte.export.lowering.cross_compile.memory_layouts import (
     check_outputs,
     pin_cond_operands,
     realise_once,
     whole_outputs,
 )
-from flashpte.export.lowering.cross_compile.replace import Make, Override, Target
+from flashpte.export.lowering.cross_compile.override_table import Make, Override, Target
 from flashpte.export.lowering.cross_compile.toolchain import embed_cubin
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 
@@ -78,7 +78,7 @@ def _compile_wrapper(target: Target, original: Callable[..., Any]) -> Callable[.
 
 
 def _custom_passes(target: Target, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    from flashpte.export.lowering.restore_views import RestoreViews
+    from flashpte.export.lowering.cross_compile.restore_views import RestoreViews
 
     # Last, because one of ExecuTorch's passes validates the program, and a view is no edge operator.
     last = [RestoreViews()] if target.restore_views else []
@@ -97,7 +97,7 @@ def _stable_int_arrays(target: Target, original: Callable[..., str]) -> Callable
 
 
 def _package(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
-    from flashpte.export.lowering.aot_inductor import tidy_package_files
+    from flashpte.export.lowering.cross_compile.package_files import tidy_package_files
 
     return lambda archive_file, aoti_files: original(archive_file, tidy_package_files(aoti_files))
 
@@ -300,7 +300,7 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
     Override(
         "executorch.exir.program._program:lift_constant_tensor_pass",
         "numbers constants in each method by itself, and methods share tensors by name",
-        _with_original(constants.lift_by_value),
+        _with_original(lifted_constants.lift_by_value),
     ),
     Override(
         "executorch.backends.aoti.aoti_backend:move_to_device_pass",

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from flashpte.export.lowering.cross_compile import overrides, replace
-from flashpte.export.lowering.cross_compile.caches import forget_device
+from flashpte.export.lowering.cross_compile import override_table, overrides
 from flashpte.export.lowering.cross_compile.device_guard import ensure_cuda_device_guard
+from flashpte.export.lowering.cross_compile.forget_device import forget_device
 from flashpte.export.lowering.cross_compile.gemm_choice import make_chooser
 from flashpte.export.lowering.cross_compile.toolchain import (
     CrossCompileError,
@@ -92,13 +92,13 @@ def cross_compile(
         cuda_home = work_dir / "cuda"
         make_cuda_home(cuda_home)
         flags = _flags(work_dir, package)
-        target = replace.Target(arch, work_dir, str(cuda_home), flags, restore_views, on_wrapper=on_wrapper)
+        target = override_table.Target(arch, work_dir, str(cuda_home), flags, restore_views, on_wrapper=on_wrapper)
         table = overrides.TABLE + (overrides.EXECUTORCH_TABLE if package == "pte" else overrides.PT2_TABLE)
         with contextlib.ExitStack() as stack:
             stack.callback(forget_device)
             ensure_cuda_device_guard()
             _initialise_device_interfaces()
-            stack.enter_context(replace.apply(table, target))
+            stack.enter_context(override_table.apply(table, target))
             stack.enter_context(_environment(cuda_home, work_dir))
             stack.enter_context(_inductor(arch, package))
             forget_device()

@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 
 # AVX2, no AVX-512: what every x86 machine with a GPU worth compiling for has. Needs gcc 11 or newer.
 HOST_MARCH = "x86-64-v3"

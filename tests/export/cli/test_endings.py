@@ -58,7 +58,7 @@ def start(*arguments, **kwargs):
 def stand_in(monkeypatch):
     """In the place of ``export_model``: stages and commits a folder, then does what the test asks for."""
     import flashpte.export.pipeline as pipeline
-    from flashpte.export.lowering.output import atomic_folder
+    from flashpte.export.files.output_folder import atomic_folder
 
     def install(inside=lambda: None, after=lambda: None):
         def export_model(plan, output, **options):

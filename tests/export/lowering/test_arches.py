@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
 from flashpte.export.lowering import ARCHES, UnknownArchError, find_arch
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
 from flashpte.export.lowering import UnknownArchError, lower
 
 

@@ -11,7 +11,7 @@ from wrappers import allocated, keeping_wrappers, wrapper_source
 
 from flashpte.export.lowering import inspect_pte, lower
 from flashpte.export.lowering.cross_compile import overrides
-from flashpte.export.lowering.manifest import describe_method
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.passes import replace_sdpa
 
 pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("dispatch")]

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
 from flashpte.export.lowering.explain import explain, origin
 

@@ -3,7 +3,7 @@
 import torch
 from torch.export import Dim
 
-from flashpte.export.lowering.manifest import describe_method
+from flashpte.export.lowering.describe_methods import describe_method
 
 
 class Scale(torch.nn.Module):

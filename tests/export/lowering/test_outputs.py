@@ -4,7 +4,7 @@ import pytest
 import torch
 from module_of import module_of
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
 from flashpte.export.lowering.cross_compile import overrides
 from flashpte.export.lowering.prepare import prepare_pte
@@ -77,7 +77,7 @@ def test_twenty_forms_of_outputs_lower(tmp_path):
 )
 def test_what_the_runtime_would_refuse_is_refused(tmp_path, monkeypatch, function, said):
     monkeypatch.setattr(overrides, "whole_outputs", lambda original: original)
-    monkeypatch.setattr("flashpte.export.lowering.restore_views._escaping", lambda module: set())
+    monkeypatch.setattr("flashpte.export.lowering.cross_compile.restore_views._escaping", lambda module: set())
     program = torch.export.export(module_of(function), (torch.randn(2, 6, 10),))
     with pytest.raises(ExportError, match=said):
         lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")

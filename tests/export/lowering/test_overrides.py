@@ -8,8 +8,14 @@ import os
 import pytest
 import torch
 
-from flashpte.export.lowering.cross_compile import CrossCompileError, cross_compile, find_arch, overrides, replace
-from flashpte.export.lowering.cross_compile.replace import Override
+from flashpte.export.lowering.cross_compile import (
+    CrossCompileError,
+    cross_compile,
+    find_arch,
+    override_table,
+    overrides,
+)
+from flashpte.export.lowering.cross_compile.override_table import Override
 
 ALL = (*overrides.TABLE, *overrides.EXECUTORCH_TABLE, *overrides.PT2_TABLE)
 
@@ -71,7 +77,7 @@ def test_a_missing_name_is_loud_and_undoes_the_rest(name):
     first = overrides.TABLE[0]
     before = current(first)
     wrong = Override(name, "the reason", lambda target, original: None)
-    with pytest.raises(CrossCompileError) as caught, replace.apply([first, wrong], target()):
+    with pytest.raises(CrossCompileError) as caught, override_table.apply([first, wrong], target()):
         pytest.fail("not reached")
     assert name in str(caught.value)
     assert "the reason" in str(caught.value)
@@ -80,7 +86,7 @@ def test_a_missing_name_is_loud_and_undoes_the_rest(name):
 
 
 def target():
-    return replace.Target(find_arch("sm_90"), None, "", None)
+    return override_table.Target(find_arch("sm_90"), None, "", None)
 
 
 def test_every_entry_says_why_and_what_was_checked():

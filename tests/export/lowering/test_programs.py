@@ -7,7 +7,7 @@ from module_of import module_of
 
 from flashpte.export.lowering import lower
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
-from flashpte.export.lowering.manifest import describe_method
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.passes import replace_sdpa
 
 HEADS, HEAD_DIM = 4, 16

@@ -4,8 +4,8 @@ import zipfile
 import pytest
 import torch
 
+from flashpte.export.files.pte_contents import read_library
 from flashpte.export.lowering import lower
-from flashpte.export.lowering.pte_contents import read_library
 from flashpte.export.lowering.self_check import find_avx512, find_build_path
 from flashpte.passes import replace_sdpa
 

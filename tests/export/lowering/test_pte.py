@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
+from flashpte.export.files.elf import Elf
 from flashpte.export.lowering import ContentsError, inspect_pte, self_check
-from flashpte.export.lowering.elf import Elf
 from flashpte.export.lowering.shims import missing_shims
 
 pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("lowered")]

@@ -13,7 +13,7 @@ from torchao.quantization import (
     quantize_,
 )
 
-from flashpte.export.errors import ExportError
+from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
 from flashpte.export.lowering.prepare import unwrap_weights
 

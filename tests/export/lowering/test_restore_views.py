@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule
 
-from flashpte.export.lowering.restore_views import RestoreViews
+from flashpte.export.lowering.cross_compile.restore_views import RestoreViews
 
 aten = torch.ops.aten
 

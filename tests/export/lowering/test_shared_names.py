@@ -6,8 +6,8 @@ import pytest
 import torch
 from executorch.exir import to_edge_transform_and_lower
 
+from flashpte.export.files.pte_contents import WeightEntry
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
-from flashpte.export.lowering.pte_contents import WeightEntry
 from flashpte.export.lowering.self_check import shared_name_problem
 
 

@@ -9,7 +9,7 @@ from dynamic_attention import LONGEST, dynamic_program
 from wrappers import kernel_sources
 
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
-from flashpte.export.lowering.manifest import describe_method
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.passes import replace_sdpa
 
 

@@ -37,7 +37,7 @@ def test_a_compilers_error_is_summed_up_by_its_error_lines():
 
 
 def test_an_error_that_the_caller_handles_is_no_cause(tmp_path, monkeypatch):
-    from flashpte.export.errors import UsageError
+    from flashpte.export.common.errors import UsageError
     from flashpte.export.lowering import api, lower
 
     def fail(*args):

@@ -7,13 +7,13 @@ import torch
 from drafts import HIDDEN, LAYER, VOCAB, draft_tensors, flat_config, speculators_config, write_draft
 from safetensors.torch import load_file, save_file
 
-from flashpte.export.errors import ExportError, UsageError
-from flashpte.export.models.caches import AttentionShape
+from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3_config import parse_draft_config
-from flashpte.export.models.eagle3_plan import plan_draft
 from flashpte.export.models.registry import TargetSpec, default_taps
-from flashpte.export.models.source import ModelFacts
-from flashpte.export.options import ExportOptions
+from flashpte.export.pipeline.draft_plan import plan_draft
+from flashpte.export.state.caches import AttentionShape
 
 SPEC = TargetSpec("stub", "", (), build=lambda fields: None)
 FACTS = ModelFacts((AttentionShape(1, 8, None),) * 8, VOCAB, HIDDEN, 128, None, None, ())

@@ -16,12 +16,12 @@ from drafts import (
 )
 from torch import nn
 
-from flashpte.export.models.caches import AttentionShape, KVCache
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3_methods import DraftMethod
-from flashpte.export.models.eagle3_plan import plan_draft
 from flashpte.export.models.registry import TargetSpec
-from flashpte.export.models.source import ModelFacts
-from flashpte.export.options import ExportOptions
+from flashpte.export.pipeline.draft_plan import plan_draft
+from flashpte.export.state.caches import AttentionShape, KVCache
 
 LAYERS = 8
 LENGTH = 13

@@ -4,7 +4,7 @@ import pytest
 import torch
 from shared_programs import SharedPrograms
 
-from flashpte.export.options import ExportOptions
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
 
 pytestmark = pytest.mark.xdist_group("equivalence")

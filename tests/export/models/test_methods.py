@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.models.methods import MethodSpec, constant_methods, plan_methods
-from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export
 
 pytestmark = pytest.mark.xdist_group("methods")

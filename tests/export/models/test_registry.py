@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.models.registry import ENTRY_POINT_GROUP, get_target, list_targets
-from flashpte.export.options import ExportOptions
 from flashpte.export.pipeline import plan_export
 
 PLUGIN = """

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.generate import generate, sample
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel

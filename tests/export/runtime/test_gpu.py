@@ -7,9 +7,9 @@ import pytest
 import torch
 from gpu_models import follow, tampered
 
+from flashpte.export.check.eager_model import eager_pair, rebuild
 from flashpte.export.runtime import InputError, Program
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
-from flashpte.export.runtime.reference import eager_pair, rebuild
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ import json
 import pytest
 import torch
 
+from flashpte.export.check.compare import compare
+from flashpte.export.check.eager_model import eager_pair, rebuild
 from flashpte.export.runtime import Program
-from flashpte.export.runtime.compare import compare
 from flashpte.export.runtime.language_model import LanguageModel
-from flashpte.export.runtime.reference import eager_pair, rebuild
 from flashpte.export.runtime.speculate import speculate
 from flashpte.export.speculative import SpeculativeProgram, generate, greedy
 

@@ -6,7 +6,7 @@ from eager_program import signatures
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel, Limits, plan_chunks, read_limits
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_folder import write_model_folder
 
-from flashpte.export.lowering.manifest import describe_method
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.export.runtime import Program, ProgramError, open_folder
 from flashpte.export.runtime.libraries import load_package
 

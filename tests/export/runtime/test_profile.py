@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashpte.export.errors import UsageError
+from flashpte.export.common.errors import UsageError
 from flashpte.export.runtime.kernel_families import family
 from flashpte.export.runtime.language_model import Limits
 from flashpte.export.runtime.profile import Case, ProfileReport, plan_cases, summarise

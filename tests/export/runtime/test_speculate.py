@@ -7,13 +7,13 @@ import pytest
 from eager_program import EagerProgram, small_plan
 from model_folder import write_model_folder
 
-import flashpte.export.cli.run_command as command
-from flashpte.export.errors import UsageError
-from flashpte.export.lowering.manifest import describe_method
+import flashpte.export.cli.run_model as command
+from flashpte.export.common.errors import UsageError
+from flashpte.export.files.signature import read_signature
+from flashpte.export.lowering.describe_methods import describe_method
 from flashpte.export.pipeline import export_programs
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
-from flashpte.export.runtime.signature import read_signature
 from flashpte.export.runtime.speculate import (
     SpeculativeStatistics,
     check_speculation,

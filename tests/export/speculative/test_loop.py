@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from flashpte.export.errors import ExportError, UsageError
+from flashpte.export.common.errors import ExportError, UsageError
 from flashpte.export.speculative import Acceptance, Sampler, SpeculativeProgram, generate, greedy
 from flashpte.export.speculative.loop import _chunks
 

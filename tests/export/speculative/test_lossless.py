@@ -7,8 +7,8 @@ import torch
 from drafts import ReferenceDraft, draft_tensors, speculators_config, write_draft
 from shared_programs import SharedPrograms
 
+from flashpte.export.common.options import TARGET_VERIFY, ExportOptions
 from flashpte.export.models.eagle3_methods import recorded_taps
-from flashpte.export.options import TARGET_VERIFY, ExportOptions
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
 from flashpte.export.speculative import SpeculativeProgram, generate, greedy
 

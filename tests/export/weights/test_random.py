@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from flashpte.export.options import ExportOptions
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.pipeline import load_weights, plan_export
 from flashpte.export.weights.random import random_tensor
 

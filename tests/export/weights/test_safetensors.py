@@ -7,8 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from flashpte.export.errors import ExportError
-from flashpte.export.options import ExportOptions
+from flashpte.export.common.errors import ExportError
+from flashpte.export.common.options import ExportOptions
 from flashpte.export.pipeline import load_weights, plan_export
 from flashpte.export.weights.safetensors import text_name
 

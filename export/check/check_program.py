@@ -1,0 +1,354 @@
+"""``run-model --check``: a program against the eager Hugging Face model it was exported from.
+
+Compared are the logits of every method along a walk through the whole cache, the keys and values that the walk left in
+it, by group of layers, the weights byte for byte, and the choices along a greedy sequence of the eager model. Logits
+alone would not do: attention that is a little wrong moves them by little, and keys of the layers above show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashpte.export.check.agreement import Agreement, judge
+from flashpte.export.check.check_draft import check_draft
+from flashpte.export.check.check_weights import WeightsReport, compare_weights, weights_of_methods
+from flashpte.export.check.compare import Comparison, compare, worst
+from flashpte.export.check.eager_model import EagerModel, Evaluation
+from flashpte.export.check.walk import Step, plan_walk
+from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.pipeline.draft_plan import DraftPlan
+from flashpte.export.runtime.language_model import LanguageModel, RunsMethods
+
+TEACHER_TOKENS = 200
+_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """What a check found.
+
+    Attributes:
+        comparisons: of each method's logits, each group's keys and values.
+        agreement: along the greedy sequence; ``None`` without a decode method.
+        proposals: of the draft; ``None`` without one.
+        weights: what was found of the weights; ``None`` where the program's cannot be read.
+        missing: what was to be compared and was not, each with the reason.
+        unchecked: methods that were not compared with anything.
+        calls: how many calls were made, by method.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    agreement: Agreement | None
+    proposals: Agreement | None
+    weights: WeightsReport | None
+    missing: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    calls: Mapping[str, int]
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was looked at, and is within its bounds."""
+        agrees = all(found is None or found.passed for found in (self.agreement, self.proposals))
+        compared = bool(self.comparisons) and not self.not_compared
+        return all(c.passed for c in self.comparisons) and agrees and compared and not self.weights_different
+
+    @property
+    def weights_equal(self) -> int:
+        """Tensors that are the model's, byte for byte."""
+        return 0 if self.weights is None else self.weights.equal
+
+    @property
+    def weights_different(self) -> tuple[str, ...]:
+        """Names of those that are not."""
+        return () if self.weights is None else self.weights.different
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """What was compared with nothing, each with the reason: a check that looked at nothing has not passed."""
+        weights = () if self.weights is None else self.weights.missing
+        methods = (f"method {name}: no eager model to compare it with" for name in self.unchecked)
+        return (*self.missing, *weights, *methods)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "passed": self.passed,
+            "comparisons": [comparison.to_dict() for comparison in self.comparisons],
+            "teacher_forced": _agreement_dict(self.agreement),
+            "proposals": _agreement_dict(self.proposals),
+            "weights": {
+                "read": self.weights is not None,
+                "equal": self.weights_equal,
+                "different": list(self.weights_different),
+            },
+            "not_compared": list(self.not_compared),
+            "unchecked_methods": list(self.unchecked),
+            "calls": dict(self.calls),
+        }
+
+    def lines(self) -> list[str]:
+        """For people: a table, the greedy sequence, and what is wrong."""
+        rows: list[tuple[str, ...]] = [("", "max error", "allowed", "relative", "allowed", "values", "")]
+        for c in self.comparisons:
+            verdict = "ok" if c.passed else f"WRONG, worst {c.worst}"
+            errors = (c.max_error, c.max_allowed, c.relative_error, c.relative_allowed)
+            rows.append((c.what, *(f"{value:.3g}" for value in errors), str(c.values), verdict))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6)), row[6]]).rstrip()
+            for row in rows
+        ]
+        lines.append("calls: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
+        if self.agreement is not None:
+            lines += self.agreement.lines("teacher-forced", "greedy tokens")
+        if self.proposals is not None:
+            lines += self.proposals.lines("draft", "proposals")
+        if self.weights is None:
+            lines.append("weights: not compared byte for byte, they are inside of the compiled code")
+        else:
+            lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
+        if self.weights_different:
+            named = ", ".join(self.weights_different[:5])
+            lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
+        lines += [f"NOT COMPARED: {what}" for what in self.not_compared[:5]]
+        if len(self.not_compared) > 5:
+            lines.append(f"NOT COMPARED: {len(self.not_compared) - 5} more")
+        lines.append("check passed" if self.passed else "check FAILED")
+        return lines
+
+
+def _agreement_dict(found: Agreement | None) -> dict[str, Any] | None:
+    return None if found is None else {**dataclasses.asdict(found), "passed": found.passed}
+
+
+def check_program(
+    program: RunsMethods,
+    own: EagerModel,
+    reference: EagerModel,
+    *,
+    dtype: torch.dtype,
+    window: int | None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    model_weights: Mapping[str, torch.Tensor] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CheckReport:
+    """Runs a program against eager models.
+
+    Args:
+        program: what is checked; its buffers are written to and reset.
+        own: the eager model in the program's dtype, the yardstick; with the draft of a program that has one.
+        reference: the same in a wider dtype, the truth.
+        dtype: the program's.
+        window: the sliding window, if the model has one.
+        weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
+        model_weights: what they should be, by FQN, see :func:`named_weights`.
+        progress: called with a short line at each stage.
+
+    Raises:
+        ProgramError: the program is no language model, or failed to run.
+    """
+    tell = progress or (lambda stage: None)
+    model = LanguageModel(program)
+    compared_weights = None
+    if weights is not None:
+        compared_weights = compare_weights(weights, weights_of_methods(model_weights or {}, program.signatures))
+    generator = torch.Generator().manual_seed(_SEED)
+    vocabulary = int(program.constants["get_vocab_size"])
+    tokens = torch.randint(0, vocabulary, (model.limits.max_seq_len,), generator=generator).tolist()
+    steps = plan_walk(model.limits, window)
+    tell(f"walking through {max(step.end for step in steps)} positions in {len(steps)} calls")
+    results = _walk(model, tokens, steps)
+    end = max(step.end for step in steps)
+    rows = sorted({position for step, logits, _ in results for position in _rows(step, logits)})
+    tell("evaluating the eager model")
+    expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
+    comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
+    comparisons += _compare_features(results, expected, yardstick, dtype)
+    found, missing = _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    comparisons += found
+    proposals = None
+    if DRAFT_DECODE in program.signatures and yardstick.features is not None:
+        tell("walking with the draft")
+        found, proposals = check_draft(program, own, reference, tokens[:end], yardstick.features, dtype)
+        comparisons += found
+    agreement = None
+    if model.limits.decode:
+        tell("following a greedy sequence")
+        teacher, agreement = _follow_greedy(model, own, reference, tokens, window, dtype)
+        comparisons.append(teacher)
+    model.reset()
+    known = (PREFILL, DECODE, TARGET_VERIFY)
+    checked = known if proposals is None else (*known, DRAFT_DECODE)
+    return CheckReport(
+        comparisons=tuple(comparisons),
+        agreement=agreement,
+        proposals=proposals,
+        weights=compared_weights,
+        missing=(*missing, *_missing(program.signatures, yardstick, comparisons, proposals)),
+        unchecked=tuple(name for name in program.signatures if name not in checked),
+        calls={name: sum(step.method == name for step in steps) for name in program.signatures if name in known},
+    )
+
+
+def _missing(
+    methods: Mapping[str, Any], yardstick: Evaluation, comparisons: Sequence[Comparison], proposals: Agreement | None
+) -> list[str]:
+    """Results of methods that nothing was compared with."""
+    compared = {comparison.what for comparison in comparisons}
+    wanted = [(name, "logits") for name in (PREFILL, DECODE, TARGET_VERIFY) if name in methods]
+    if yardstick.features is not None:
+        wanted += [(name, "features") for name in (PREFILL, TARGET_VERIFY) if name in methods]
+    found = [f"{name} {what}: no call returned any" for name, what in wanted if f"{name} {what}" not in compared]
+    if proposals is not None and not proposals.above:
+        found.append(f"draft proposals: none has a top-2 margin above {proposals.tolerance:.3g}, any choice would pass")
+    return found
+
+
+Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M, V]; features [T, C] with a draft
+
+
+def named_weights(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
+    """The weights of a model and its draft by the FQNs that a program has them under."""
+    parts: dict[str, nn.Module] = {"model": model}
+    if draft is not None:
+        parts |= {"feature_fusion": draft.fusion, "draft": draft.head}
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> Results:
+    model.reset()
+    results: Results = []
+    for step in steps:
+        model.move_back(step.start)
+        logits = model.call(step.method, tokens[step.start : step.end])
+        model.program.synchronize()  # an error of the device belongs to this call
+        if step.compared:
+            results.append((step, logits[0].cpu(), None if model.features is None else model.features[0].cpu()))
+    return results
+
+
+def _rows(step: Step, logits: torch.Tensor) -> range:
+    """The positions whose logits a call returns: all of its tokens, which ``target_verify`` must, or the last."""
+    every = logits.shape[0] == step.count or step.method == TARGET_VERIFY
+    return range(step.start if every else step.end - 1, step.end)
+
+
+def _compare_logits(
+    results: Results,
+    rows: Sequence[int],
+    expected: Evaluation,
+    yardstick: Evaluation,
+    dtype: torch.dtype,
+) -> list[Comparison]:
+    at = {position: index for index, position in enumerate(rows)}
+    comparisons = []
+    for method in dict.fromkeys(step.method for step, _, _ in results):
+        mine = [(step, logits) for step, logits, _ in results if step.method == method]
+        indices = [at[position] for step, logits in mine for position in _rows(step, logits)]
+        actual = torch.cat([logits for _, logits in mine])
+        truth = expected.logits[indices]
+        position = rows[indices[_worst_row(actual, truth)]]
+        where = next(s for s, logits in mine if position in _rows(s, logits))
+        name = f"at position {position} ({where.count} tokens from {where.start})"
+        comparisons.append(compare(f"{method} logits", name, actual, truth, yardstick.logits[indices], dtype))
+    return comparisons
+
+
+def _worst_row(actual: torch.Tensor, truth: torch.Tensor) -> int:
+    """Where the largest error of ``[N, C]`` is; the first row, where the shapes differ."""
+    if actual.shape != truth.shape:
+        return 0
+    return int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
+
+
+def _compare_features(
+    results: Results, expected: Evaluation, yardstick: Evaluation, dtype: torch.dtype
+) -> list[Comparison]:
+    """What the target's methods hand to the draft, by method;."""
+    if expected.features is None or yardstick.features is None:
+        return []
+    calls: dict[str, list[tuple[Step, torch.Tensor]]] = {}
+    for step, _, features in results:
+        if features is not None:
+            calls.setdefault(step.method, []).append((step, features))
+    comparisons = []
+    for method, mine in calls.items():
+        rows = [row for step, _ in mine for row in range(step.start, step.end)]
+        actual, truth = torch.cat([features for _, features in mine]), expected.features[rows]
+        where = f"at position {rows[_worst_row(actual, truth)]}"
+        comparisons.append(compare(f"{method} features", where, actual, truth, yardstick.features[rows], dtype))
+    return comparisons
+
+
+def _compare_caches(
+    buffers: Mapping[str, torch.Tensor],
+    expected: Evaluation,
+    yardstick: Evaluation,
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[list[Comparison], list[str]]:
+    """Keys and values that are still in the caches, layer by layer; each group is as bad as its worst layer.
+
+    Returns:
+        The groups; and caches of the program or layers of the model that have no counterpart, with the reason.
+    """
+    groups: dict[str, list[Comparison]] = {}
+    left, missing = {name for name in buffers if name.startswith("kv_cache.")}, []
+    for kind, letter, truths, owns in (
+        ("keys", "k", expected.keys, yardstick.keys),
+        ("values", "v", expected.values, yardstick.values),
+    ):
+        for layer, (truth, own) in enumerate(zip(truths, owns, strict=True)):
+            fqn = f"kv_cache.{letter}_{layer}"
+            buffer = buffers.get(fqn)
+            if buffer is None:
+                missing.append(f"{fqn}: the program has no cache of this name")
+                continue
+            left.discard(fqn)
+            slots, length = buffer.shape[2], truth.shape[1]
+            is_ring = window is not None and slots < length
+            positions = torch.arange(max(0, length - slots), length)
+            held = buffer[0].cpu()[:, positions % slots]
+            name = f"{'sliding' if is_ring else 'full'} {kind}"
+            found = compare(name, f"in layer {layer}", held, truth[:, positions], own[:, positions], dtype)
+            groups.setdefault(name, []).append(found)
+    missing += [f"{fqn}: the eager model has no such layer" for fqn in sorted(left)]
+    if not groups:
+        missing.append("keys and values: the eager model returned none that the program holds")
+    return [worst(group) for group in groups.values()], missing
+
+
+def _follow_greedy(
+    model: LanguageModel,
+    own: EagerModel,
+    reference: EagerModel,
+    tokens: Sequence[int],
+    window: int | None,
+    dtype: torch.dtype,
+) -> tuple[Comparison, Agreement]:
+    length = model.limits.max_seq_len
+    prompt = list(tokens[: max(1, min(window or 64, length - TEACHER_TOKENS, length // 4 + 1))])
+    if model.limits.prefill is not None and len(prompt) < model.limits.prefill[0]:
+        prompt = list(tokens[: model.limits.prefill[0]])
+    count = min(TEACHER_TOKENS, length - len(prompt) + 1)
+    forced = reference.greedy(prompt, count)
+    model.reset()
+    logits = [model.prefill(prompt)]
+    logits += [model.decode(token) for token in forced[:-1]]
+    actual = torch.cat([row[0, -1:].cpu() for row in logits])
+    sequence, rows = prompt + forced[:-1], list(range(len(prompt) - 1, len(prompt) - 1 + count))
+    truth, yardstick = (eager.evaluate(sequence, rows).logits for eager in (reference, own))
+    return judge_greedy(actual, truth, yardstick, dtype)
+
+
+def judge_greedy(
+    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, dtype: torch.dtype
+) -> tuple[Comparison, Agreement]:
+    """Compares logits [N, V] along a greedy sequence, and the choices they lead to."""
+    comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
+    return comparison, judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)

@@ -1,0 +1,160 @@
+"""The draft of an export as plain PyTorch: whole sequences, a causal mask, no cache; the reference of a check.
+
+It is built from the manifest and the draft's checkpoint, or the seed of a random one; no exported program takes part.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from flashpte.export.common.errors import Option, ProgramError, wanted
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.files.dtypes import read_dtype
+from flashpte.export.models.eagle3 import DraftHead, FeatureFusion
+from flashpte.export.pipeline.draft_plan import DraftPlan, plan_draft
+from flashpte.export.state.caches import CacheView
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftEvaluation:
+    """What a draft computes for N rows; all on the CPU.
+
+    Attributes:
+        logits: [R, V_d], of the rows asked for, over the draft's vocabulary.
+        features: [R, C], the features after those rows.
+        keys: [H_kv, N, D], as the attention gets them.
+        values: [H_kv, N, D].
+    """
+
+    logits: torch.Tensor
+    features: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class EagerDraft:
+    """A draft head that reads every row at once.
+
+    Attributes:
+        taps: the target's hidden states that it fuses.
+    """
+
+    def __init__(self, fusion: FeatureFusion, head: DraftHead, taps: Sequence[int], embedding: torch.Tensor):
+        self.taps = tuple(taps)
+        self._fusion = fusion.to(embedding.device)
+        self._head = head.to(embedding.device)
+        self._embedding = embedding if head.embed_tokens is None else head.embed_tokens.weight
+
+    def fuse(self, taps: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Hidden states [1, T, C_t] by tap -> features [1, T, C]."""
+        return self._fusion([taps[tap] for tap in self.taps])
+
+    def to_draft_id(self, token: int) -> int:
+        """The draft's id of one of the target's tokens; -1 for a token that it cannot propose."""
+        if self._head.d2t is None:
+            return token
+        targets = torch.arange(len(self._head.d2t)) + self._head.d2t.cpu()
+        found = (targets == token).nonzero().flatten()
+        return int(found[0]) if len(found) else -1
+
+    def evaluate(self, tokens: Sequence[int], features: torch.Tensor, rows: Sequence[int]) -> DraftEvaluation:
+        """One forward over rows 0..N-1.
+
+        Args:
+            tokens: N tokens, each the one after its row's position.
+            features: [N, C] of the rows' positions, of any float dtype.
+            rows: the rows whose results are wanted.
+        """
+        head, table = self._head, self._embedding
+        device, count = table.device, len(tokens)
+        positions = torch.arange(count, device=device)
+        age = positions[:, None] - positions
+        window = head.attention.window
+        mask = (age >= 0) if window is None else (age >= 0) & (age < window)
+        seen = _Seen()
+        with torch.no_grad():
+            given = features[None].to(device, table.dtype)
+            embeds = F.embedding(torch.tensor([list(tokens)], device=device), table)
+            rope = head.rotary_emb(given, positions[None])
+            hidden = head.layer(embeds, given, rope, mask[None, None], cast(CacheView, seen))[0, list(rows)]
+            normalised = head.norm(hidden)
+            logits = F.linear(normalised, table if head.lm_head is None else head.lm_head.weight)
+        return DraftEvaluation(
+            logits.cpu(),
+            (normalised if head.norm_output else hidden).cpu(),
+            seen.keys.cpu(),
+            seen.values.cpu(),
+        )
+
+
+class _Seen:
+    """In the place of a cache: keys and values [1, H_kv, N, D] of one call are all there is."""
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, _layer: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = key[0], value[0]
+        return key, value
+
+
+def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | None) -> DraftPlan | None:
+    """The draft that a manifest describes, with its weights in the dtype of the export, on the CPU.
+
+    Args:
+        manifest: of an ``export-model`` folder.
+        model: the target, rebuilt from the same manifest.
+        draft: the folder of the draft that was exported; ``None`` for a random one.
+
+    Returns:
+        The draft, or ``None`` for a program without one.
+
+    Raises:
+        ExportError: the folder is missing or another draft, or the manifest does not say enough.
+    """
+    from flashpte.export.models.build import describe
+    from flashpte.export.models.registry import get_target
+
+    described = manifest.get("draft")
+    if described is None:
+        if draft is not None:
+            raise ProgramError(Option("draft"), ": this program has none")
+        return None
+    if not isinstance(described, dict) or not isinstance(described.get("chain"), int):
+        raise ProgramError(
+            Option("check"), ": the manifest does not describe the draft: export it again with this export-model"
+        )
+    random = described.get("family") == "random"
+    if random != (draft is None):
+        if random:
+            raise ProgramError(Option("draft"), ": this program has a random draft, not one of a folder")
+        raise ProgramError(Option("check"), ": this program has a draft: add ", wanted("draft"), ", the draft exported")
+    weights = manifest.get("weights")
+    seed = weights.get("random_seed") if isinstance(weights, dict) else None
+    if random and not isinstance(seed, int):
+        raise ProgramError(Option("check"), ": the manifest does not say where the draft's weights came from")
+    target = str(manifest["target"])
+    options = ExportOptions(target, random_seed=seed if random else None, draft=draft, chain=described["chain"])
+    plan = plan_draft(options, get_target(target), describe(model))
+    assert plan is not None  # options with a chain ask for one
+    found = plan.manifest()
+    different = sorted(name for name in {*found, *described} if found.get(name) != described.get(name))
+    if different:
+        raise ProgramError(Option("draft", draft), f": not what was exported: {different[0]} differs")
+    plan.load_weights(read_dtype(manifest["model"]["dtype"]), seed if random else None)
+    return plan
+
+
+def eager_draft(plan: DraftPlan, embedding: torch.Tensor) -> EagerDraft:
+    """A copy of a draft in the dtype and on the device of the target's embedding [V, C_t]."""
+    fusion, head = copy.deepcopy(plan.fusion), copy.deepcopy(plan.head)
+    if next(fusion.parameters()).dtype != embedding.dtype:  # not for its own dtype: RoPE's frequencies stay float32
+        fusion, head = fusion.to(embedding.dtype), head.to(embedding.dtype)
+    return EagerDraft(fusion, head, plan.taps, embedding)

@@ -1,0 +1,182 @@
+"""The eager Hugging Face model that an export came from: the reference of ``run-model --check``.
+
+It is built from the config in the manifest and the checkpoint's weights, or the seed of random ones; no exported
+program, no cache and no attention of ours takes part.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from flashpte.export.common.errors import ExportError, Option, ProgramError, wanted
+from flashpte.export.files.dtypes import read_dtype
+
+if TYPE_CHECKING:
+    from flashpte.export.check.eager_draft import EagerDraft
+    from flashpte.export.pipeline.draft_plan import DraftPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What an eager model computes for one sequence of T tokens; all on the CPU.
+
+    Attributes:
+        logits: [R, V], of the rows asked for.
+        keys: of each layer, [H_kv, T, D], as the attention gets them.
+        values: of each layer, [H_kv, T, D_v].
+        features: [T, C], what a draft reads; ``None`` without one.
+    """
+
+    logits: torch.Tensor
+    keys: tuple[torch.Tensor, ...] = ()
+    values: tuple[torch.Tensor, ...] = ()
+    features: torch.Tensor | None = None
+
+
+class EagerModel:
+    """A Hugging Face causal language model with its own attention and cache, without gradients.
+
+    Attributes:
+        draft: a draft that reads its hidden states, if there is one.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str, draft: DraftPlan | None = None):
+        from flashpte.export.check.eager_draft import eager_draft
+
+        self.device = torch.device(device)
+        self._model: Any = model.to(self.device).eval()
+        self.draft: EagerDraft | None = None
+        if draft is not None:
+            untyped: Any = model
+            self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
+
+    def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
+        """One forward over a whole sequence; logits of the tokens at ``rows``, keys and values of all."""
+        from transformers import DynamicCache
+
+        from flashpte.export.models.eagle3_methods import recorded_taps
+
+        cache = DynamicCache()  # without a config: sliding layers keep every position, too
+        taps = () if self.draft is None else self.draft.taps
+        features = None
+        with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
+            output = self._model(
+                input_ids=torch.tensor([list(tokens)], device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(list(rows), device=self.device),
+            )
+            if self.draft is not None:
+                features = self.draft.fuse(tapped)[0].cpu()
+        layers: Any = cache.layers
+        return Evaluation(
+            output.logits[0].cpu(),
+            tuple(layer.keys[0].cpu() for layer in layers),
+            tuple(layer.values[0].cpu() for layer in layers),
+            features,
+        )
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The ``count`` most likely tokens that follow a prompt, each given the ones before."""
+        from transformers import DynamicCache
+
+        cache, fed, tokens = DynamicCache(), list(prompt), []
+        with torch.no_grad():
+            for _ in range(count):
+                ids = torch.tensor([fed], device=self.device)
+                output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                tokens.append(int(output.logits[0, -1].argmax()))
+                fed = tokens[-1:]
+        return tokens
+
+
+def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
+    """The model that a manifest describes, in the dtype of the export, on the CPU.
+
+    Args:
+        manifest: of an ``export-model`` folder.
+        checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
+
+    Raises:
+        ExportError: the manifest does not say enough, or the checkpoint is missing or another one.
+    """
+    from flashpte.export.models.build import cut_layers
+    from flashpte.export.models.registry import get_target
+    from flashpte.export.weights.random import fill_random
+    from flashpte.export.weights.safetensors import Checkpoint, load_checkpoint
+
+    described = manifest.get("model")
+    if not isinstance(described, dict) or not isinstance(described.get("config"), dict) or "target" not in manifest:
+        raise ProgramError(
+            Option("check"), ": the manifest does not describe a model: export it again with this export-model"
+        )
+    weights = manifest.get("weights")
+    if weights == "checkpoint":
+        if checkpoint is None:
+            raise ProgramError(
+                Option("check"),
+                ": this is the export of a checkpoint: add ",
+                wanted("checkpoint"),
+                ", the folder exported",
+            )
+        _check_same_config(checkpoint, described["config"])
+    elif checkpoint is not None:
+        raise ProgramError(Option("checkpoint"), ": this export has random weights, not those of a checkpoint")
+    model = get_target(str(manifest["target"])).build(described["config"])
+    total, kept = int(described["total_layers"]), int(described["layers"])
+    if kept < total:
+        cut_layers(model, kept)
+    dtype = read_dtype(described["dtype"])
+    if checkpoint is not None:
+        load_checkpoint(Checkpoint(checkpoint), model, total, dtype)
+    elif isinstance(weights, dict) and isinstance(weights.get("random_seed"), int):
+        fill_random(model, dtype, weights["random_seed"])
+    else:
+        raise ProgramError(Option("check"), ": the manifest does not say where its weights came from")
+    untyped: Any = model
+    untyped.set_attn_implementation("sdpa")
+    return model.eval()
+
+
+def _check_same_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    from flashpte.export.weights.checkpoint_folder import read_config
+
+    if not checkpoint.is_dir():
+        raise ExportError(Option("checkpoint", checkpoint), " is not an existing folder")
+    found = read_config(checkpoint)
+    different = sorted(name for name in {*found, *config} if found.get(name) != config.get(name))
+    if different:
+        raise ProgramError(
+            Option("checkpoint", checkpoint), f" is not what was exported: {different[0]} of its config differs"
+        )
+
+
+def reference_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The wider dtype that a program's results are judged by: float32, or float64 for a float32 program."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def eager_pair(model: nn.Module, draft: DraftPlan | None = None) -> tuple[EagerModel, EagerModel]:
+    """The model in its own dtype, and in the wider one that is the reference; on the GPU where both fit.
+
+    Args:
+        model: the target.
+        draft: a draft with its weights, which both get a copy of.
+    """
+    own = next(model.parameters()).dtype
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    wider = reference_dtype(own)
+    device = "cpu"
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free > 2 * (size + size * wider.itemsize // own.itemsize):
+            device = "cuda"
+    wide = copy.deepcopy(model).to(wider)
+    return EagerModel(model, device, draft), EagerModel(wide, device, draft)

@@ -1,0 +1,132 @@
+"""``export-model``: arguments in, files and a routing table out, one line on stderr when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashpte.export.cli.endings import EXIT_OK, quiet_libraries, report_errors, stdout_may_close
+from flashpte.export.cli.export_model_flags import build_parser, check_arguments
+from flashpte.export.cli.progress import StageLog
+from flashpte.export.cli.report_file import write_report
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.common.signals import raise_on_termination
+from flashpte.export.models.registry import list_targets
+
+if TYPE_CHECKING:
+    from flashpte.export.lowering import LoweredModel
+    from flashpte.passes import RoutingReport
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``export-model``.
+
+    Args:
+        argv: the arguments after the program's name; ``None`` for those of the process.
+
+    Returns:
+        0 when done, 1 after a failure, 2 for wrong options, 130 after Ctrl-C, 128 and the signal's number after SIGTERM
+        and SIGHUP. Every error is one line on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "-v" in arguments or "--verbose" in arguments
+    with raise_on_termination():
+        return _run(arguments, verbose)
+
+
+def _run(arguments: list[str], verbose: bool) -> int:
+    is_complete = _watch(None)
+
+    def export() -> int:
+        nonlocal is_complete
+        args = build_parser().parse_args(arguments)
+        if args.list_targets:
+            with stdout_may_close():
+                _print_targets()
+            return EXIT_OK
+        options = check_arguments(args)
+        is_complete = _watch(args.output_dir)
+        return _export(args, options)
+
+    return report_errors(
+        "export-model", export, verbose=verbose, state=lambda: is_complete(), nothing_done="nothing written"
+    )
+
+
+def _watch(output: Path | None) -> Callable[[], str]:
+    """Returns a function that says whether an export has since been put at ``output``, "" if not."""
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = os.stat(output) if output is not None else None
+        except OSError:
+            return None
+        return None if found is None else (found.st_dev, found.st_ino)
+
+    def is_complete() -> str:
+        # Another folder than before; the manifest tells it from one that somebody else made meanwhile.
+        replaced = output is not None and identity() != before and (output / "manifest.json").is_file()
+        return f"{output} is complete" if replaced else ""
+
+    before = identity()
+    return is_complete
+
+
+def _print_targets() -> None:
+    targets = list_targets()
+    width = max(len(spec.name) for spec in targets)
+    for spec in targets:
+        print(f"{spec.name.ljust(width)}  {spec.description}")
+
+
+def _export(args: argparse.Namespace, options: ExportOptions) -> int:
+    with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose):
+        # torch and transformers load here, after every check that can do without them
+        from flashpte.export.lowering.cross_compile import find_arch
+        from flashpte.export.lowering.preflight import check_surroundings
+        from flashpte.export.pipeline import export_model, plan_export, preview_routing
+
+        if args.arch is not None:
+            find_arch(args.arch)
+        if not args.dry_run:
+            check_surroundings(args.output_dir, ())
+        plan = plan_export(options)
+        lowered = None
+        if args.dry_run:
+            reports = preview_routing(plan, progress=progress)
+        else:
+            result = export_model(plan, args.output_dir, arch=args.arch, format=args.format, progress=progress)
+            lowered, reports = result.lowered, result.reports
+    with stdout_may_close():
+        _print_result(options, lowered, reports)
+    if args.report is not None:
+        write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
+    return EXIT_OK
+
+
+def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports: Mapping[str, RoutingReport]) -> None:
+    from flashpte.passes import format_table
+
+    if reports:
+        print(format_table(reports))
+    else:
+        print(f"attention was not replaced (--no-replace {options.attention})")
+    if reports and not options.midm_sdpa:
+        print("target_verify: attention was not replaced (--no-midm-sdpa)")
+    if lowered is not None:
+        print()
+        for path in sorted(lowered.folder.iterdir()):
+            print(f"{_size(path.stat().st_size):>10}  {path}")
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

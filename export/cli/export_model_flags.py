@@ -1,0 +1,287 @@
+"""The flags of ``export-model`` and the checks that need neither torch nor the model."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from flashpte.export.cli.parser import add_verbosity, check_least, new_parser, nonempty_path
+from flashpte.export.cli.report_file import check_report_path
+from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import (
+    CHAIN_RANGE,
+    DEFAULT_CHAIN,
+    DEFAULT_PREFILL_CHUNK,
+    DTYPE_NAMES,
+    METHOD_NAMES,
+    ExportOptions,
+    check_has_weights,
+    check_options,
+)
+from flashpte.export.models.registry import get_target
+
+_DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_DESCRIPTION = """\
+Export a language model to an ExecuTorch CUDA program (.pte) whose attention runs on flashpte's kernels.
+No GPU is needed: the program is compiled for the architecture that --arch names."""
+
+_EPILOG = """\
+examples:
+  # the architecture of Gemma 4 31B at a size that exports in two or three minutes, random weights
+  export-model --target gemma4-31b --small --random-weights --output-dir out
+
+  # a checkpoint, for an A100, with a method that verifies 4 speculative tokens in one call
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --arch sm_80 --verify-window 4 --output-dir out
+
+  # with an EAGLE-3 draft head that proposes 4 tokens at a time: prefill, target_verify and draft_decode
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3 --chain 4 --output-dir out
+
+  # any dense Llama or Qwen3 folder
+  export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
+
+  # which kernel would each attention node get? writes nothing
+  export-model --target gemma4-31b --dry-run
+
+exit codes: 0 done, 1 failed (a file, a model, the disk), 2 wrong options, 130 interrupted, 143 and 129 ended by
+SIGTERM and SIGHUP.
+The output folder appears complete or not at all."""
+
+
+def _dtype(text: str) -> str:
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPE_NAMES:
+        known = ", ".join([*_DTYPE_ALIASES, *DTYPE_NAMES])
+        raise argparse.ArgumentTypeError(f"unknown dtype {text!r}; known: {known}")
+    return name
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``export-model``."""
+    parser = new_parser("export-model", _DESCRIPTION, _EPILOG)
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--target", metavar="NAME", help="what to export, see --list-targets")
+    model.add_argument("--list-targets", action="store_true", help="print the targets and exit")
+    model.add_argument("--small", action="store_true", help="the target's architecture at a small size")
+    model.add_argument(
+        "--config", type=nonempty_path, metavar="FILE", help="a config.json that describes the model's size"
+    )
+    model.add_argument("--layers", type=int, metavar="N", help="keep the first N layers only (default: all)")
+    model.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="bfloat16",
+        metavar="NAME",
+        help="bfloat16, float16 or float32 (also bf16, fp16, fp32), for weights, caches and logits (default: bfloat16)",
+    )
+
+    weights = parser.add_argument_group("weights (one of the first two)")
+    weights.add_argument(
+        "--checkpoint",
+        type=nonempty_path,
+        metavar="DIR",
+        help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
+    )
+    weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
+    weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
+
+    methods = parser.add_argument_group("methods (prefill and decode; target_verify with --verify-window)")
+    methods.add_argument(
+        "--max-seq-len",
+        type=int,
+        metavar="N",
+        help="positions that the KV caches hold (default: 4096, 256 with --small, or the model's limit if lower)",
+    )
+    methods.add_argument(
+        "--max-prefill-chunk",
+        type=int,
+        metavar="N",
+        help="most tokens of one prefill call (default: the model's sliding window, or "
+        f"{DEFAULT_PREFILL_CHUNK} without one; at most --max-seq-len)",
+    )
+    methods.add_argument(
+        "--verify-window",
+        type=int,
+        metavar="M",
+        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: not there)",
+    )
+    methods.add_argument(
+        "--method",
+        choices=METHOD_NAMES,
+        help="export this method alone; --format pt2 holds exactly one (default: all)",
+    )
+
+    draft = parser.add_argument_group("speculative decoding (prefill, target_verify and draft_decode)")
+    draft.add_argument(
+        "--draft",
+        type=nonempty_path,
+        metavar="DIR",
+        help="folder of an EAGLE-3 draft head, of SafeAILab/SpecForge or vLLM speculators: config.json and safetensors",
+    )
+    draft.add_argument(
+        "--chain",
+        type=int,
+        metavar="K",
+        help=f"tokens that the draft proposes at a time ({CHAIN_RANGE[0]}..{CHAIN_RANGE[1]}; default with --draft: "
+        f"{DEFAULT_CHAIN}); target_verify takes K + 1. With --random-weights and no --draft, a random draft is made",
+    )
+    draft.add_argument("--with-decode", action="store_true", help="keep decode, which a draft makes needless")
+
+    lowering = parser.add_argument_group("lowering")
+    lowering.add_argument("--arch", metavar="SM", help="sm_80, sm_90, ... (default: the local GPU's, else sm_90)")
+    lowering.add_argument(
+        "--format",
+        choices=("pte", "pt2"),
+        default="pte",
+        help="pte: ExecuTorch program; pt2: plain AOTInductor package of one method (default: pte)",
+    )
+    lowering.add_argument(
+        "--no-replace",
+        choices=("executorch", "math"),
+        help="for comparisons, do not use flashpte's kernels: leave attention to ExecuTorch's own replacement, or "
+        "decompose it to plain arithmetic (default: replace)",
+    )
+
+    lowering.add_argument(
+        "--no-midm-sdpa",
+        action="store_true",
+        help="for comparisons, leave the attention of target_verify to plain arithmetic (default: the verify kernel)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-dir", type=nonempty_path, metavar="DIR", help="folder for the program and its manifest.json"
+    )
+    output.add_argument(
+        "--dry-run", action="store_true", help="print which kernel each attention node gets; no weights"
+    )
+    output.add_argument(
+        "--report", type=nonempty_path, metavar="FILE", help="write the routing of every attention node as JSON"
+    )
+    add_verbosity(output)
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> ExportOptions:
+    """Checks everything that can be known without loading torch or the model.
+
+    Raises:
+        UsageError: flags are missing, out of range or in conflict.
+        ExportError: a path that must exist does not, or one that must be written cannot be.
+    """
+    if args.target is None:
+        raise UsageError("no target: give --target NAME, see --list-targets")
+    get_target(args.target)
+    check_least((("--seed", args.seed, 0),))
+    options = ExportOptions(
+        target=args.target,
+        checkpoint=args.checkpoint,
+        random_seed=(args.seed or 0) if args.random_weights else None,
+        config=args.config,
+        small=args.small,
+        layers=args.layers,
+        dtype=args.dtype,
+        max_seq_len=args.max_seq_len,
+        max_prefill_chunk=args.max_prefill_chunk,
+        verify_window=args.verify_window,
+        method=args.method,
+        attention=args.no_replace or "flashpte",
+        draft=args.draft,
+        chain=args.chain,
+        with_decode=args.with_decode,
+        midm_sdpa=not args.no_midm_sdpa,
+    )
+    check_options(options)
+    _check_flags(args, options)
+    _check_inputs(args)
+    _check_overlaps(args)
+    if not args.dry_run:
+        check_output_dir(args.output_dir)
+    if args.report is not None:
+        check_report_path(args.report)
+    return options
+
+
+def _check_flags(args: argparse.Namespace, options: ExportOptions) -> None:
+    """What belongs to the command line alone."""
+    for first, second, why in (
+        ("--dry-run", "--no-replace", "a dry run shows what the replacement does"),
+        ("--verbose", "--quiet", "they are opposites"),
+    ):
+        if all(getattr(args, flag[2:].replace("-", "_")) for flag in (first, second)):
+            raise UsageError(f"{first} and {second} cannot be combined: {why}")
+    if args.seed is not None and not args.random_weights:
+        raise UsageError("--seed belongs to --random-weights")
+    if args.format == "pt2" and args.no_replace == "executorch":
+        raise UsageError("--no-replace executorch needs --format pte: the kernels belong to ExecuTorch's backend")
+    if args.dry_run:
+        return
+    check_has_weights(options)
+    if args.output_dir is None:
+        raise UsageError("no output: give --output-dir DIR, or --dry-run")
+    if args.format == "pt2" and args.method is None:
+        raise UsageError("--format pt2 holds one method: add --method, for example --method decode")
+
+
+def _check_inputs(args: argparse.Namespace) -> None:
+    for flag, path in (("--checkpoint", args.checkpoint), ("--config", args.config), ("--draft", args.draft)):
+        try:
+            if path is not None:
+                path.stat()
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise ExportError(f"{flag} {path} cannot be read: {error.strerror}") from error
+    if args.checkpoint is not None:
+        if not args.checkpoint.is_dir():
+            state = "is not a folder" if args.checkpoint.exists() else "does not exist"
+            raise ExportError(f"--checkpoint {args.checkpoint} {state}")
+        if not (args.checkpoint / "config.json").is_file():
+            raise ExportError(f"--checkpoint {args.checkpoint} has no config.json: give a Hugging Face model folder")
+    if args.draft is not None and not args.draft.is_dir():
+        state = "is not a folder" if args.draft.exists() else "does not exist"
+        raise ExportError(f"--draft {args.draft} {state}")
+    if args.config is not None and not args.config.is_file():
+        raise ExportError(f"--config {args.config} is not an existing file")
+
+
+def check_output_dir(path: Path) -> None:
+    """Finds out now, not after minutes of work, whether the output folder can be made.
+
+    Raises:
+        ExportError: it is a file, or the nearest folder that exists does not take a new entry.
+    """
+    try:
+        if path.exists() and not path.is_dir():
+            raise ExportError(f"--output-dir {path} is a file; give a folder")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise ExportError(f"--output-dir {path} cannot be made: {error.strerror}") from error
+    try:
+        # trying is the only answer that also holds for read-only mounts and for root
+        tempfile.TemporaryDirectory(prefix=".export-model-", dir=parent).cleanup()
+    except OSError as error:
+        raise ExportError(f"--output-dir {path} cannot be made in {parent}: {error.strerror}") from error
+
+
+def _check_overlaps(args: argparse.Namespace) -> None:
+    """The output folder is replaced as a whole, and the report's file too: neither may hold an input."""
+    paths = {
+        flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
+        for flag in ("--output-dir", "--report", "--checkpoint", "--config", "--draft")
+        if getattr(args, flag[2:].replace("-", "_")) is not None
+    }
+    output, report = paths.get("--output-dir"), paths.get("--report")
+    for flag, path in paths.items():
+        if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
+            raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
+        if flag in ("--checkpoint", "--config", "--draft") and report == path:
+            raise UsageError(f"--report and {flag} name the same file")
+
+
+def _resolve(flag: str, path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ExportError(f"{flag} {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -1,0 +1,19 @@
+"""Options in the words of a command line."""
+
+from __future__ import annotations
+
+from flashpte.export.common.errors import Option
+
+_FLAGS = {"random_seed": "--random-weights", "midm_sdpa": "--no-midm-sdpa", "attention": "--no-replace"}
+_TAKES = {"checkpoint": "DIR", "config": "FILE", "draft": "DIR", "verify_window": "M"}
+
+
+def flag_name(field: str) -> str:
+    """The flag that sets a field of the options: ``--max-seq-len``."""
+    return _FLAGS.get(field, f"--{field.replace('_', '-')}")
+
+
+def spell_flag(option: Option) -> str:
+    """``--max-seq-len 1``; for an option to be given, what it takes: ``--checkpoint DIR``."""
+    shown = _TAKES.get(option.name) if option.wanted else option.value
+    return flag_name(option.name) if shown is None else f"{flag_name(option.name)} {shown}"

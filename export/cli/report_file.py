@@ -1,0 +1,73 @@
+"""The file of ``--report``: a plain file appears complete or not at all, a pipe or device is written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashpte.export.common.errors import ExportError
+
+if TYPE_CHECKING:
+    from flashpte.passes import RoutingReport
+
+
+def check_report_path(path: Path) -> None:
+    """Finds out whether ``--report`` can be written, without leaving anything there.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise ExportError(f"--report {path} is a folder; give a file")
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise ExportError(f"--report {path} cannot be written: no permission")
+            return
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise ExportError(f"--report {path}: the folder {folder} does not exist")
+        handle, probe = tempfile.mkstemp(prefix=".export-model-", dir=folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ExportError(f"--report {path} cannot be written: {_reason(error)}") from error
+    os.close(handle)
+    os.unlink(probe)
+
+
+def write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, RoutingReport]) -> None:
+    """Writes what the manifest says about the model, and the routing of every attention node by method.
+
+    Raises:
+        ExportError: the file cannot be written.
+    """
+    content = {"version": 1, **model, "routing": {name: report.to_dict() for name, report in reports.items()}}
+    text = json.dumps(content, indent=2) + "\n"
+    try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(path.resolve(), text)
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"--report {path} cannot be written: {_reason(error)}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe, a terminal, /dev/null: something that a file must not take the place of."""
+    return path.exists() and not path.is_file()
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".export-model-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

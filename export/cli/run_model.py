@@ -1,0 +1,108 @@
+"""``run-model``: a folder of export-model in, text, a verdict or a profile out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from flashpte.export.cli.endings import EXIT_FAILED, EXIT_OK, quiet_libraries, report_errors, stdout_may_close
+from flashpte.export.cli.progress import StageLog
+from flashpte.export.cli.run_model_flags import RunOptions, build_run_parser, check_run_arguments
+from flashpte.export.common.signals import raise_on_termination
+
+if TYPE_CHECKING:
+    from flashpte.export.runtime.language_model import RunsMethods
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``run-model``.
+
+    Args:
+        argv: the arguments after the program's name; ``None`` for those of the process.
+
+    Returns:
+        0 when done, 1 after a failure or a check that found something wrong, 2 for wrong options, 130 after Ctrl-C, 128
+        and the signal's number after SIGTERM and SIGHUP. Every error is one line on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verbose = "-v" in arguments or "--verbose" in arguments
+
+    def run() -> int:
+        args = build_run_parser().parse_args(arguments)
+        options = check_run_arguments(args)
+        out = sys.stdout
+        with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose), stdout_may_close(out):
+            return _TASKS[options.task](options, progress, out)
+        return EXIT_OK  # whoever read the output has gone
+
+    with raise_on_termination():
+        return report_errors("run-model", run, verbose=verbose)
+
+
+def _generate(options: RunOptions, progress: StageLog, out: TextIO) -> int:
+    from flashpte.export.cli.run_model_text import generate_text
+
+    return generate_text(options, progress, out, lambda: _open(options, progress))
+
+
+def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
+    from flashpte.export.check.check_program import check_program, named_weights
+    from flashpte.export.check.eager_draft import rebuild_draft
+    from flashpte.export.check.eager_model import eager_pair, rebuild
+    from flashpte.export.files.model_folder import read_folder
+
+    folder = read_folder(options.model_dir, unverified=options.unverified)
+    program, _ = _open(options, progress)
+    progress("building the eager model")
+    model = rebuild(folder.manifest, options.checkpoint)
+    draft = rebuild_draft(folder.manifest, model, options.draft)
+    own, reference = eager_pair(model, draft)
+    report = check_program(
+        program,
+        own,
+        reference,
+        dtype=next(model.parameters()).dtype,
+        window=folder.manifest["model"].get("sliding_window"),
+        weights=getattr(program, "weights", None),
+        model_weights=named_weights(model, draft),
+        progress=progress,
+    )
+    print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)
+    return EXIT_OK if report.passed else EXIT_FAILED
+
+
+def _profile(options: RunOptions, progress: StageLog, out: TextIO) -> int:
+    from flashpte.export.runtime.plot import draw, require_matplotlib
+    from flashpte.export.runtime.profile import plan_profile, profile_program
+
+    if options.plot is not None:
+        require_matplotlib()
+    program, _ = _open(options, progress)
+    plan = plan_profile(program, options.contexts, options.prefill)
+    report = profile_program(program, plan, progress=progress)
+    if options.plot is not None:
+        draw(report, options.plot)
+    print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)
+    return EXIT_OK
+
+
+def open_program(options: RunOptions, progress: Callable[[str], None]) -> RunsMethods:
+    """Loads the program; tests put another in its place."""
+    from flashpte.export.runtime.program import Program
+
+    return Program.open(
+        options.model_dir, unverified=options.unverified, cuda_graphs=options.cuda_graph, progress=progress
+    )
+
+
+def _open(options: RunOptions, progress: StageLog) -> tuple[RunsMethods, float]:
+    start = time.perf_counter()
+    program = open_program(options, progress)
+    program.synchronize()
+    return program, time.perf_counter() - start
+
+
+_TASKS = {"generate": _generate, "check": _check, "profile": _profile}

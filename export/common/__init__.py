@@ -1,0 +1,1 @@
+"""What every room may use: errors, options, signals. Nothing here imports torch."""

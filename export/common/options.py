@@ -1,0 +1,180 @@
+"""What to export, as one value; importing this needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from flashpte.export.common.errors import Option, UsageError, wanted
+
+Attention = Literal["flashpte", "executorch", "math"]
+Format = Literal["pte", "pt2"]
+
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+
+PREFILL = "prefill"
+DECODE = "decode"
+TARGET_VERIFY = "target_verify"
+DRAFT_DECODE = "draft_decode"
+METHOD_NAMES = (PREFILL, DECODE, TARGET_VERIFY, DRAFT_DECODE)
+
+VERIFY_WINDOW_RANGE = (2, 16)
+"""Fewest and most tokens of one target_verify call; the most is what the mid-M kernel takes."""
+
+CHAIN_RANGE = (VERIFY_WINDOW_RANGE[0] - 1, VERIFY_WINDOW_RANGE[1] - 1)
+"""Fewest and most tokens that a draft proposes at a time: target_verify takes one more."""
+
+DEFAULT_CHAIN = 4
+"""Length of the chain of a draft whose user names none."""
+
+DEFAULT_PREFILL_CHUNK = 2048
+"""Longest prefill of a model without a sliding window; one with a window takes at most the window."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        target: name of a target, see :mod:`flashpte.export.models.registry`.
+        checkpoint: Hugging Face folder to read config, weights and tokenizer from.
+        random_seed: seed of random weights, for an export without a checkpoint.
+        config: a ``config.json`` that describes the model, without a checkpoint.
+        small: take the target's small config.
+        layers: keep the first layers only.
+        dtype: one of :data:`DTYPE_NAMES`, for weights, caches and logits.
+        max_seq_len: positions that the caches hold; ``None`` for the target's default.
+        max_prefill_chunk: most tokens of one prefill call; ``None`` for the sliding window, or 2048 without one.
+        verify_window: M of ``target_verify``; ``None`` leaves that method out. A draft sets it to its chain plus one.
+        method: export this method alone.
+        attention: ``"flashpte"`` for the project's kernels; ``"executorch"`` leaves attention to ExecuTorch's own
+            replacement and ``"math"`` decomposes it to plain arithmetic, for comparisons.
+        draft: folder of an EAGLE-3 draft head; adds ``draft_decode``, and features to ``prefill`` and
+            ``target_verify``.
+        chain: K, tokens that the draft proposes at a time; ``None`` for 4 with a draft. Without ``draft`` but with
+            ``random_seed``, a random draft that fits the target is made.
+        with_decode: keep ``decode`` beside a draft, which does not need it.
+        midm_sdpa: ``False`` leaves the attention of ``target_verify`` to plain arithmetic, for comparisons.
+    """
+
+    target: str
+    checkpoint: Path | None = None
+    random_seed: int | None = None
+    config: Path | None = None
+    small: bool = False
+    layers: int | None = None
+    dtype: str = "bfloat16"
+    max_seq_len: int | None = None
+    max_prefill_chunk: int | None = None
+    verify_window: int | None = None
+    method: str | None = None
+    attention: Attention = "flashpte"
+    draft: Path | None = None
+    chain: int | None = None
+    with_decode: bool = False
+    midm_sdpa: bool = True
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a draft is exported with the target."""
+        return self.draft is not None or self.chain is not None
+
+
+def check_options(options: ExportOptions) -> None:
+    """Checks what can be known without the model: values out of range, options that conflict or need another.
+
+    Raises:
+        UsageError: naming the options.
+    """
+    if options.dtype not in DTYPE_NAMES:
+        raise UsageError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPE_NAMES)}")
+    _check_conflicts(options)
+    _check_draft_options(options)
+    _check_lengths(options)
+    _check_method(options)
+
+
+def check_has_weights(options: ExportOptions) -> None:
+    """Raises a UsageError unless there is a checkpoint or a seed of random weights."""
+    if options.checkpoint is None and options.random_seed is None:
+        raise UsageError("no weights: give ", wanted("checkpoint"), " or ", wanted("random_seed"))
+
+
+def _check_conflicts(options: ExportOptions) -> None:
+    given = {
+        "checkpoint": options.checkpoint is not None,
+        "random_seed": options.random_seed is not None,
+        "config": options.config is not None,
+        "small": options.small,
+        "midm_sdpa": not options.midm_sdpa,
+        "attention": options.attention != "flashpte",
+        "draft": options.draft is not None,
+        "chain": options.chain is not None,
+        "verify_window": options.verify_window is not None,
+    }
+    for first, second, why in (
+        ("checkpoint", "random_seed", "both name weights"),
+        ("checkpoint", "config", "the folder's own config.json is used"),
+        ("checkpoint", "small", "the folder's own config.json is used"),
+        ("small", "config", "both name a size"),
+        ("midm_sdpa", "attention", "nothing is replaced"),
+        ("draft", "verify_window", "target_verify takes the chain and one token more"),
+        ("chain", "verify_window", "target_verify takes the chain and one token more"),
+    ):
+        if given[first] and given[second]:
+            raise UsageError(Option(first), " and ", Option(second), f" cannot be combined: {why}")
+
+
+def _check_draft_options(options: ExportOptions) -> None:
+    if options.chain is not None and options.draft is None and options.checkpoint is not None:
+        raise UsageError(
+            Option("chain"), " needs ", wanted("draft"), "; only ", Option("random_seed"), " makes a random draft"
+        )
+    if options.with_decode and not options.speculates:
+        raise UsageError(
+            Option("with_decode"), " belongs to ", Option("draft"), "; without one, decode is always there"
+        )
+    if not options.midm_sdpa and not options.speculates and options.verify_window is None:
+        raise UsageError(
+            Option("midm_sdpa"),
+            " belongs to target_verify: add ",
+            wanted("draft"),
+            " or ",
+            wanted("verify_window"),
+        )
+
+
+def _check_lengths(options: ExportOptions) -> None:
+    low, high = VERIFY_WINDOW_RANGE
+    if options.verify_window is not None and not low <= options.verify_window <= high:
+        raise UsageError(Option("verify_window", options.verify_window), f": must be {low}..{high}")
+    low, high = CHAIN_RANGE
+    if options.chain is not None and not low <= options.chain <= high:
+        rows = f"target_verify takes one token more, its kernel {high + 1} rows"
+        raise UsageError(Option("chain", options.chain), f": must be {low}..{high} ({rows})")
+    for name, least in (("max_seq_len", 2), ("max_prefill_chunk", 2), ("layers", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(Option(name, value), f": must be at least {least}")
+    for name in ("verify_window", "max_prefill_chunk"):
+        value = getattr(options, name)
+        if value is not None and options.max_seq_len is not None and value > options.max_seq_len:
+            raise UsageError(Option(name, value), ": must not exceed ", Option("max_seq_len", options.max_seq_len))
+
+
+def _check_method(options: ExportOptions) -> None:
+    method = options.method
+    if method is None:
+        return
+    if method not in METHOD_NAMES:
+        raise UsageError(f"unknown method {method!r}; known: {', '.join(METHOD_NAMES)}")
+    if method == DRAFT_DECODE and not options.speculates:
+        raise UsageError(Option("method", method), " needs ", wanted("draft"))
+    if method == TARGET_VERIFY and options.verify_window is None and not options.speculates:
+        raise UsageError(Option("method", method), " needs ", wanted("verify_window"))
+    for name, owner in (("verify_window", TARGET_VERIFY), ("max_prefill_chunk", PREFILL)):
+        if getattr(options, name) is not None and method != owner:
+            raise UsageError(
+                Option(name), f" belongs to the method {owner}, which ", Option("method", method), " leaves out"
+            )

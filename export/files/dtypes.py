@@ -1,0 +1,22 @@
+"""Dtypes by the names that files have them under."""
+
+from __future__ import annotations
+
+import torch
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """``torch.bfloat16`` for ``"bfloat16"``.
+
+    Raises:
+        ValueError: there is no such dtype.
+    """
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"unknown dtype {name!r}")
+    return found

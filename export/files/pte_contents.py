@@ -1,0 +1,356 @@
+"""Opens a ``.pte`` and its ``.ptd`` and says what is in them, without ExecuTorch's runtime and without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import mmap
+import struct
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from flashpte.export.common.errors import ExportError
+from flashpte.export.files.elf import Elf, ElfError
+from flashpte.export.files.names import COPY_OPERATORS, PTD_NAME
+
+_WEIGHTS_MAGIC = b"ETCUDAFQN3"  # ExecuTorch 1.5's layout of the CUDA delegate's payload
+_PTD_HEADER_OFFSET = 8
+
+
+class ContentsError(ExportError):
+    """The file is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubin:
+    """A compiled GPU kernel.
+
+    Attributes:
+        symbol: the name AOTInductor gave it in the shared library.
+        arch: ``sm_80``, ``sm_90``, ...
+        kernels: entry points, named after the Python functions they were written as.
+        data: the ELF file.
+    """
+
+    symbol: str
+    arch: str
+    kernels: tuple[str, ...]
+    data: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedLibrary:
+    """A method's host code.
+
+    Attributes:
+        data: the ELF file.
+        needed: shared libraries it is linked with.
+        undefined: symbols its loader must find elsewhere (weak ones left out).
+        cubins: the kernels inside.
+    """
+
+    data: bytes = dataclasses.field(repr=False)
+    needed: tuple[str, ...]
+    undefined: frozenset[str] = dataclasses.field(repr=False)
+    cubins: tuple[Cubin, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightEntry:
+    """How a method uses a named tensor of the ``.ptd``; strides and offset are in elements."""
+
+    fqn: str
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    storage_offset: int
+    storage_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One method of a ``.pte`` that runs code.
+
+    Attributes:
+        name: the method.
+        delegates: the backends it calls, in order.
+        operators: ExecuTorch operators it calls itself (copies between host and device).
+        compile_specs: what the delegate was compiled with.
+        library: the delegate's code.
+        weights: tensors bound by FQN when the method is loaded, constants and mutable buffers alike.
+        argument_order: for each argument of the delegate, which of the method's inputs it is (the order differs).
+        result_order: for each output of the method, which of the delegate's results it is.
+    """
+
+    name: str
+    delegates: tuple[str, ...]
+    operators: tuple[str, ...]
+    compile_specs: Mapping[str, str]
+    library: SharedLibrary
+    weights: tuple[WeightEntry, ...]
+    argument_order: tuple[int, ...]
+    result_order: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PteContents:
+    """What :func:`inspect_pte` found.
+
+    Attributes:
+        methods: methods that run code, by name.
+        constant_methods: values of methods that return a constant.
+        data: bytes of every named tensor of the ``.ptd``, by key (views of the mapped file).
+    """
+
+    methods: Mapping[str, Method]
+    constant_methods: Mapping[str, Any]
+    data: Mapping[str, memoryview] = dataclasses.field(repr=False)
+
+    def weight(self, method: str, fqn: str) -> torch.Tensor:
+        """A copy of a named tensor, as ``method`` sees it.
+
+        Raises:
+            KeyError: the method has no such tensor.
+        """
+        entry = next((w for w in self.methods[method].weights if w.fqn == fqn), None)
+        if entry is None:
+            raise KeyError(f"method {method} has no tensor {fqn}")
+        flat = torch.frombuffer(bytearray(self.data[entry.key]), dtype=entry.dtype)
+        return flat.as_strided(entry.shape, entry.strides, entry.storage_offset)
+
+
+def inspect_pte(path: Path | str) -> PteContents:
+    """Reads a ``.pte`` made by the CUDA backend, and the ``aoti_cuda_blob.ptd`` beside it if there is one.
+
+    Raises:
+        ContentsError: a file is missing, truncated or of another kind, or the ``.ptd`` lacks a tensor that a method
+            uses.
+    """
+    path = Path(path)
+    with _plain_errors(path, ".pte"):
+        methods, constants = _read_pte(path.read_bytes())
+    ptd = path.with_name(PTD_NAME)
+    data = dict(read_ptd(ptd)) if ptd.exists() else {}
+    for method in methods.values():
+        for entry in method.weights:
+            if entry.key not in data:
+                lack = f"does not hold {entry.key}" if ptd.exists() else "does not exist"
+                raise ContentsError(f"method {method.name} uses the tensor {entry.fqn}, but {ptd} {lack}")
+    return PteContents(MappingProxyType(methods), MappingProxyType(constants), MappingProxyType(data))
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path, kind: str) -> Iterator[None]:
+    """Whatever a parser makes of bytes that it was not made for becomes one line."""
+    try:
+        yield
+    except ContentsError as error:
+        raise ContentsError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise ContentsError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ContentsError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        raise ContentsError(f"{path} is not a {kind} file, or is truncated: {' '.join(str(error).split())}") from error
+
+
+def _read_pte(content: bytes) -> tuple[dict[str, Method], dict[str, Any]]:
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    file = deserialize_pte_binary(content)
+    blobs = {}
+    if file.named_data is not None:
+        blobs = {
+            key: bytes(file.named_data.buffers[entry.buffer_index]) for key, entry in file.named_data.pte_data.items()
+        }
+    methods, constants = {}, {}
+    for plan in file.program.execution_plan:
+        if not plan.delegates and not plan.operators:
+            constants[plan.name] = _constant_value(plan)
+            continue
+        payloads = [bytes(file.program.backend_delegate_data[d.processed.index].data) for d in plan.delegates]
+        methods[plan.name] = _read_method(plan, payloads, blobs)
+    return methods, constants
+
+
+def _constant_value(plan: Any) -> Any:
+    """The value a constant method returns: a scalar, a string, or a list of them."""
+    found = []
+    for index in plan.outputs:
+        value = plan.values[index].val
+        fields = ("int_val", "bool_val", "double_val", "string_val")
+        found.append(next((getattr(value, name) for name in fields if hasattr(value, name)), type(value).__name__))
+    return found[0] if len(found) == 1 else found
+
+
+def _read_method(plan: Any, payloads: list[bytes], blobs: Mapping[str, bytes]) -> Method:
+    if len(payloads) != 1:
+        raise ContentsError(f"method {plan.name} has {len(payloads)} delegates; one was expected")
+    key, weights = _read_payload(payloads[0])
+    if key not in blobs:
+        raise ContentsError(f"method {plan.name} refers to a shared library that is not in the file")
+    arguments, results = _call_order(plan)
+    return Method(
+        name=plan.name,
+        delegates=tuple(delegate.id for delegate in plan.delegates),
+        operators=tuple(f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators),
+        compile_specs={spec.key: bytes(spec.value).decode() for spec in plan.delegates[0].compile_specs},
+        library=read_library(blobs[key]),
+        weights=weights,
+        argument_order=arguments,
+        result_order=results,
+    )
+
+
+def _call_order(plan: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Follows the delegate's arguments and results through the copies between host and device.
+
+    Returns:
+        For each argument of the delegate, which input of the method it is; for each output of the method, which result
+        of the delegate it is. A delegate's arguments are its inputs, then its results.
+    """
+    from executorch.exir.schema import DelegateCall, KernelCall
+
+    origin: dict[int, int] = {}  # a copy: the value it was copied from
+    called: list[int] | None = None
+    for instruction in plan.chains[0].instructions:
+        call = instruction.instr_args
+        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in COPY_OPERATORS:
+            origin[call.args[-1]] = origin[call.args[1]] = call.args[0]  # (input, out, out)
+        elif isinstance(call, DelegateCall) and called is None:
+            called = list(call.args)
+    if called is None:
+        return (), ()
+    inputs = [value for value in called if origin.get(value, value) in plan.inputs]
+    results = [value for value in called if origin.get(value, value) not in plan.inputs]
+    return (
+        tuple(plan.inputs.index(origin.get(value, value)) for value in inputs),
+        tuple(results.index(value) for value in (origin.get(v, v) for v in plan.outputs) if value in results),
+    )
+
+
+def _read_payload(payload: bytes) -> tuple[str, tuple[WeightEntry, ...]]:
+    """Decodes the delegate's payload (``encode_cuda_weight_metadata`` of ExecuTorch's CUDA backend)."""
+    from executorch.exir.scalar_type import ScalarType
+    from executorch.exir.tensor import get_scalar_type
+
+    if not payload.startswith(_WEIGHTS_MAGIC):
+        raise ContentsError(
+            f"the CUDA delegate's payload begins with {payload[:10]!r}, not with {_WEIGHTS_MAGIC.decode()}, which "
+            "ExecuTorch 1.5.1 writes: install executorch>=1.5.1,<1.6 and export again"
+        )
+    reader = _Reader(payload, len(_WEIGHTS_MAGIC))
+    library_key = reader.string()
+    (count,) = reader.unpack("<I")
+    entries = []
+    for _ in range(count):
+        fqn, key = reader.string(), reader.string()
+        nbytes, dtype, _, offset, rank = reader.unpack("<QiiqI")
+        shape, strides = reader.unpack(f"<{rank}q"), reader.unpack(f"<{rank}q")
+        entries.append(WeightEntry(fqn, key, get_scalar_type(ScalarType(dtype)), shape, strides, offset, nbytes))
+    return library_key, tuple(entries)
+
+
+class _Reader:
+    def __init__(self, data: bytes, position: int) -> None:
+        self._data, self._position = data, position
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(layout, self._data, self._position)
+        self._position += struct.calcsize(layout)
+        return values
+
+    def string(self) -> str:
+        (length,) = self.unpack("<I")
+        text = self._data[self._position : self._position + length].decode()
+        self._position += length
+        return text
+
+
+def read_library(data: bytes) -> SharedLibrary:
+    """Reads a shared library made by AOTInductor with its kernels embedded.
+
+    Raises:
+        ContentsError: it is not one.
+    """
+    try:
+        elf = Elf(data)
+        if not elf.is_host_code:
+            raise ElfError("not host code")
+        symbols = list(elf.symbols())
+        return SharedLibrary(
+            data=data,
+            needed=elf.needed(),
+            undefined=frozenset(s.name for s in symbols if not s.is_defined and not s.is_weak),
+            cubins=tuple(_cubins(elf, {s.name: s.value for s in symbols if s.is_defined})),
+        )
+    except (ElfError, struct.error, ValueError) as error:
+        raise ContentsError(f"unreadable shared library: {error}") from error
+
+
+def _cubins(elf: Elf, addresses: Mapping[str, int]) -> Iterator[Cubin]:
+    """Kernels are embedded as ``__<kernel>_start`` ... ``__<kernel>_end``."""
+    for name, start in sorted(addresses.items()):
+        end = addresses.get(name.removesuffix("_start") + "_end")
+        if name.startswith("__") and name.endswith("_start") and end is not None:
+            data = elf.at_address(start, end)
+            cubin = Elf(data)
+            kernels = tuple(sorted(s.name for s in cubin.symbols() if s.is_function and s.is_defined))
+            yield Cubin(name[2:].removesuffix("_start"), cubin.cuda_arch, kernels, data)
+
+
+def read_ptd(path: Path | str) -> Iterator[tuple[str, memoryview]]:
+    """Yields the named entries of a ``.ptd``; the file is mapped, not read, so it may be larger than memory.
+
+    Raises:
+        ContentsError: the file is missing, truncated or of another kind.
+    """
+    path = Path(path)
+    with _plain_errors(path, ".ptd"):
+        entries = _read_entries(path)
+    yield from entries
+
+
+def _read_entries(path: Path) -> list[tuple[str, memoryview]]:
+    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
+
+    with path.open("rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    header = FlatTensorHeader.from_bytes(bytes(mapped[_PTD_HEADER_OFFSET : _PTD_HEADER_OFFSET + 64]))
+    if not header.is_valid() or header.segment_base_offset + header.segment_data_size > len(mapped):
+        raise ValueError("its header does not fit")
+    with _quiet_flatc():
+        table = _deserialize_to_flat_tensor(bytes(mapped[: header.flatbuffer_offset + header.flatbuffer_size]))
+    entries = []
+    for entry in table.named_data:
+        segment = table.segments[entry.segment_index]
+        start = header.segment_base_offset + segment.offset
+        if start + segment.size > len(mapped):
+            raise ValueError(f"{entry.key} ends behind the file")
+        entries.append((entry.key, mapped[start : start + segment.size]))
+    return entries
+
+
+@contextlib.contextmanager
+def _quiet_flatc() -> Iterator[None]:
+    """ExecuTorch reads the table with the program flatc, which prints its usage when it cannot."""
+    from executorch.exir._serialize import _flatbuffer
+
+    stock = _flatbuffer._run_flatc
+
+    def run(args: Sequence[str]) -> None:
+        done = subprocess.run([_flatbuffer._get_flatc_path(), *args], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError("flatc cannot read its table")
+
+    _flatbuffer._run_flatc = run
+    try:
+        yield
+    finally:
+        _flatbuffer._run_flatc = stock

@@ -1,0 +1,227 @@
+"""Hugging Face modules as the source of programs: built without memory, cut in depth, and described by what they are.
+
+Sizes are read from modules and not from configs: the fields of a config differ between releases of transformers, the
+sizes that the modules were built with are what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from flashpte.export.common.errors import ExportError, Option, UsageError
+from flashpte.export.models.attention_interface import ATTENTION_NAME
+from flashpte.export.state.caches import AttentionShape
+
+# These recompute frequencies from the values of the positions: a branch on data, or a write to a buffer.
+_UNSUPPORTED_ROPE = ("dynamic", "longrope")
+
+_LEAST_SIZES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "head_dim", "global_head_dim"), 1),
+    "max_position_embeddings": 2,  # the shortest prefill
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What the exporter needs to know about a model.
+
+    Attributes:
+        attention: what each layer's cache must hold, in layer order.
+        vocab_size: V of the logits.
+        hidden_size: C of the hidden states between layers.
+        max_positions: the longest sequence that the model was made for.
+        window: the sliding window, or ``None`` without sliding layers.
+        bos_id: id of the token that starts a sequence, if the config says.
+        eos_ids: ids of the tokens that end one; empty if the config does not say.
+    """
+
+    attention: tuple[AttentionShape, ...]
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    window: int | None
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+
+
+class EmptyTensorsOnMeta(TorchFunctionMode):
+    """Sends ``torch.empty`` to the meta device: weights cost nothing, computed buffers (RoPE) keep their values.
+
+    ``torch.device("meta")`` would take the computed, non-persistent buffers too, and no checkpoint restores those.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's fields of a multimodal config; those of a text config as they are."""
+    text = fields.get("text_config")
+    if text is None:
+        return dict(fields)
+    if not isinstance(text, Mapping):
+        raise ExportError(f"not a valid config: text_config is a {type(text).__name__}, not an object")
+    # said once, at the top, for the whole model
+    shared = ("tie_word_embeddings", "quantization_config")
+    return {**{name: fields[name] for name in shared if name in fields}, **text}
+
+
+def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, Any]) -> nn.Module:
+    """Builds a transformers causal language model for inference, its large weights on the meta device.
+
+    Args:
+        config_class: name of the config class in transformers.
+        model_class: name of the model class in transformers.
+        fields: fields of the config.
+
+    Raises:
+        ExportError: transformers is too old for the model, a field is invalid, or the model needs what cannot be
+            exported (a quantised checkpoint, RoPE frequencies that depend on the input).
+    """
+    if not (hasattr(transformers, config_class) and hasattr(transformers, model_class)):
+        raise ExportError(f"transformers {transformers.__version__} has no {model_class}; install a newer one")
+    if quantization := fields.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise ExportError(f"config.json names a quantised checkpoint ({method}); give the unquantised one")
+    if problem := wrong_size(fields):
+        raise ExportError(f"not a valid {config_class}: {problem}")
+    try:
+        config = getattr(transformers, config_class).from_dict(dict(fields))
+        # attention layers look this name up whenever they run
+        config._attn_implementation = ATTENTION_NAME
+        _check_rope(config)
+        with EmptyTensorsOnMeta():
+            model = getattr(transformers, model_class)(config)
+    except KeyError as error:  # a name that transformers looks up in one of its tables
+        value = error.args[0] if error.args else None
+        field = next((f"{name} is " for name, held in fields.items() if held == value), "")
+        raise ExportError(f"not a valid {config_class}: {field}{value!r}, unknown or missing") from error
+    except (StrictDataclassError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"not a valid {config_class}: {reason}") from error
+    share_tied_head(model)
+    _order_sets(model)
+    return model.eval().requires_grad_(False)
+
+
+def _order_sets(model: nn.Module) -> None:
+    """Makes modules that keep a set of strings keep it sorted.
+
+    Gemma 4 computes its position embeddings for each of a set of layer types: which comes first in the trace would
+    depend on the process's hash seed, and equal exports would not have equal bytes.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, set) and value and all(isinstance(item, str) for item in value) and name[0] != "_":
+                setattr(module, name, sorted(value))
+
+
+def wrong_size(fields: Mapping[str, Any]) -> str | None:
+    """The first size among a config's fields that no model can have; transformers divides by some of them."""
+    for name, least in _LEAST_SIZES.items():
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            return f"{name} is {value!r}, must be a whole number of at least {least}"
+    return None
+
+
+def _check_rope(config: Any) -> None:
+    parameters = config.rope_parameters or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
+    for rope in per_layer_type or [parameters]:
+        if rope.get("rope_type") in _UNSUPPORTED_ROPE:
+            raise ExportError(
+                f"RoPE of type {rope['rope_type']!r} cannot be exported: it depends on the input's length"
+            )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a Hugging Face causal language model."""
+    return _untyped(model).base_model.layers
+
+
+def _untyped(module: nn.Module) -> Any:
+    """The same module; what a Hugging Face module has is not known to a type checker."""
+    return module
+
+
+def cut_layers(model: nn.Module, count: int) -> None:
+    """Keeps the first ``count`` layers, as they are.
+
+    The config keeps its own number: built from a shortened config, some models turn their last layer into another
+    kind (Gemma 4 forces full attention there), and it would no longer fit the checkpoint.
+
+    Raises:
+        UsageError: the model has fewer layers.
+    """
+    layers = decoder_layers(model)
+    if not 1 <= count <= len(layers):
+        raise UsageError(Option("layers", count), f": the model has {len(layers)} layers")
+    _untyped(model).base_model.layers = layers[:count]
+
+
+def describe(model: nn.Module) -> ModelFacts:
+    """Reads the facts off a model made by :func:`build_causal_lm`.
+
+    Raises:
+        ExportError: its query heads cannot be grouped over its key heads.
+    """
+    attention = []
+    for layer in decoder_layers(model):
+        attn = _untyped(layer).self_attn
+        heads, kv_heads = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+        if heads % kv_heads:
+            raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
+        attention.append(AttentionShape(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None)))
+    config = _untyped(model).config
+    eos = config.eos_token_id
+    vocab_size, hidden_size = _untyped(model).get_input_embeddings().weight.shape
+    return ModelFacts(
+        attention=tuple(attention),
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        max_positions=config.max_position_embeddings,
+        window=min((shape.window for shape in attention if shape.window is not None), default=None),
+        bos_id=config.bos_token_id,
+        eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+    )
+
+
+class TiedHead(nn.Module):
+    """The output projection of a model with tied embeddings: reads the embedding's weight where it is.
+
+    A head that registers the same parameter once more gives the exported program a second input, and leaves to
+    chance which of the two names the weight is stored under.
+    """
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple: not a child module, so not a second name
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., C] -> logits [..., V]."""
+        return F.linear(hidden, self._embedding[0].weight)
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether the output projection shares the embedding's weight."""
+    return isinstance(model.lm_head, TiedHead)
+
+
+def share_tied_head(model: nn.Module) -> None:
+    """Replaces the head of a model whose config ties it to the embedding by a :class:`TiedHead`."""
+    if _untyped(model).config.tie_word_embeddings:
+        model.lm_head = TiedHead(_untyped(model).get_input_embeddings())

@@ -1,0 +1,190 @@
+"""What an export will be: a model without memory for its weights, and all that is decided before they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
+from flashpte.export.common.options import DTYPE_NAMES, TARGET_VERIFY, ExportOptions, check_options
+from flashpte.export.models.build import ModelFacts, cut_layers, decoder_layers, describe
+from flashpte.export.models.eagle3_methods import draft_constants
+from flashpte.export.models.methods import MIN_PREFILL_CHUNK, MethodSpec, constant_methods, plan_methods
+from flashpte.export.models.registry import TargetSpec, get_target, targets_for
+from flashpte.export.pipeline.draft_plan import DraftPlan, plan_draft
+from flashpte.export.pipeline.lengths import (
+    check_cache_size,
+    check_verify_window,
+    forward_bound,
+    prefill_chunk,
+    sequence_length,
+)
+from flashpte.export.weights.checkpoint_folder import (
+    check_token_ids,
+    read_config,
+    read_json,
+    read_token_ids,
+    tokenizer_files,
+)
+from flashpte.export.weights.safetensors import Checkpoint, check_tensors
+
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """A model on the meta device and everything that is decided before its weights are read.
+
+    Attributes:
+        options: what was asked for.
+        model: the causal language model; its weights are on the meta device until :func:`export_programs`.
+        facts: its sizes and token ids.
+        config: fields of the config that the model was built from.
+        total_layers: layers before ``options.layers`` cut them.
+        max_seq_len: positions that the caches hold.
+        methods: the methods to export.
+        checkpoint: the opened checkpoint, its tensors checked against the model by name and shape.
+        draft: the draft head, likewise; ``None`` without one.
+    """
+
+    options: ExportOptions
+    model: nn.Module
+    facts: ModelFacts
+    config: Mapping[str, Any]
+    total_layers: int
+    max_seq_len: int
+    methods: tuple[MethodSpec, ...]
+    checkpoint: Checkpoint | None
+    draft: DraftPlan | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of weights, caches and logits."""
+        return DTYPES[self.options.dtype]
+
+    @property
+    def constant_methods(self) -> dict[str, Any]:
+        """See :func:`flashpte.export.models.methods.constant_methods`, and ``draft_constants`` for those of a draft."""
+        values = constant_methods(
+            self.methods,
+            max_seq_len=self.max_seq_len,
+            vocab_size=self.facts.vocab_size,
+            bos_id=self.facts.bos_id,
+            eos_ids=self.facts.eos_ids,
+        )
+        return values if self.draft is None else {**values, **draft_constants(self.draft, self.methods)}
+
+    @property
+    def kept_attention(self) -> tuple[str, ...]:
+        """Methods whose attention is left to plain arithmetic, for comparisons."""
+        return () if self.options.midm_sdpa else (TARGET_VERIFY,)
+
+    @property
+    def extra_files(self) -> tuple[Path, ...]:
+        """Files of the checkpoint to copy beside the model."""
+        return () if self.options.checkpoint is None else tuple(tokenizer_files(self.options.checkpoint))
+
+    def manifest(self) -> dict[str, Any]:
+        """What manifest.json says about the model; holds no path, so equal exports have equal manifests."""
+        options = self.options
+        weights: Any = None
+        if self.checkpoint is not None:
+            weights = "checkpoint"
+        elif options.random_seed is not None:
+            weights = {"random_seed": options.random_seed}
+        manifest = {
+            "target": options.target,
+            "model": {
+                "class": type(self.model).__name__,
+                "layers": len(self.facts.attention),
+                "total_layers": self.total_layers,
+                "dtype": options.dtype,
+                "max_seq_len": self.max_seq_len,
+                "sliding_window": self.facts.window,
+                "config": dict(self.config),
+            },
+            "weights": weights,
+            "tokenizer": [path.name for path in self.extra_files],
+        }
+        return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
+
+
+def plan_export(options: ExportOptions) -> ExportPlan:
+    """Builds the model without memory for its weights and checks everything that needs none.
+
+    Raises:
+        UsageError: an option is unknown, out of the model's range, or conflicts with another.
+        ExportError: the config or the checkpoint is missing, broken, or does not fit the target.
+    """
+    spec = get_target(options.target)
+    check_options(options)
+    config = _config_fields(spec, options)
+    model = spec.build(config)
+    total_layers = len(decoder_layers(model))
+    if options.layers is not None:
+        cut_layers(model, options.layers)
+    facts = describe(model)
+    if options.checkpoint is not None:
+        facts = _with_token_ids(facts, read_token_ids(options.checkpoint))
+    max_seq_len = sequence_length(spec, options, facts)
+    draft = plan_draft(options, spec, facts)
+    bound, reason = forward_bound(spec, facts, max_seq_len, draft)
+    chunk = prefill_chunk(spec, options, facts, bound, reason)
+    window = options.verify_window if draft is None else draft.chain + 1
+    check_verify_window(spec, options, window, bound, reason)
+    caches = facts.attention if draft is None else (*facts.attention, draft.head.attention)
+    check_cache_size(caches, max_seq_len, DTYPES[options.dtype])
+    checkpoint = None
+    if options.checkpoint is not None:
+        checkpoint = Checkpoint(options.checkpoint)
+        check_tensors(checkpoint, model, total_layers)
+    methods = plan_methods(
+        chunk,
+        window,
+        options.method,
+        min_prefill_chunk=max(MIN_PREFILL_CHUNK, spec.min_forward),
+        decode=spec.min_forward == 1 and (draft is None or options.with_decode),
+        draft=draft is not None,
+    )
+    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint, draft)
+
+
+def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:
+    if options.checkpoint is not None:
+        if not options.checkpoint.is_dir():
+            raise ExportError(f"checkpoint {options.checkpoint} is not an existing folder")
+        fields, origin = read_config(options.checkpoint), options.checkpoint / "config.json"
+    elif options.config is not None:
+        fields, origin = read_json(options.config, "model config"), options.config
+    else:
+        chosen = spec.small_config if options.small else spec.config
+        if chosen is None:
+            size = "small" if options.small else "default"
+            raise UsageError(
+                f"target {spec.name} has no {size} model: give ", wanted("checkpoint"), " or ", wanted("config")
+            )
+        return chosen
+    check_token_ids(fields, origin)
+    model_type = fields.get("model_type")
+    if model_type not in spec.model_types:
+        others = targets_for(str(model_type))
+        hint = ("; use ", Option("target", others[0])) if others else ()
+        raise ExportError(
+            f"{origin} has model_type {model_type!r}, target {spec.name} exports {', '.join(spec.model_types)}",
+            *hint,
+        )
+    return fields
+
+
+def _with_token_ids(facts: ModelFacts, ids: Mapping[str, Any]) -> ModelFacts:
+    eos = ids.get("eos_token_id", facts.eos_ids)
+    return dataclasses.replace(
+        facts,
+        bos_id=ids.get("bos_token_id", facts.bos_id),
+        eos_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+    )

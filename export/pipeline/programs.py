@@ -1,0 +1,159 @@
+"""From a plan to a lowered model, in stages that can be called one by one.
+
+``plan_export`` -> ``export_programs`` -> ``replace_attention`` -> ``flashpte.export.lowering.lower``.
+``export_model`` runs what follows the plan; ``preview_routing`` stops before weights are read and code is generated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.export import ExportedProgram
+
+from flashpte.export.common.gc_tuning import fewer_collections
+from flashpte.export.common.options import Format, check_has_weights
+from flashpte.export.models.eagle3_methods import export_with_draft
+from flashpte.export.models.methods import MethodSpec, export_method
+from flashpte.export.pipeline.plan import ExportPlan
+from flashpte.export.state.caches import KVCache
+from flashpte.export.weights.random import fill_random, fill_uninitialised
+from flashpte.export.weights.safetensors import load_checkpoint
+
+if TYPE_CHECKING:
+    from flashpte.export.lowering import LoweredModel
+    from flashpte.passes import RoutingReport
+
+Progress = Callable[[str], None]
+
+
+def load_weights(plan: ExportPlan) -> None:
+    """Gives the plan's model its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
+    if plan.checkpoint is not None:
+        load_checkpoint(plan.checkpoint, plan.model, plan.total_layers, plan.dtype)
+    elif plan.options.random_seed is not None:
+        fill_random(plan.model, plan.dtype, plan.options.random_seed)
+    else:
+        fill_uninitialised(plan.model, plan.dtype)
+    if plan.draft is not None:
+        plan.draft.load_weights(plan.dtype, plan.options.random_seed)
+
+
+@fewer_collections()
+def export_programs(
+    plan: ExportPlan, *, trace_only: bool = False, progress: Progress | None = None
+) -> dict[str, ExportedProgram]:
+    """Exports the plan's methods; programs share weights and caches by name and by memory.
+
+    Args:
+        plan: from :func:`plan_export`.
+        trace_only: leave the weights uninitialised: graphs are right, results are not.
+        progress: called with the name of each stage.
+
+    Returns:
+        Programs by method name, in the plan's order.
+    """
+    report = progress or (lambda stage: None)
+    if trace_only:
+        fill_uninitialised(plan.model, plan.dtype)
+        if plan.draft is not None:
+            plan.draft.fill_uninitialised(plan.dtype)
+    else:
+        report("load weights")
+        load_weights(plan)
+    cache = KVCache(plan.facts.attention, plan.max_seq_len, plan.dtype)
+    export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)
+    if plan.draft is not None:
+        draft_cache = KVCache([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
+        export = functools.partial(export_with_draft, plan.model, cache, plan.draft, draft_cache)
+    programs = {}
+    for method in plan.methods:
+        report(f"export {method.name}")
+        programs[method.name] = export(method)
+    return programs
+
+
+def replace_attention(
+    programs: Mapping[str, ExportedProgram], progress: Progress | None = None, keep: Collection[str] = ()
+) -> tuple[dict[str, ExportedProgram], dict[str, RoutingReport]]:
+    """Runs :func:`flashpte.passes.replace_sdpa` on every program; the input is left as it was.
+
+    Args:
+        programs: methods by name.
+        progress: called with the name of each stage.
+        keep: methods to hand on as they are; they are not in the reports.
+    """
+    from flashpte.passes import replace_sdpa
+
+    replaced, reports = {}, {}
+    for name, program in programs.items():
+        if name in keep:
+            replaced[name] = program
+            continue
+        if progress is not None:
+            progress(f"replace attention in {name}")
+        replaced[name], reports[name] = replace_sdpa(program)
+    return replaced, reports
+
+
+def preview_routing(plan: ExportPlan, *, progress: Progress | None = None) -> dict[str, RoutingReport]:
+    """What the replace pass does to each method of a plan; reads no weights and writes nothing."""
+    programs = export_programs(plan, trace_only=True, progress=progress)
+    return replace_attention(programs, progress, plan.kept_attention)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What :func:`export_model` leaves behind: the lowered files and, by method, what the pass did."""
+
+    lowered: LoweredModel
+    reports: dict[str, RoutingReport]
+
+
+def export_model(
+    plan: ExportPlan,
+    output_dir: Path,
+    *,
+    arch: str | None = None,
+    format: Format = "pte",
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Exports, replaces and lowers; ``export-model --help`` describes the same for a command line.
+
+    Args:
+        plan: from :func:`plan_export`, with a checkpoint or a random seed.
+        output_dir: folder to make; it appears when everything in it is complete.
+        arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, else ``sm_90``.
+        format: ``"pte"``, or ``"pt2"`` for one method as a plain AOTInductor package.
+        progress: called with the name of each stage.
+
+    Raises:
+        UsageError: the plan has no weights, or the format cannot hold its methods.
+        ExportError: reading, exporting or writing failed.
+    """
+    from flashpte.export.lowering import lower
+    from flashpte.export.lowering.preflight import check_surroundings
+
+    check_has_weights(plan.options)
+    check_surroundings(output_dir, plan.extra_files)  # lower asks again, but minutes from now
+    programs = export_programs(plan, progress=progress)
+    reports: dict[str, RoutingReport] = {}
+    if plan.options.attention == "flashpte":
+        programs, reports = replace_attention(programs, progress, plan.kept_attention)
+    manifest = plan.manifest()
+    manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
+    lowered = lower(
+        programs,
+        output_dir=output_dir,
+        arch=arch,
+        format=format,
+        attention=plan.options.attention,
+        constant_methods=plan.constant_methods,
+        manifest=manifest,
+        extra_files=plan.extra_files,
+        progress=progress,
+    )
+    return ExportResult(lowered, reports)
