@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.call import MapTiling
 from flashpte.kernels.facts import register
-from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_int
-from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
+from flashpte.kernels.launch import cdiv, static_int
+from flashpte.kernels.primitives import INTERPRETED
 from flashpte.kernels.tile_map import COUNTS, EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
 
 # Tiles of keys that one program classifies.
@@ -122,25 +123,6 @@ def as_intervals(bounds: torch.Tensor | None, values: torch.Tensor | None) -> In
     return intervals
 
 
-def mask_arguments(
-    mask: torch.Tensor | None, intervals: Intervals | None, anything: torch.Tensor
-) -> tuple[list[torch.Tensor], list[int], list[int], dict[str, int]]:
-    """What the attention kernels are told about a mask in either form.
-
-    Returns:
-        The tensors (mask or bounds, values; ``anything`` stands in for what there is not); the strides of the first in
-        batch, head, row and key; those of the intervals (bounds per side, values per batch entry and per term); the
-        flags ``MASK``, ``TERMS`` and ``INDEX_TERM``.
-    """
-    if intervals is not None:
-        values, bound_batch, side, value_batch, value_term = intervals.kernel_arguments()
-        flags = {"MASK": MASK_INTERVALS, "TERMS": intervals.terms, "INDEX_TERM": int(intervals.index_term)}
-        return [intervals.bounds, values], [bound_batch, 0, 1, 0], [side, value_batch, value_term], flags
-    strides = [0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]
-    flags = {"MASK": mask_kind(mask), "TERMS": 0, "INDEX_TERM": 0}
-    return [anything if mask is None else mask, anything], strides, [0, 0, 0], flags
-
-
 @triton.jit
 def _classify_intervals_kernel(
     bounds_ptr,
@@ -198,16 +180,12 @@ def _classify_intervals_kernel(
 register(_classify_intervals_kernel, "attention")
 
 
-def launch_interval_map(
-    intervals: Intervals, kv_len: int, block_m: int, block_n: int, row_tiles: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_interval_map(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; results as for :func:`interval_map`."""
     bounds = intervals.bounds
     q_len, batch = bounds.shape[2], intervals.batch
     values, *strides = intervals.kernel_arguments()
-    if row_tiles is None:
-        row_tiles = cdiv(q_len, block_m)
-    key_tiles = cdiv(kv_len, block_n)
+    row_tiles, key_tiles = tiling.rows(q_len), cdiv(kv_len, tiling.block_n)
     states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
     classify = _classify_intervals_kernel if INTERPRETED else wrap_triton(_classify_intervals_kernel)
     classify[(cdiv(key_tiles, _KEY_TILES), row_tiles, batch)](
@@ -218,14 +196,14 @@ def launch_interval_map(
         q_len,
         kv_len,
         key_tiles,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
         KEY_TILES=_KEY_TILES,
         TERMS=intervals.terms,
         INDEX_TERM=int(intervals.index_term),
         num_warps=4,
     )
-    return launch_compact(states, states, q_len, 1, block_m, True)
+    return launch_compact(states, states, q_len, 1, tiling.block_m, True)
 
 
 @triton_op("flashpte::interval_map", mutates_args=())
@@ -256,7 +234,7 @@ def interval_map(
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
     intervals.check(kv_len=kv_len)
-    return launch_interval_map(intervals, kv_len, block_m, block_n, row_tiles)
+    return launch_interval_map(intervals, kv_len, MapTiling(block_m, block_n, row_tiles=row_tiles))
 
 
 @interval_map.register_fake

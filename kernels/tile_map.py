@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.call import MapTiling
 from flashpte.kernels.contract import Size, may_be_equal, printable
 from flashpte.kernels.facts import register
 from flashpte.kernels.launch import broadcast_stride, cdiv, static_int
@@ -222,21 +223,14 @@ def launch_compact(
 
 
 def launch_tile_map(
-    mask: torch.Tensor,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    head_group: int,
-    row_tiles: int | None = None,
+    mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; arguments and results as for :func:`tile_map`."""
+    head_group = tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     heads = _map_heads(mask, head_group)
     group = 1 if static_int(mask.shape[1]) == 1 else head_group
-    if row_tiles is None:
-        row_tiles = cdiv(q_len, block_m)
-    key_tiles = cdiv(kv_len, block_n)
+    row_tiles, key_tiles = tiling.rows(q_len), cdiv(kv_len, tiling.block_n)
     is_bool = mask.dtype == torch.bool
     shape = (mask.shape[0], heads, row_tiles, key_tiles)
     states = torch.empty(shape, dtype=torch.int8, device=mask.device)
@@ -248,21 +242,18 @@ def launch_tile_map(
         mask,
         states,
         anchored,
-        broadcast_stride(mask, 0),
-        broadcast_stride(mask, 1),
-        broadcast_stride(mask, 2),
-        broadcast_stride(mask, 3),
+        *(broadcast_stride(mask, d) for d in range(4)),
         heads,
         q_len,
         kv_len,
         0.0 if is_bool else _floor(mask.dtype),
         HEAD_GROUP=group,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
         IS_BOOL=is_bool,
         num_warps=4,
     )
-    return launch_compact(states, anchored, q_len, group, block_m, is_bool)
+    return launch_compact(states, anchored, q_len, group, tiling.block_m, is_bool)
 
 
 @triton_op("flashpte::tile_map", mutates_args=())
@@ -297,7 +288,7 @@ def tile_map(
         ValueError: the mask is not 4-dimensional, not bool or float, of other lengths, or its heads are no multiple
             of ``head_group``.
     """
-    return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles)
+    return launch_tile_map(mask, q_len, kv_len, MapTiling(block_m, block_n, head_group, row_tiles))
 
 
 @tile_map.register_fake

@@ -12,9 +12,8 @@ Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,20 +21,13 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import Partials, launch_combine
-from flashpte.kernels.contract import GivenMap, check_attention
+from flashpte.kernels.call import NO_MAP, AttentionCall, GivenMap, Launch, MapTiling, Partials
+from flashpte.kernels.combine import launch_combine
+from flashpte.kernels.contract import check_attention
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper import launch_hopper, serves
-from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
-from flashpte.kernels.launch import (
-    attention_shape,
-    broadcast_stride,
-    cdiv,
-    empty_output,
-    exponent_scale,
-    static_int,
-    with_unit_stride,
-)
+from flashpte.kernels.launch import cdiv, static_int
+from flashpte.kernels.mask import kernel_mask, pointers, strides
 from flashpte.kernels.primitives import (
     INTERPRETED,
     attend_tile,
@@ -46,7 +38,6 @@ from flashpte.kernels.primitives import (
     tile_runs,
     visited_key,
 )
-from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 
 @triton.jit
@@ -224,123 +215,66 @@ register(_tiled_kernel, "attention")
 
 
 def launch_tiled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
+    call: AttentionCall,
+    given: GivenMap = NO_MAP,
     config: tuning.TiledConfig | tuning.HopperConfig | None = None,
-    intervals: Intervals | None = None,
     out: torch.Tensor | None = None,
     enabled: int | torch.SymInt = 1,
 ) -> torch.Tensor:
     """Launches the tiled kernel.
 
     Args:
-        query: ``[B, H_q, L_q, D]``, any L_q.
-        key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
-            copied.
-        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        tiles, counts: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
-            ``head_group = 1``; made here when ``None``.
-        is_causal: top-left aligned.
-        scale: factor of the scores.
-        dim_order: memory order of the result's dimensions, outermost first.
-        config: tile choice, which also says which kernel; by default the current arch's.
-        intervals: a mask in another form, instead of ``mask``.
-        out: where to write the result; allocated here when ``None``.
-        enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernel is launched.
+        call: any L_q.
+        given: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
+            ``head_group = 1``; made here when it has no tiles.
+        config, out, enabled: as for the split-K kernels (:func:`flashpte.kernels.split_k.launch_split_k`).
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals, (GivenMap(tiles, counts, None),))
-    batch, heads_q, q_len, head_dim = query.shape
-    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
-    query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
+    check_attention(call, (given,))
+    call = call.with_unit_strides()
     if config is None:
-        config = _choose(query, key, value, mask, scale)
+        config = _choose(call)
     if out is None:
-        out = empty_output(query, v_head_dim, dim_order)
-    map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
-    if tiles is None and intervals is not None:
-        tiles, counts = launch_interval_map(intervals, kv_len, map_m, map_n)
-    elif tiles is None and mask is not None:
-        tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
-    mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
-    tiles_or_any, counts_or_any = (query, query) if tiles is None or counts is None else (tiles, counts)
-    tile_strides = (0, 0, 0) if tiles is None else map_strides(tiles)
-    constants: dict[str, Any] = {
-        "MAP_BLOCK_M": map_m,
-        "MAP_BLOCK_N": map_n,
-        "CAUSAL": is_causal,
-        **mask_flags,
-        "EXP2_SCALE": exponent_scale(query.dtype, mask),
-    }
+        out = call.empty_output()
+    mask = kernel_mask(call, given, MapTiling(*tuning.tiled_map_block(call.head_dim, call.v_head_dim)))
     if isinstance(config, tuning.HopperConfig):
-        num_splits = 1 if is_causal else _splits(config, query, v_head_dim)
+        num_splits = 1 if call.is_causal else _splits(config, call)
         partials = Partials.make(out, config, _stored_rows(config, num_splits, out))
-        launch_hopper(
-            config,
-            *(query, key, value),
-            *(mask_tensors, mask_strides, interval_strides),
-            *(tiles_or_any, counts_or_any, tile_strides),
-            out,
-            partials,
-            scale,
-            1,
-            num_splits,
-            enabled,
-            constants,
-        )
+        launch = Launch(config, out, partials, num_splits, enabled)
+        launch_hopper(call, mask, launch, 1)
         if static_int(num_splits) != 1:
             several = enabled * torch.sym_min(1, num_splits - 1)
-            splits = (config, num_splits)
-            launch_combine(partials, counts_or_any, tile_strides[:2], out, heads_q, kv_len, *splits, several, constants)
+            launch_combine(mask, dataclasses.replace(launch, enabled=several), call.heads_q, call.kv_len)
         return out
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
-        query,
-        key,
-        value,
-        *mask_tensors,
-        tiles_or_any,
-        counts_or_any,
-        out,
-        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
-        *mask_strides,
-        *out.stride(),
-        *tile_strides,
-        *interval_strides,
-        q_len,
-        kv_len,
-        scale,
-        GROUP=heads_q // heads_kv,
-        HEAD_DIM=head_dim,
-        V_HEAD_DIM=v_head_dim,
-        BLOCK_D=tuning.padded_head_dim(head_dim),
-        BLOCK_DV=tuning.padded_head_dim(v_head_dim),
+    kernel[(cdiv(call.q_len, config.block_m) * enabled, call.heads_q, call.batch)](
+        *pointers(call, mask, out),
+        *strides(call, mask, out),
+        call.q_len,
+        call.kv_len,
+        call.scale,
+        **call.constants,
+        BLOCK_D=tuning.padded_head_dim(call.head_dim),
+        BLOCK_DV=tuning.padded_head_dim(call.v_head_dim),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
-        EXACT=query.dtype == torch.float32,
+        EXACT=call.query.dtype == torch.float32,
         STAGES=config.num_stages,
         EDGE_BLOCK_N=config.edge_block_n,
         EDGE_STAGES=config.edge_stages,
-        **constants,
+        **mask.constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
 
 
-def _splits(config: tuning.HopperConfig, query: torch.Tensor, v_head_dim: int) -> int | torch.SymInt:
+def _splits(config: tuning.HopperConfig, call: AttentionCall) -> int | torch.SymInt:
     """Into how many splits the keys are cut at most, so that programs fill the GPU."""
-    batch, heads_q, q_len, _ = query.shape
-    programs = cdiv(q_len, config.block_m) * cdiv(v_head_dim, config.columns) * heads_q * batch
+    slices = cdiv(call.v_head_dim, config.columns)
+    programs = cdiv(call.q_len, config.block_m) * slices * call.heads_q * call.batch
     # A batch or a query may be empty.
     return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // torch.sym_max(1, programs)))
 
@@ -358,10 +292,8 @@ def _stored_rows(config: tuning.HopperConfig, num_splits: int | torch.SymInt, ou
     return math.prod(size for size in static if size is not None)
 
 
-def _choose(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuning.TiledConfig | tuning.HopperConfig:
+def _choose(call: AttentionCall) -> tuning.TiledConfig | tuning.HopperConfig:
     """The current arch's kernel and tile."""
-    shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
-    hopper = tuning.choose_hopper(shape, arch) if serves(query, key, value, scale) else None
+    shape, arch = call.shape(), tuning.current_arch(call.query.device)
+    hopper = tuning.choose_hopper(shape, arch) if serves(call) else None
     return tuning.choose_tiled(shape, arch) if hopper is None else hopper
