@@ -112,36 +112,19 @@ def _add_splits(
 def _combine_kernel(
     acc_ptr,  # float32 or float16 [rows of splits, WIDTH]
     stats_ptr,  # float32 [rows of splits, STATS]: running maximum and sum, units of the accumulator
-    counts_ptr,
-    out_ptr,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,
-    stride_th,
-    heads_kv,
-    q_len,
-    kv_len,
-    num_splits,
-    short_splits,
-    GROUP: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_M: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STATS: tl.constexpr,
+    counts_ptr, out_ptr, stride_ob, stride_oh, stride_om, stride_od, stride_tb, stride_th,
+    heads_kv, q_len, kv_len, num_splits, short_splits,
+    GROUP: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr,
     SLICE: tl.constexpr,  # columns that share a unit
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    LONG_KEYS: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    HOPPER: tl.constexpr,  # of that kernel a split that is alone writes the result, others what its _store_partial says
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LONG_KEYS: tl.constexpr, EXP2_SCALE: tl.constexpr,
+    # After the kernel for Hopper, in which a split that is alone writes the result; others store what its
+    # _store_partial says.
+    HOPPER: tl.constexpr,
     DEPENDENT: tl.constexpr,
-):
+):  # fmt: skip
+    """Combines the splits of one row, in ``BLOCK_DV`` columns."""
     row = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads_kv).to(tl.int64)

@@ -128,19 +128,11 @@ def _classify_intervals_kernel(
     bounds_ptr,
     values_ptr,
     states_ptr,  # int8 [B, 1, n_row_tiles, n_key_tiles]
-    stride_bb,
-    side_stride,
-    stride_vb,
-    values_stride,
-    q_len,
-    kv_len,
-    n_key_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KEY_TILES: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-):
+    stride_bb, side_stride, stride_vb, values_stride,
+    q_len, kv_len, n_key_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILES: tl.constexpr,
+    TERMS: tl.constexpr, INDEX_TERM: tl.constexpr,
+):  # fmt: skip
     """Classifies ``KEY_TILES`` tiles of keys for one tile of rows."""
     key_tile = tl.program_id(0) * KEY_TILES + tl.arange(0, KEY_TILES)
     row_tile = tl.program_id(1)
@@ -241,7 +233,7 @@ def interval_map(
 def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = Intervals(key_bounds, key_values)
     intervals.check(kv_len=kv_len)
-    rows = cdiv(key_bounds.shape[2], block_m) if row_tiles is None else row_tiles
+    rows = MapTiling(block_m, block_n, row_tiles=row_tiles).rows(key_bounds.shape[2])
     shape = (intervals.batch, 1, rows, cdiv(kv_len, block_n))
     return (
         key_bounds.new_empty(shape, dtype=torch.int32),
@@ -250,20 +242,17 @@ def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_til
 
 
 @interval_map.register_kernel("cpu")
-def interval_map_reference(
-    key_bounds: torch.Tensor,
-    key_values: torch.Tensor | None,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    row_tiles: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
+def _interval_map_cpu(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = as_intervals(key_bounds, key_values)
-    assert intervals is not None
+    return interval_map_reference(intervals, kv_len, MapTiling(block_m, block_n, row_tiles=row_tiles))
+
+
+def interval_map_reference(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
     intervals.check(kv_len=kv_len)
+    key_bounds, block_m, block_n = intervals.bounds, tiling.block_m, tiling.block_n
     batch, q_len = intervals.batch, key_bounds.shape[2]
-    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
+    rows, keys = tiling.rows(q_len), cdiv(kv_len, block_n)
     live = torch.ones(batch, q_len, keys, dtype=torch.bool)
     open_ = live.clone()
     for term in range(intervals.terms):

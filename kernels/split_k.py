@@ -27,11 +27,12 @@ from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.launch import cdiv, dependent_launch, static_int
 from flashpte.kernels.mask import kernel_mask, pointers, strides
 from flashpte.kernels.primitives import (
+    ALL_VISIBLE,
     INTERPRETED,
     attend_tile,
     consecutive_end,
-    index_bounds,
     let_dependents_start,
+    mask_of_rows,
     normalise,
     score_scale,
     tile_runs,
@@ -42,66 +43,23 @@ from flashpte.kernels.primitives import (
 
 @triton.jit
 def _split_k_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # of intervals, their bounds
-    interval_values_ptr,
-    tiles_ptr,
-    counts_ptr,
-    out_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
     acc_ptr,  # float32 [B * H_kv, num_splits, L_q * GROUP, D_v]
     stats_ptr,  # float32 [B * H_kv, num_splits, L_q * GROUP, 2]: running maximum and sum
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,  # of the tile map, in rows of tiles
-    stride_th,
-    n_key_tiles,
-    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
-    stride_ib,
-    stride_it,
-    heads_kv,
-    q_len,
-    kv_len,
-    scale,
-    short_splits,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
+    stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
+    heads_kv, q_len, kv_len, scale, short_splits,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     MAP_BLOCK_M: tl.constexpr,  # holds all rows
     MAP_BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-    SINGLE_SPLIT: tl.constexpr,
-    SEPARATE_FULL: tl.constexpr,
-    LONG_KEYS: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EDGE_WEIGHT: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
+    SINGLE_SPLIT: tl.constexpr, SEPARATE_FULL: tl.constexpr, LONG_KEYS: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Attention of packed rows to one split of the keys; see :func:`flashpte.kernels.mask.strides` for the strides."""
     # Splits are the outermost grid dimension: those that have nothing to do come last, and the others spread evenly.
     split = tl.program_id(2)
     num_splits = tl.num_programs(2)
@@ -124,15 +82,10 @@ def _split_k_kernel(
     d = tl.arange(0, BLOCK_D)
     q_rows = q_ptr + b * stride_qb + head * stride_qh + m * stride_qm
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    mask = (q_rows, 0, interval_values_ptr, 0, m, m)
-    if MASK == 3:
-        bound_rows = mask_ptr + b * stride_mb + m
-        interval_values_ptr += b * stride_ib
-        lower, upper = index_bounds(bound_rows, stride_bs) if INDEX_TERM else (m, m)
-        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it, lower, upper)
-    elif MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
-        mask = (mask_rows, stride_mn, interval_values_ptr, 0, m, m)
+    VISIBLE: tl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
+    mask_strides = (stride_mb, stride_mh, stride_mm, stride_mn)
+    interval_strides = (stride_bs, stride_ib, stride_it)
+    mask = mask_of_rows((mask_ptr, interval_values_ptr), mask_strides, interval_strides, b, head, m, VISIBLE)
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
@@ -155,52 +108,18 @@ def _split_k_kernel(
         if runs[0] < 0:
             edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
         first_key = visited_key(tiles, runs, first, full_steps, MAP_BLOCK_N, BLOCK_N)
+    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)
+    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
+    EARLY: tl.constexpr = SEPARATE_FULL and BLOCK_R <= 16 and BLOCK_DV <= 256
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            False,
-            False,
-            0,
-            0,
-            0,
-            EXP2_SCALE,
-            EXACT,
-        )
-    # What needs checks: tiles past the end of the keys, tiles that the mask shows in part, scattered full tiles.
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
+    # Edge tiles: past the end of the keys, or partly masked; and full tiles that are scattered.
     for step in tl.range(edge, last, num_stages=1 if SEPARATE_FULL else STAGES):
         start_n = step * BLOCK_N
         if MASK != 0:
             start_n = visited_key(tiles, runs, step, full_steps, MAP_BLOCK_N, BLOCK_N)
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            True,
-            CAUSAL,
-            MASK,
-            TERMS,
-            INDEX_TERM,
-            EXP2_SCALE,
-            EXACT,
-            EARLY_VALUES=SEPARATE_FULL and BLOCK_R <= 16 and BLOCK_DV <= 256,
-        )
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, True, VISIBLE, PRECISION, EARLY)
 
     let_dependents_start(DEPENDENT)
     acc, row_max, row_sum = state

@@ -45,19 +45,11 @@ def _classify_kernel(
     mask_ptr,
     states_ptr,  # int8 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
     anchored_ptr,  # int8 [Bm, Hm / HEAD_GROUP, HEAD_GROUP, L_q], zeroed; float masks only
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    map_heads,
-    q_len,
-    kv_len,
-    floor,
-    HEAD_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    IS_BOOL: tl.constexpr,
-):
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    map_heads, q_len, kv_len, floor,
+    HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Classifies one tile of a mask."""
     key_tile = tl.program_id(0)
     row_tile = tl.program_id(1)
     map_bh = tl.program_id(2)
@@ -109,13 +101,10 @@ def _compact_kernel(
     anchored_ptr,
     tiles_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
     counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 4]: full, partial, where each kind begins
-    n_key_tiles,
-    q_len,
-    HEAD_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    IS_BOOL: tl.constexpr,
-):
+    n_key_tiles, q_len,
+    HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Lists the live tiles of one row of a map."""
     row_tile = tl.program_id(0)
     map_bh = tl.program_id(1)
     row = (map_bh.to(tl.int64) * tl.num_programs(0) + row_tile) * n_key_tiles
@@ -292,28 +281,28 @@ def tile_map(
 
 
 @tile_map.register_fake
-def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
-    _check(mask, head_group, q_len, kv_len)
-    rows = cdiv(q_len, block_m) if row_tiles is None else row_tiles
-    shape = (mask.shape[0], _map_heads(mask, head_group), rows, cdiv(kv_len, block_n))
+def _tile_map_fake(mask, q_len, kv_len, *tiling):
+    tiling = MapTiling(*tiling)
+    _check(mask, tiling.head_group, q_len, kv_len)
+    heads = _map_heads(mask, tiling.head_group)
+    shape = (mask.shape[0], heads, tiling.rows(q_len), cdiv(kv_len, tiling.block_n))
     return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], COUNTS), dtype=torch.int32)
 
 
 @tile_map.register_kernel("cpu")
+def _tile_map_cpu(mask, q_len, kv_len, *tiling):
+    return tile_map_reference(mask, q_len, kv_len, MapTiling(*tiling))
+
+
 def tile_map_reference(
-    mask: torch.Tensor,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    head_group: int,
-    row_tiles: int | None = None,
+    mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
+    block_m, block_n, head_group = tiling.block_m, tiling.block_n, tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     batch, heads = mask.shape[0], _map_heads(mask, head_group)
     group = 1 if mask.shape[1] == 1 else head_group
-    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
+    rows, keys = tiling.rows(q_len), cdiv(kv_len, block_n)
     full_mask = mask.expand(batch, mask.shape[1], q_len, kv_len)[:, :, : rows * block_m]
     q_len = full_mask.shape[2]
     if mask.dtype == torch.bool:

@@ -29,10 +29,11 @@ from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.launch import cdiv, static_int
 from flashpte.kernels.mask import kernel_mask, pointers, strides
 from flashpte.kernels.primitives import (
+    ALL_VISIBLE,
     INTERPRETED,
     attend_tile,
-    index_bounds,
     load_tile,
+    mask_of_rows,
     normalise,
     score_scale,
     tile_runs,
@@ -42,59 +43,18 @@ from flashpte.kernels.primitives import (
 
 @triton.jit
 def _tiled_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # of intervals, their bounds
-    interval_values_ptr,
-    tiles_ptr,
-    counts_ptr,
-    out_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,  # of the tile map, in rows of tiles
-    stride_th,
-    n_key_tiles,
-    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
-    stride_ib,
-    stride_it,
-    q_len,
-    kv_len,
-    scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
+    stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
+    q_len, kv_len, scale,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_M: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EDGE_BLOCK_N: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of query rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     # The last rows see the most keys under a causal mask: start them first. Query tiles are the innermost grid
     # dimension, so that neighbouring programs share keys and values in L2.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -117,15 +77,10 @@ def _tiled_kernel(
 
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_m = tl.minimum(m, q_len - 1)
-    mask = (q_rows, 0, interval_values_ptr, 0, m, m)
-    if MASK == 3:
-        interval_values_ptr += b * stride_ib
-        bound_rows = mask_ptr + b * stride_mb + safe_m
-        lower, upper = index_bounds(bound_rows, stride_bs) if INDEX_TERM else (m, m)
-        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it, lower, upper)
-    elif MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm
-        mask = (mask_rows, stride_mn, interval_values_ptr, 0, m, m)
+    VISIBLE: tl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
+    mask_strides = (stride_mb, stride_mh, stride_mm, stride_mn)
+    interval_strides = (stride_bs, stride_ib, stride_it)
+    mask = mask_of_rows((mask_ptr, interval_values_ptr), mask_strides, interval_strides, b, head, safe_m, VISIBLE)
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0
@@ -153,29 +108,12 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
+    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)
+    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            False,
-            False,
-            0,
-            0,
-            0,
-            EXP2_SCALE,
-            EXACT,
-        )
-    # What needs checks: tiles past the end of the keys or on the diagonal, or that the mask shows in part, and full
-    # tiles that are scattered.
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
+    # Edge tiles: past the end of the keys, on the diagonal, or partly masked; and full tiles that are scattered.
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
         if MASK != 0:
             full_edge_steps = n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
@@ -183,25 +121,7 @@ def _tiled_kernel(
             start_n = visited_key(tiles, runs, at, full_edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N)
         else:
             start_n = edge_start + step * EDGE_BLOCK_N
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            EDGE_BLOCK_N,
-            True,
-            CAUSAL,
-            MASK,
-            TERMS,
-            INDEX_TERM,
-            EXP2_SCALE,
-            EXACT,
-        )
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, EDGE_BLOCK_N, True, VISIBLE, PRECISION)
 
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)

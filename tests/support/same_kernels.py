@@ -27,6 +27,7 @@ from compile_only import compiling_for
 from flashpte.kernels import ops
 
 ARCHES = ("sm_80", "sm_90")
+CONSTANT = re.compile(r"\s*(%[-\w.$]+) = (arith\.constant .*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,17 @@ def digests(arch: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
 
 
 def without_names(code: str) -> str:
-    """TTGIR with values and functions numbered in order, and without locations."""
+    """TTGIR with values and functions numbered in order, without locations, and with constants where they are used."""
     lines = [line for line in code.splitlines() if not line.startswith("#loc")]
-    text = re.sub(r' loc\((?:"[^"]*"\(#loc\d*\)|[^()]*)\)', "", "\n".join(lines))
+    lines = [re.sub(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", line) for line in lines]
+    constants = dict(match.groups() for line in lines if (match := CONSTANT.fullmatch(line)))
     numbers: dict[str, str] = {}
-    return re.sub(r"([%@])([-\w.$]+)", lambda m: numbers.setdefault(m[0], f"{m[1]}{len(numbers)}"), text)
+
+    def renamed(name: re.Match[str]) -> str:
+        return constants.get(name[0]) or numbers.setdefault(name[0], f"{name[1]}{len(numbers)}")
+
+    text = "\n".join(line for line in lines if not CONSTANT.fullmatch(line))
+    return re.sub(r"([%@])([-\w.$]+)", renamed, text)
 
 
 def main() -> int:
