@@ -37,45 +37,15 @@ class AttentionCall:
     mask: torch.Tensor | None = None
     intervals: Intervals | None = None
 
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.query.shape[0]
-
-    @property
-    def heads_q(self) -> int:
-        """H_q."""
-        return self.query.shape[1]
-
-    @property
-    def heads_kv(self) -> int:
-        """H_kv."""
-        return self.key.shape[1]
-
-    @property
-    def group(self) -> int:
-        """Query heads per key/value head."""
-        return self.heads_q // self.heads_kv
-
-    @property
-    def q_len(self) -> int:
-        """L_q."""
-        return self.query.shape[2]
-
-    @property
-    def kv_len(self) -> int:
-        """L_kv."""
-        return self.key.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.query.shape[3]
-
-    @property
-    def v_head_dim(self) -> int:
-        """D_v."""
-        return self.value.shape[3]
+    # Sizes; some may be symbolic.
+    batch = property(lambda self: self.query.shape[0])
+    heads_q = property(lambda self: self.query.shape[1])
+    heads_kv = property(lambda self: self.key.shape[1])
+    group = property(lambda self: self.heads_q // self.heads_kv, doc="Query heads per key/value head.")
+    q_len = property(lambda self: self.query.shape[2])
+    kv_len = property(lambda self: self.key.shape[2])
+    head_dim = property(lambda self: self.query.shape[3])
+    v_head_dim = property(lambda self: self.value.shape[3])
 
     @property
     def exp2_scale(self) -> float:
@@ -86,6 +56,12 @@ class AttentionCall:
     def constants(self) -> dict[str, int]:
         """Constants of every attention kernel."""
         return {"GROUP": self.group, "HEAD_DIM": self.head_dim, "V_HEAD_DIM": self.v_head_dim}
+
+    @property
+    def tile_constants(self) -> dict[str, int]:
+        """Constants of Triton's kernels: the columns of their tiles, and whether scores are summed in float64."""
+        widths = [tuning.padded_head_dim(dim) for dim in (self.head_dim, self.v_head_dim)]
+        return {"BLOCK_D": widths[0], "BLOCK_DV": widths[1], "EXACT": self.query.dtype == torch.float32}
 
     @property
     def strides(self) -> list[int]:
@@ -147,9 +123,6 @@ class MapTiling:
         return cdiv(q_len, self.block_m) if self.row_tiles is None else self.row_tiles
 
 
-Config = tuning.SplitKConfig | tuning.TiledConfig | tuning.HopperConfig
-
-
 @dataclasses.dataclass(frozen=True)
 class Partials:
     """Where splits store what they computed: ``acc [rows, width]`` and ``stats [rows, numbers]``.
@@ -163,7 +136,7 @@ class Partials:
     numbers: int
 
     @classmethod
-    def make(cls, out: torch.Tensor, config: Config, rows: int | torch.SymInt | None) -> Partials:
+    def make(cls, out: torch.Tensor, config: tuning.Config, rows: int | torch.SymInt | None) -> Partials:
         """For the kernel of ``config`` and the result ``out [B, H_q, L_q, D_v]``; ``None`` rows for one split."""
         width, numbers, dtype = out.shape[3], 2, torch.float32
         if isinstance(config, tuning.HopperConfig):
@@ -187,8 +160,20 @@ class Launch:
         enabled: 0 or 1, may be symbolic: with 0, no program is launched at run time.
     """
 
-    config: Config
+    config: tuning.Config
     out: torch.Tensor
     partials: Partials
     num_splits: int | torch.SymInt = 1
     enabled: int | torch.SymInt = 1
+
+
+class Destination(NamedTuple):
+    """Where a launcher writes its result.
+
+    Attributes:
+        out: ``[B, H_q, L_q, D_v]``.
+        enabled: as in :class:`Launch`.
+    """
+
+    out: torch.Tensor
+    enabled: int | torch.SymInt

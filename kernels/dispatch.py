@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from flashpte.kernels import tuning
-from flashpte.kernels.call import NO_MAP, NO_SPLIT_K_MAP, AttentionCall, GivenMap
+from flashpte.kernels.call import NO_MAP, NO_SPLIT_K_MAP, AttentionCall, Destination, GivenMap
 from flashpte.kernels.contract import MAX_ROWS, check_attention
 from flashpte.kernels.launch import static_int
 from flashpte.kernels.split_k import launch_split_k
@@ -43,7 +43,7 @@ def launch_dispatch(call: AttentionCall, given: GivenMap = NO_MAP, few: GivenMap
     if given.tiles is not None and shares_map(call.mask, call.group):
         few = given._replace(block_n=tuning.tiled_map_block(call.head_dim, call.v_head_dim)[1])
     if static_int(many) != 1:
-        launch_split_k(call, few, out=out, enabled=1 - many)
+        launch_split_k(call, few, into=Destination(out, 1 - many))
     if static_int(many) != 0:
-        launch_tiled(call, given, out=out, enabled=many)
+        launch_tiled(call, given, into=Destination(out, many))
     return out

@@ -244,6 +244,7 @@ def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_til
 @interval_map.register_kernel("cpu")
 def _interval_map_cpu(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = as_intervals(key_bounds, key_values)
+    assert intervals is not None
     return interval_map_reference(intervals, kv_len, MapTiling(block_m, block_n, row_tiles=row_tiles))
 
 

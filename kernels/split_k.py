@@ -19,7 +19,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.call import NO_SPLIT_K_MAP, AttentionCall, GivenMap, Launch, MapTiling, Partials
+from flashpte.kernels.call import NO_SPLIT_K_MAP, AttentionCall, Destination, GivenMap, Launch, MapTiling, Partials
 from flashpte.kernels.combine import active_splits, key_steps, launch_combine, share_of
 from flashpte.kernels.contract import MAX_ROWS, check_attention
 from flashpte.kernels.facts import register
@@ -142,9 +142,8 @@ register(_split_k_kernel, "attention", early_start="DEPENDENT")
 def launch_split_k(
     call: AttentionCall,
     given: GivenMap = NO_SPLIT_K_MAP,
-    config: tuning.SplitKConfig | tuning.HopperConfig | None = None,
-    out: torch.Tensor | None = None,
-    enabled: int | torch.SymInt = 1,
+    config: tuning.Config | None = None,
+    into: Destination | None = None,
 ) -> torch.Tensor:
     """Launches the split-K kernels.
 
@@ -153,8 +152,7 @@ def launch_split_k(
         given: the mask's or the intervals' tile map with ``block_m = 16``, ``head_group = H_q / H_kv`` and
             ``row_tiles = 1``; made here when it has no tiles.
         config: tile choice, which also says which kernel; by default the current arch's.
-        out: where to write the result; allocated here when ``None``.
-        enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernels is launched.
+        into: where to write the result; allocated here when ``None``.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -162,12 +160,11 @@ def launch_split_k(
     check_attention(call, (given,), MAX_ROWS)
     call = call.with_unit_strides()
     group, q_len, heads_kv = call.group, call.q_len, call.heads_kv
-    if config is None:
-        config = _choose(call)
-    if out is None:
-        out = call.empty_output()
+    config = _choose(call) if config is None else config
+    out, enabled = (call.empty_output(), 1) if into is None else into
     block_n = tuning.SPLIT_K_MAP_BLOCK_N if given.block_n is None else given.block_n
     mask = kernel_mask(call, given, MapTiling(MAX_ROWS, block_n, group, row_tiles=1))
+    assert not isinstance(config, tuning.TiledConfig)
     single = config.num_splits == 1
     # Of a dynamic L_q as many rows as there can be here, not as many as the program admits.
     static_rows = static_int(q_len)
@@ -177,6 +174,8 @@ def launch_split_k(
     if isinstance(config, tuning.HopperConfig):
         launch_hopper(call, mask, launch, group)
     else:
+        tiles = {"BLOCK_R": config.block_rows, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+        splits = {"SINGLE_SPLIT": single, "LONG_KEYS": config.long_keys, "EDGE_WEIGHT": config.edge_weight}
         split_k = _split_k_kernel if INTERPRETED else wrap_triton(_split_k_kernel)
         split_k[(cdiv(q_len * group, config.block_rows), call.batch * heads_kv, config.num_splits * enabled)](
             *pointers(call, mask, out),
@@ -189,17 +188,11 @@ def launch_split_k(
             call.scale,
             config.short_splits,
             **call.constants,
-            BLOCK_D=tuning.padded_head_dim(call.head_dim),
-            BLOCK_DV=tuning.padded_head_dim(call.v_head_dim),
-            BLOCK_R=config.block_rows,
-            BLOCK_N=config.block_n,
+            **call.tile_constants,
             **mask.constants,
-            SINGLE_SPLIT=single,
+            **tiles,
+            **splits,
             SEPARATE_FULL=config.separate_full,
-            LONG_KEYS=config.long_keys,
-            EXACT=call.query.dtype == torch.float32,
-            STAGES=config.num_stages,
-            EDGE_WEIGHT=config.edge_weight,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **dependent_launch(call.query),

@@ -281,8 +281,8 @@ def tile_map(
 
 
 @tile_map.register_fake
-def _tile_map_fake(mask, q_len, kv_len, *tiling):
-    tiling = MapTiling(*tiling)
+def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
+    tiling = MapTiling(block_m, block_n, head_group, row_tiles)
     _check(mask, tiling.head_group, q_len, kv_len)
     heads = _map_heads(mask, tiling.head_group)
     shape = (mask.shape[0], heads, tiling.rows(q_len), cdiv(kv_len, tiling.block_n))
@@ -290,8 +290,8 @@ def _tile_map_fake(mask, q_len, kv_len, *tiling):
 
 
 @tile_map.register_kernel("cpu")
-def _tile_map_cpu(mask, q_len, kv_len, *tiling):
-    return tile_map_reference(mask, q_len, kv_len, MapTiling(*tiling))
+def _tile_map_cpu(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
+    return tile_map_reference(mask, q_len, kv_len, MapTiling(block_m, block_n, head_group, row_tiles))
 
 
 def tile_map_reference(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.call import NO_MAP, AttentionCall, GivenMap, Launch, MapTiling, Partials
+from flashpte.kernels.call import NO_MAP, AttentionCall, Destination, GivenMap, Launch, MapTiling, Partials
 from flashpte.kernels.combine import launch_combine
 from flashpte.kernels.contract import check_attention
 from flashpte.kernels.facts import register
@@ -135,11 +135,7 @@ register(_tiled_kernel, "attention")
 
 
 def launch_tiled(
-    call: AttentionCall,
-    given: GivenMap = NO_MAP,
-    config: tuning.TiledConfig | tuning.HopperConfig | None = None,
-    out: torch.Tensor | None = None,
-    enabled: int | torch.SymInt = 1,
+    call: AttentionCall, given: GivenMap = NO_MAP, config: tuning.Config | None = None, into: Destination | None = None
 ) -> torch.Tensor:
     """Launches the tiled kernel.
 
@@ -147,17 +143,15 @@ def launch_tiled(
         call: any L_q.
         given: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
             ``head_group = 1``; made here when it has no tiles.
-        config, out, enabled: as for the split-K kernels (:func:`flashpte.kernels.split_k.launch_split_k`).
+        config, into: as for the split-K kernels (:func:`flashpte.kernels.split_k.launch_split_k`).
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
     check_attention(call, (given,))
     call = call.with_unit_strides()
-    if config is None:
-        config = _choose(call)
-    if out is None:
-        out = call.empty_output()
+    config = _choose(call) if config is None else config
+    out, enabled = (call.empty_output(), 1) if into is None else into
     mask = kernel_mask(call, given, MapTiling(*tuning.tiled_map_block(call.head_dim, call.v_head_dim)))
     if isinstance(config, tuning.HopperConfig):
         num_splits = 1 if call.is_causal else _splits(config, call)
@@ -168,6 +162,9 @@ def launch_tiled(
             several = enabled * torch.sym_min(1, num_splits - 1)
             launch_combine(mask, dataclasses.replace(launch, enabled=several), call.heads_q, call.kv_len)
         return out
+    assert isinstance(config, tuning.TiledConfig)
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+    edge_tiles = {"EDGE_BLOCK_N": config.edge_block_n, "EDGE_STAGES": config.edge_stages}
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
     kernel[(cdiv(call.q_len, config.block_m) * enabled, call.heads_q, call.batch)](
         *pointers(call, mask, out),
@@ -176,15 +173,10 @@ def launch_tiled(
         call.kv_len,
         call.scale,
         **call.constants,
-        BLOCK_D=tuning.padded_head_dim(call.head_dim),
-        BLOCK_DV=tuning.padded_head_dim(call.v_head_dim),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        EXACT=call.query.dtype == torch.float32,
-        STAGES=config.num_stages,
-        EDGE_BLOCK_N=config.edge_block_n,
-        EDGE_STAGES=config.edge_stages,
+        **call.tile_constants,
         **mask.constants,
+        **tiles,
+        **edge_tiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

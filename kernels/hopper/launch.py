@@ -52,6 +52,11 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
         raise ValueError(f"tiles of {config.block_n} keys do not divide the map's {tile}")
     slices = cdiv(call.v_head_dim, config.columns)
     programs = cdiv(call.q_len * pack, config.block_m) * slices * (call.heads_q // pack) * call.batch
+    tiles = {"BLOCK_N": config.block_n, "BLOCK_DV": config.block_dv, "SHARE_ROWS": config.share_rows, "TMA": config.tma}
+    stages = {"STAGES": config.num_stages, "V_STAGES": config.num_stages + config.more_v_stages}
+    splits = {"SINGLE_SPLIT": static_int(num_splits) == 1, "LONG_KEYS": config.long_keys}
+    # Rows of the result are as wide as the values', which are copied in 16 bytes.
+    stores = {"WIDE_STORES": config.wide_stores, "ROWS_ALIGNED": static_int(out.stride(3)) == 1}
     run = functools.partial(
         wrap_triton(_hopper_kernel)[(programs * launch.enabled, 1, num_splits)],
         *pointers(call, mask, out),
@@ -66,21 +71,14 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
         **call.constants,
         PACK=pack,
         BLOCK_D=max(64, tuning.padded_head_dim(call.head_dim)),
-        BLOCK_DV=config.block_dv,
         WIDTH=partials.width,
         STATS=partials.numbers,
-        BLOCK_N=config.block_n,
-        SHARE_ROWS=config.share_rows,
-        TMA=config.tma,
-        SINGLE_SPLIT=static_int(num_splits) == 1,
-        LONG_KEYS=config.long_keys,
-        STAGES=config.num_stages,
-        V_STAGES=config.num_stages + config.more_v_stages,
+        **tiles,
+        **stages,
+        **splits,
+        **stores,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
-        WIDE_STORES=config.wide_stores,
-        # They are as wide as the values', which are copied in 16 bytes.
-        ROWS_ALIGNED=static_int(out.stride(3)) == 1,
         **mask.constants,
         num_warps=4,
         **dependent_launch(call.query),
