@@ -89,6 +89,7 @@ class CheckReport:
                 "read": self.weights is not None,
                 "equal": self.weights_equal,
                 "different": list(self.weights_different),
+                "unused": [] if self.weights is None else list(self.weights.unused),
             },
             "not_compared": list(self.not_compared),
             "unchecked_methods": list(self.unchecked),
@@ -112,6 +113,9 @@ class CheckReport:
             lines.append("weights: not compared byte for byte, they are inside of the compiled code")
         else:
             lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
+            if unused := self.weights.unused:
+                named = ", ".join(unused[:5])
+                lines.append(f"weights: {len(unused)} of the checkpoint are in no exported method: {named}")
         if self.weights_different:
             named = ", ".join(self.weights_different[:5])
             lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
@@ -134,6 +138,7 @@ def check_program(
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
     model_weights: Mapping[str, torch.Tensor] | None = None,
+    computed: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Runs a program against eager models.
@@ -145,6 +150,7 @@ def check_program(
         dtype: the program's.
         weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
         model_weights: what they should be, by FQN, see :func:`named_weights`.
+        computed: buffers that the model computes, see :func:`computed_buffers`.
         progress: called with a short line at each stage.
 
     Raises:
@@ -154,7 +160,11 @@ def check_program(
     model = LanguageModel(program)
     compared_weights = None
     if weights is not None:
-        compared_weights = compare_weights(weights, weights_of_methods(model_weights or {}, program.signatures))
+        used = weights_of_methods(model_weights or {}, program.signatures)
+        compared_weights = dataclasses.replace(
+            compare_weights(weights, used, computed=computed, states=program.buffers),
+            unused=tuple(name for name in model_weights or {} if name not in used),
+        )
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = int(program.constants["get_vocab_size"])
     tokens = torch.randint(0, vocabulary, (model.limits.max_seq_len,), generator=generator).tolist()
@@ -215,10 +225,21 @@ Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M
 
 def named_weights(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
     """The weights of a model and its draft by the FQNs that a program has them under."""
-    parts: dict[str, nn.Module] = {"model": model}
-    if draft is not None:
-        parts |= {"feature_fusion": draft.fusion, "draft": draft.head}
+    parts = _parts(model, draft)
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def computed_buffers(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
+    """The buffers that a model and its draft compute, which no checkpoint holds, by the FQNs of a program."""
+    stored = named_weights(model, draft)
+    parts = _parts(model, draft)
+    found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_buffers()}
+    return {name: value for name, value in found.items() if name not in stored}
+
+
+def _parts(model: nn.Module, draft: DraftPlan | None) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {"model": model}
+    return parts if draft is None else {**parts, "feature_fusion": draft.fusion, "draft": draft.head}
 
 
 def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> Results:

@@ -49,7 +49,7 @@ def _generate(options: RunOptions, progress: StageLog, out: TextIO) -> int:
 
 
 def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
-    from flashpte.export.check.check_program import check_program, named_weights
+    from flashpte.export.check.check_program import check_program, computed_buffers, named_weights
     from flashpte.export.check.eager_draft import rebuild_draft
     from flashpte.export.check.eager_model import eager_pair, rebuild
     from flashpte.export.files.model_folder import read_folder
@@ -68,6 +68,7 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
         dtype=next(model.parameters()).dtype,
         weights=getattr(program, "weights", None),
         model_weights=named_weights(model, draft),
+        computed=computed_buffers(model, draft),
         progress=progress,
     )
     print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)
