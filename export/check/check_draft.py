@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashpte.export.check.agreement import Agreement, judge
+from flashpte.export.check.check_states import compare_states
 from flashpte.export.check.compare import Comparison, compare
 from flashpte.export.common.options import DRAFT_DECODE
+from flashpte.export.state.layer_state import DRAFT_PART
 
 if TYPE_CHECKING:
     from flashpte.export.check.eager_model import EagerModel
@@ -76,7 +78,7 @@ def check_draft(
     tokens: Sequence[int],
     features: torch.Tensor,
     dtype: torch.dtype,
-) -> tuple[list[Comparison], Agreement]:
+) -> tuple[list[Comparison], Agreement, list[str]]:
     """Runs ``draft_decode`` through its whole cache and compares with the plain drafts of two eager models.
 
     The drafts read the same features as the program, so what is compared is the draft alone.
@@ -90,7 +92,7 @@ def check_draft(
         dtype: the program's.
 
     Returns:
-        Comparisons of features, keys and values, and how the proposals agree.
+        Comparisons of features, keys and values; how the proposals agree; and what could not be compared.
     """
     assert own.draft is not None
     assert reference.draft is not None
@@ -117,19 +119,9 @@ def check_draft(
     worst = int((actual.double() - truth.features.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
     where = f"at position {rows[worst]} ({steps[worst].count} rows from {steps[worst].start})"
     found = [compare("draft_decode features", where, actual, truth.features, yardstick.features, dtype)]
-    for name, letter, wide, narrow in (
-        ("draft keys", "k", truth.keys, yardstick.keys),
-        ("draft values", "v", truth.values, yardstick.values),
-    ):
-        buffer = program.buffers.get(f"draft_cache.{letter}_0")
-        if buffer is None:
-            absent = wide[:, :0]
-            found.append(compare(name, f"draft_cache.{letter}_0 is missing,", absent, wide, narrow, dtype))
-            continue
-        held = torch.arange(max(0, len(tokens) - buffer.shape[2]), len(tokens))
-        kept = buffer[0].cpu()[:, held % buffer.shape[2]]
-        found.append(compare(name, "in the draft's layer", kept, wide[:, held], narrow[:, held], dtype))
+    states, missing = compare_states(program, [truth.held], [yardstick.held], dtype, part=DRAFT_PART)
+    found += states
     allowed = compare("", "", yardstick.logits, truth.logits, yardstick.logits, dtype).max_allowed
     # which token of the draft's vocabulary was meant: its ids may be others than the target's
     meant = [reference.draft.to_draft_id(proposal) for proposal in proposals]
-    return found, judge(torch.tensor(meant), truth.logits, 2 * allowed)
+    return found, judge(torch.tensor(meant), truth.logits, 2 * allowed), missing

@@ -1,13 +1,15 @@
 """``run-model --check``: a program against the eager Hugging Face model it was exported from.
 
-Compared are the logits of every method along a walk through the whole cache, the keys and values that the walk left in
-it, by group of layers, the weights byte for byte, and the choices along a greedy sequence of the eager model. Logits
-alone would not do: attention that is a little wrong moves them by little, and keys of the layers above show it.
+Compared are the logits of every method along a walk through the whole cache, the states that the walk left (keys and
+values, or what else a layer remembers) by group of layers, the weights byte for byte, and the choices along a greedy
+sequence of the eager model. Logits alone would not do: attention that is a little wrong moves them by little, and keys
+of the layers above show it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +18,13 @@ from torch import nn
 
 from flashpte.export.check.agreement import Agreement, judge
 from flashpte.export.check.check_draft import check_draft
+from flashpte.export.check.check_states import compare_states, undescribed_buffers
 from flashpte.export.check.check_weights import WeightsReport, compare_weights, weights_of_methods
-from flashpte.export.check.compare import Comparison, compare, worst
+from flashpte.export.check.compare import Comparison, compare
 from flashpte.export.check.eager_model import EagerModel, Evaluation
 from flashpte.export.check.walk import Step, plan_walk
-from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.options import DRAFT_DECODE, METHOD_NAMES, PREFILL, TARGET_METHODS, TARGET_VERIFY
+from flashpte.export.common.tables import table_lines
 from flashpte.export.pipeline.draft_plan import DraftPlan
 from flashpte.export.runtime.language_model import LanguageModel, RunsMethods
 
@@ -33,7 +37,7 @@ class CheckReport:
     """What a check found.
 
     Attributes:
-        comparisons: of each method's logits, each group's keys and values.
+        comparisons: of each method's logits, each group of states.
         agreement: along the greedy sequence; ``None`` without a decode method.
         proposals: of the draft; ``None`` without one.
         weights: what was found of the weights; ``None`` where the program's cannot be read.
@@ -85,6 +89,7 @@ class CheckReport:
                 "read": self.weights is not None,
                 "equal": self.weights_equal,
                 "different": list(self.weights_different),
+                "unused": [] if self.weights is None else list(self.weights.unused),
             },
             "not_compared": list(self.not_compared),
             "unchecked_methods": list(self.unchecked),
@@ -98,11 +103,7 @@ class CheckReport:
             verdict = "ok" if c.passed else f"WRONG, worst {c.worst}"
             errors = (c.max_error, c.max_allowed, c.relative_error, c.relative_allowed)
             rows.append((c.what, *(f"{value:.3g}" for value in errors), str(c.values), verdict))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 6)), row[6]]).rstrip()
-            for row in rows
-        ]
+        lines = table_lines(rows, ragged=True)
         lines.append("calls: " + ", ".join(f"{count} {name}" for name, count in self.calls.items()))
         if self.agreement is not None:
             lines += self.agreement.lines("teacher-forced", "greedy tokens")
@@ -112,6 +113,9 @@ class CheckReport:
             lines.append("weights: not compared byte for byte, they are inside of the compiled code")
         else:
             lines.append(f"weights: {self.weights_equal} tensors equal byte for byte")
+            if unused := self.weights.unused:
+                named = ", ".join(unused[:5])
+                lines.append(f"weights: {len(unused)} of the checkpoint are in no exported method: {named}")
         if self.weights_different:
             named = ", ".join(self.weights_different[:5])
             lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
@@ -132,9 +136,9 @@ def check_program(
     reference: EagerModel,
     *,
     dtype: torch.dtype,
-    window: int | None,
     weights: Mapping[str, torch.Tensor] | None = None,
     model_weights: Mapping[str, torch.Tensor] | None = None,
+    computed: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Runs a program against eager models.
@@ -144,9 +148,9 @@ def check_program(
         own: the eager model in the program's dtype, the yardstick; with the draft of a program that has one.
         reference: the same in a wider dtype, the truth.
         dtype: the program's.
-        window: the sliding window, if the model has one.
         weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
         model_weights: what they should be, by FQN, see :func:`named_weights`.
+        computed: buffers that the model computes, see :func:`computed_buffers`.
         progress: called with a short line at each stage.
 
     Raises:
@@ -156,11 +160,15 @@ def check_program(
     model = LanguageModel(program)
     compared_weights = None
     if weights is not None:
-        compared_weights = compare_weights(weights, weights_of_methods(model_weights or {}, program.signatures))
+        used = weights_of_methods(model_weights or {}, program.signatures)
+        compared_weights = dataclasses.replace(
+            compare_weights(weights, used, computed=computed, states=program.buffers),
+            unused=tuple(name for name in model_weights or {} if name not in used),
+        )
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = int(program.constants["get_vocab_size"])
     tokens = torch.randint(0, vocabulary, (model.limits.max_seq_len,), generator=generator).tolist()
-    steps = plan_walk(model.limits, window)
+    steps = plan_walk(model.limits)
     tell(f"walking through {max(step.end for step in steps)} positions in {len(steps)} calls")
     results = _walk(model, tokens, steps)
     end = max(step.end for step in steps)
@@ -169,29 +177,32 @@ def check_program(
     expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
     comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
     comparisons += _compare_features(results, expected, yardstick, dtype)
-    found, missing = _compare_caches(program.buffers, expected, yardstick, window, dtype)
+    found, missing = compare_states(program, expected.states, yardstick.states, dtype)
     comparisons += found
     proposals = None
     if DRAFT_DECODE in program.signatures and yardstick.features is not None:
         tell("walking with the draft")
-        found, proposals = check_draft(program, own, reference, tokens[:end], yardstick.features, dtype)
+        found, proposals, absent = check_draft(program, own, reference, tokens[:end], yardstick.features, dtype)
         comparisons += found
+        missing += absent
     agreement = None
     if model.limits.decode:
         tell("following a greedy sequence")
-        teacher, agreement = _follow_greedy(model, own, reference, tokens, window, dtype)
+        teacher, agreement = _follow_greedy(model, own, reference, tokens, dtype)
         comparisons.append(teacher)
     model.reset()
-    known = (PREFILL, DECODE, TARGET_VERIFY)
-    checked = known if proposals is None else (*known, DRAFT_DECODE)
+    missing += undescribed_buffers(program)
+    missing += _missing(program.signatures, yardstick, comparisons, proposals)
+    counts = Counter(step.method for step in steps)
+    checked = TARGET_METHODS if proposals is None else METHOD_NAMES
     return CheckReport(
         comparisons=tuple(comparisons),
         agreement=agreement,
         proposals=proposals,
         weights=compared_weights,
-        missing=(*missing, *_missing(program.signatures, yardstick, comparisons, proposals)),
+        missing=tuple(missing),
         unchecked=tuple(name for name in program.signatures if name not in checked),
-        calls={name: sum(step.method == name for step in steps) for name in program.signatures if name in known},
+        calls={name: counts[name] for name in program.signatures if name in TARGET_METHODS},
     )
 
 
@@ -200,7 +211,7 @@ def _missing(
 ) -> list[str]:
     """Results of methods that nothing was compared with."""
     compared = {comparison.what for comparison in comparisons}
-    wanted = [(name, "logits") for name in (PREFILL, DECODE, TARGET_VERIFY) if name in methods]
+    wanted = [(name, "logits") for name in TARGET_METHODS if name in methods]
     if yardstick.features is not None:
         wanted += [(name, "features") for name in (PREFILL, TARGET_VERIFY) if name in methods]
     found = [f"{name} {what}: no call returned any" for name, what in wanted if f"{name} {what}" not in compared]
@@ -214,10 +225,21 @@ Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M
 
 def named_weights(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
     """The weights of a model and its draft by the FQNs that a program has them under."""
-    parts: dict[str, nn.Module] = {"model": model}
-    if draft is not None:
-        parts |= {"feature_fusion": draft.fusion, "draft": draft.head}
+    parts = _parts(model, draft)
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def computed_buffers(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
+    """The buffers that a model and its draft compute, which no checkpoint holds, by the FQNs of a program."""
+    stored = named_weights(model, draft)
+    parts = _parts(model, draft)
+    found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_buffers()}
+    return {name: value for name, value in found.items() if name not in stored}
+
+
+def _parts(model: nn.Module, draft: DraftPlan | None) -> dict[str, nn.Module]:
+    parts: dict[str, nn.Module] = {"model": model}
+    return parts if draft is None else {**parts, "feature_fusion": draft.fusion, "draft": draft.head}
 
 
 def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) -> Results:
@@ -285,53 +307,15 @@ def _compare_features(
     return comparisons
 
 
-def _compare_caches(
-    buffers: Mapping[str, torch.Tensor],
-    expected: Evaluation,
-    yardstick: Evaluation,
-    window: int | None,
-    dtype: torch.dtype,
-) -> tuple[list[Comparison], list[str]]:
-    """Keys and values that are still in the caches, layer by layer; each group is as bad as its worst layer.
-
-    Returns:
-        The groups; and caches of the program or layers of the model that have no counterpart, with the reason.
-    """
-    groups: dict[str, list[Comparison]] = {}
-    left, missing = {name for name in buffers if name.startswith("kv_cache.")}, []
-    for kind, letter, truths, owns in (
-        ("keys", "k", expected.keys, yardstick.keys),
-        ("values", "v", expected.values, yardstick.values),
-    ):
-        for layer, (truth, own) in enumerate(zip(truths, owns, strict=True)):
-            fqn = f"kv_cache.{letter}_{layer}"
-            buffer = buffers.get(fqn)
-            if buffer is None:
-                missing.append(f"{fqn}: the program has no cache of this name")
-                continue
-            left.discard(fqn)
-            slots, length = buffer.shape[2], truth.shape[1]
-            is_ring = window is not None and slots < length
-            positions = torch.arange(max(0, length - slots), length)
-            held = buffer[0].cpu()[:, positions % slots]
-            name = f"{'sliding' if is_ring else 'full'} {kind}"
-            found = compare(name, f"in layer {layer}", held, truth[:, positions], own[:, positions], dtype)
-            groups.setdefault(name, []).append(found)
-    missing += [f"{fqn}: the eager model has no such layer" for fqn in sorted(left)]
-    if not groups:
-        missing.append("keys and values: the eager model returned none that the program holds")
-    return [worst(group) for group in groups.values()], missing
-
-
 def _follow_greedy(
     model: LanguageModel,
     own: EagerModel,
     reference: EagerModel,
     tokens: Sequence[int],
-    window: int | None,
     dtype: torch.dtype,
 ) -> tuple[Comparison, Agreement]:
     length = model.limits.max_seq_len
+    window = min((rules.most_back for rules in model.program.states if rules.most_back is not None), default=None)
     prompt = list(tokens[: max(1, min(window or 64, length - TEACHER_TOKENS, length // 4 + 1))])
     if model.limits.prefill is not None and len(prompt) < model.limits.prefill[0]:
         prompt = list(tokens[: model.limits.prefill[0]])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -17,23 +18,41 @@ class WeightsReport:
     Attributes:
         equal: tensors that are the model's, byte for byte.
         different: names of those that are not.
-        missing: those of the model that were compared with nothing, each with the reason.
+        missing: those of the model and of the program that were compared with nothing, each with the reason.
+        unused: those of the model that no exported method reads, so that there is nothing to compare them with.
     """
 
     equal: int = 0
     different: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
-def compare_weights(weights: Mapping[str, torch.Tensor], model_weights: Mapping[str, torch.Tensor]) -> WeightsReport:
-    """Compares every tensor of a model. A tensor that several names share needs to be found under one of them.
+_LIFTED = re.compile(r"(.*\.)?_?lifted_tensor_\w+|(.*\.)?_tensor_constant\w*")
+"""Constants that tracing makes, such as the bound of a mask: no module has them under a name."""
+
+
+def compare_weights(
+    weights: Mapping[str, torch.Tensor],
+    model_weights: Mapping[str, torch.Tensor],
+    *,
+    computed: Mapping[str, torch.Tensor] | None = None,
+    states: Collection[str] = (),
+) -> WeightsReport:
+    """Compares every tensor of a model, and every one of the program.
+
+    A tensor that several names share needs to be found under one of them. Of the program, only states and constants
+    that tracing made need no counterpart in the model.
 
     Args:
         weights: the program's, by FQN.
-        model_weights: what they should be, by FQN.
+        model_weights: what they should be, by FQN; the program must have them.
+        computed: buffers that the model computes (RoPE's frequencies); the program has those that it reads.
+        states: the program's states, which are compared elsewhere.
     """
+    computed = computed or {}
     equal, different, missing, found = 0, [], [], set()
-    for name, value in model_weights.items():
+    for name, value in {**computed, **model_weights}.items():
         mine = weights.get(name)
         if mine is None:
             continue
@@ -47,6 +66,10 @@ def compare_weights(weights: Mapping[str, torch.Tensor], model_weights: Mapping[
     for name, value in model_weights.items():
         if name not in weights and _memory(value) not in found:
             missing.append(f"{name}: the program has no tensor of this name")
+    for name in weights:
+        known = name in model_weights or name in computed or name in states or _LIFTED.fullmatch(name)
+        if model_weights and not known:
+            missing.append(f"{name}: the model has no tensor of this name")
     if not model_weights:
         missing.append("weights: the model has none")
     return WeightsReport(equal, tuple(different), tuple(missing))

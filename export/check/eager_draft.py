@@ -20,7 +20,7 @@ from flashpte.export.common.options import ExportOptions
 from flashpte.export.files.dtypes import read_dtype
 from flashpte.export.models.eagle3 import DraftHead, FeatureFusion
 from flashpte.export.pipeline.draft_plan import DraftPlan, plan_draft
-from flashpte.export.state.caches import CacheView
+from flashpte.export.state.model_state import StateView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,12 @@ class DraftEvaluation:
     Attributes:
         logits: [R, V_d], of the rows asked for, over the draft's vocabulary.
         features: [R, C], the features after those rows.
-        keys: [H_kv, N, D], as the attention gets them.
-        values: [H_kv, N, D].
+        held: what its layer holds after them: keys and values [H_kv, N, D], as the attention gets them.
     """
 
     logits: torch.Tensor
     features: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    held: Mapping[str, torch.Tensor]
 
 
 class EagerDraft:
@@ -84,14 +82,13 @@ class EagerDraft:
             given = features[None].to(device, table.dtype)
             embeds = F.embedding(torch.tensor([list(tokens)], device=device), table)
             rope = head.rotary_emb(given, positions[None])
-            hidden = head.layer(embeds, given, rope, mask[None, None], cast(CacheView, seen))[0, list(rows)]
+            hidden = head.layer(embeds, given, rope, mask[None, None], cast(StateView, seen))[0, list(rows)]
             normalised = head.norm(hidden)
             logits = F.linear(normalised, table if head.lm_head is None else head.lm_head.weight)
         return DraftEvaluation(
             logits.cpu(),
             (normalised if head.norm_output else hidden).cpu(),
-            seen.keys.cpu(),
-            seen.values.cpu(),
+            {"keys": seen.keys.cpu(), "values": seen.values.cpu()},
         )
 
 
@@ -119,7 +116,7 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
     Raises:
         ExportError: the folder is missing or another draft, or the manifest does not say enough.
     """
-    from flashpte.export.models.build import describe
+    from flashpte.export.models.build import attention_of, describe
     from flashpte.export.models.registry import get_target
 
     described = manifest.get("draft")
@@ -142,7 +139,8 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
         raise ProgramError(Option("check"), ": the manifest does not say where the draft's weights came from")
     target = str(manifest["target"])
     options = ExportOptions(target, random_seed=seed if random else None, draft=draft, chain=described["chain"])
-    plan = plan_draft(options, get_target(target), describe(model))
+    spec = get_target(target)
+    plan = plan_draft(options, spec, describe(model, spec.layer_state or attention_of))
     assert plan is not None  # options with a chain ask for one
     found = plan.manifest()
     different = sorted(name for name in {*found, *described} if found.get(name) != described.get(name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,11 @@ from flashpte.export.files.dtypes import read_dtype
 if TYPE_CHECKING:
     from flashpte.export.check.eager_draft import EagerDraft
     from flashpte.export.pipeline.draft_plan import DraftPlan
+    from flashpte.export.state.layer_state import LayerState
+
+
+LayerStateOf = Callable[[nn.Module], "LayerState"]
+"""What a decoder layer remembers, see ``TargetSpec.layer_state``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,29 +34,41 @@ class Evaluation:
 
     Attributes:
         logits: [R, V], of the rows asked for.
-        keys: of each layer, [H_kv, T, D], as the attention gets them.
-        values: of each layer, [H_kv, T, D_v].
+        states: of each layer, what it holds after them, by the names of its rules: keys [H_kv, T, D], values.
         features: [T, C], what a draft reads; ``None`` without one.
     """
 
     logits: torch.Tensor
-    keys: tuple[torch.Tensor, ...] = ()
-    values: tuple[torch.Tensor, ...] = ()
+    states: tuple[Mapping[str, torch.Tensor], ...] = ()
     features: torch.Tensor | None = None
 
 
 class EagerModel:
     """A Hugging Face causal language model with its own attention and cache, without gradients.
 
-    Attributes:
+    Args:
+        model: the model.
+        device: where it runs.
         draft: a draft that reads its hidden states, if there is one.
+        layer_state: what a decoder layer remembers.
+
+    Attributes:
+        draft: the draft beside it.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str, draft: DraftPlan | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str,
+        draft: DraftPlan | None = None,
+        layer_state: LayerStateOf | None = None,
+    ):
         from flashpte.export.check.eager_draft import eager_draft
+        from flashpte.export.models.build import attention_of, decoder_layers
 
         self.device = torch.device(device)
         self._model: Any = model.to(self.device).eval()
+        self._states = [(layer_state or attention_of)(layer) for layer in decoder_layers(model)]
         self.draft: EagerDraft | None = None
         if draft is not None:
             untyped: Any = model
@@ -59,11 +76,9 @@ class EagerModel:
 
     def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
         """One forward over a whole sequence; logits of the tokens at ``rows``, keys and values of all."""
-        from transformers import DynamicCache
-
         from flashpte.export.models.eagle3_methods import recorded_taps
 
-        cache = DynamicCache()  # without a config: sliding layers keep every position, too
+        cache = self._cache()
         taps = () if self.draft is None else self.draft.taps
         features = None
         with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
@@ -78,16 +93,21 @@ class EagerModel:
         layers: Any = cache.layers
         return Evaluation(
             output.logits[0].cpu(),
-            tuple(layer.keys[0].cpu() for layer in layers),
-            tuple(layer.values[0].cpu() for layer in layers),
+            tuple(
+                {name: held.cpu() for name, held in state.read_reference(layer).items()}
+                for state, layer in zip(self._states, layers, strict=True)
+            ),
             features,
         )
 
+    def _cache(self) -> Any:
+        from transformers import Cache
+
+        return Cache(layers=[state.reference() for state in self._states])
+
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The ``count`` most likely tokens that follow a prompt, each given the ones before."""
-        from transformers import DynamicCache
-
-        cache, fed, tokens = DynamicCache(), list(prompt), []
+        cache, fed, tokens = self._cache(), list(prompt), []
         with torch.no_grad():
             for _ in range(count):
                 ids = torch.tensor([fed], device=self.device)
@@ -163,12 +183,15 @@ def reference_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def eager_pair(model: nn.Module, draft: DraftPlan | None = None) -> tuple[EagerModel, EagerModel]:
+def eager_pair(
+    model: nn.Module, draft: DraftPlan | None = None, layer_state: LayerStateOf | None = None
+) -> tuple[EagerModel, EagerModel]:
     """The model in its own dtype, and in the wider one that is the reference; on the GPU where both fit.
 
     Args:
         model: the target.
         draft: a draft with its weights, which both get a copy of.
+        layer_state: what a decoder layer remembers; ``None`` for Hugging Face attention.
     """
     own = next(model.parameters()).dtype
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -179,4 +202,4 @@ def eager_pair(model: nn.Module, draft: DraftPlan | None = None) -> tuple[EagerM
         if free > 2 * (size + size * wider.itemsize // own.itemsize):
             device = "cuda"
     wide = copy.deepcopy(model).to(wider)
-    return EagerModel(model, device, draft), EagerModel(wide, device, draft)
+    return EagerModel(model, device, draft, layer_state), EagerModel(wide, device, draft, layer_state)

@@ -25,7 +25,7 @@ class Step:
         return self.start + self.count
 
 
-def plan_walk(limits: Limits, window: int | None) -> tuple[Step, ...]:
+def plan_walk(limits: Limits) -> tuple[Step, ...]:
     """A walk through one sequence that fills the cache.
 
     It starts with prefills of several lengths between decodes and verifies, goes back as after rejected drafts and
@@ -33,9 +33,8 @@ def plan_walk(limits: Limits, window: int | None) -> tuple[Step, ...]:
 
     Args:
         limits: what the methods admit.
-        window: the sliding window; a walk never goes back by more.
     """
-    walk = _Walk(limits, window)
+    walk = _Walk(limits)
     walk.vary()
     walk.stride()
     walk.finish()
@@ -43,8 +42,8 @@ def plan_walk(limits: Limits, window: int | None) -> tuple[Step, ...]:
 
 
 class _Walk:
-    def __init__(self, limits: Limits, window: int | None):
-        self.limits, self.window = limits, window
+    def __init__(self, limits: Limits):
+        self.limits = limits
         self.steps: list[Step] = []
         self.position = 0
         # The last positions are for the short methods.

@@ -15,6 +15,7 @@ from flashpte.export.cli.progress import StageLog
 from flashpte.export.cli.report_file import write_report
 from flashpte.export.common.options import ExportOptions
 from flashpte.export.common.signals import raise_on_termination
+from flashpte.export.common.tables import table_lines
 from flashpte.export.models.registry import list_targets
 
 if TYPE_CHECKING:
@@ -77,10 +78,7 @@ def _watch(output: Path | None) -> Callable[[], str]:
 
 
 def _print_targets() -> None:
-    targets = list_targets()
-    width = max(len(spec.name) for spec in targets)
-    for spec in targets:
-        print(f"{spec.name.ljust(width)}  {spec.description}")
+    print(*table_lines([(spec.name, spec.description) for spec in list_targets()], ragged=True), sep="\n")
 
 
 def _export(args: argparse.Namespace, options: ExportOptions) -> int:

@@ -49,25 +49,26 @@ def _generate(options: RunOptions, progress: StageLog, out: TextIO) -> int:
 
 
 def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
-    from flashpte.export.check.check_program import check_program, named_weights
+    from flashpte.export.check.check_program import check_program, computed_buffers, named_weights
     from flashpte.export.check.eager_draft import rebuild_draft
     from flashpte.export.check.eager_model import eager_pair, rebuild
     from flashpte.export.files.model_folder import read_folder
+    from flashpte.export.models.registry import get_target
 
     folder = read_folder(options.model_dir, unverified=options.unverified)
     program, _ = _open(options, progress)
     progress("building the eager model")
     model = rebuild(folder.manifest, options.checkpoint)
     draft = rebuild_draft(folder.manifest, model, options.draft)
-    own, reference = eager_pair(model, draft)
+    own, reference = eager_pair(model, draft, get_target(str(folder.manifest["target"])).layer_state)
     report = check_program(
         program,
         own,
         reference,
         dtype=next(model.parameters()).dtype,
-        window=folder.manifest["model"].get("sliding_window"),
         weights=getattr(program, "weights", None),
         model_weights=named_weights(model, draft),
+        computed=computed_buffers(model, draft),
         progress=progress,
     )
     print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)

@@ -10,10 +10,9 @@ from typing import Literal
 
 from flashpte.export.cli.parser import add_verbosity, check_least, new_parser, nonempty_path
 from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import DEFAULT_CONTEXTS, DEFAULT_PROFILE_PREFILL
 
 DEFAULT_NEW_TOKENS = 128
-DEFAULT_CONTEXTS = (1024, 4096, 16384)
-DEFAULT_PROFILE_PREFILL = 2048
 
 _DESCRIPTION = """\
 Run what export-model wrote on this machine's GPU, without ExecuTorch's runtime: generate text, check the program

@@ -72,6 +72,7 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
     from flashpte.export.runtime.language_model import plan_chunks, read_limits
     from flashpte.export.runtime.speculate import check_speculation, has_draft
     from flashpte.export.runtime.text import StreamingText, encode_prompt, has_tokenizer, load_tokenizer, stop_ids
+    from flashpte.export.speculative import Stop
 
     folder = read_folder(options.model_dir, unverified=options.unverified)
     tokenizer = None
@@ -109,7 +110,7 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
         print(json.dumps(document), file=out)
     else:
         print("\n", *statistics.lines(), sep="\n", file=out)
-    if stopped == "cache full":
+    if stopped is Stop.CACHE_FULL:
         raise ExportError(
             f"the cache is full: {folder.constants['get_max_seq_len']} positions hold the prompt and {len(tokens) - 1} "
             f"new tokens, {options.max_new_tokens} were asked for; export with a larger --max-seq-len"
@@ -138,7 +139,7 @@ def _decode(job: _Job) -> tuple[tuple[int, ...], str, Any]:
         prompt_tokens=len(job.prompt),
         prefill_s=result.prefill_s,
         first_token_s=result.first_token_s,
-        decode_s=result.decode_s,
+        decode_s=tuple(seconds for _, seconds in result.steps),
         peak_bytes=_peak_bytes(job.program),
         captured=getattr(job.program, "captured", ()),
     )

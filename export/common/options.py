@@ -17,7 +17,9 @@ PREFILL = "prefill"
 DECODE = "decode"
 TARGET_VERIFY = "target_verify"
 DRAFT_DECODE = "draft_decode"
-METHOD_NAMES = (PREFILL, DECODE, TARGET_VERIFY, DRAFT_DECODE)
+TARGET_METHODS = (PREFILL, DECODE, TARGET_VERIFY)
+"""Methods of a language model, which a draft adds one to."""
+METHOD_NAMES = (*TARGET_METHODS, DRAFT_DECODE)
 
 VERIFY_WINDOW_RANGE = (2, 16)
 """Fewest and most tokens of one target_verify call; the most is what the mid-M kernel takes."""
@@ -30,6 +32,13 @@ DEFAULT_CHAIN = 4
 
 DEFAULT_PREFILL_CHUNK = 2048
 """Longest prefill of a model without a sliding window; one with a window takes at most the window."""
+
+
+DEFAULT_CONTEXTS = (1024, 4096, 16384)
+"""Tokens in the cache before the calls that a profile measures."""
+
+DEFAULT_PROFILE_PREFILL = 2048
+"""Tokens of the prefill that a profile measures."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,10 @@ from typing import Any
 
 from flashpte.export.files.names import GENERATOR, MANIFEST_NAME
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""Version 2 says what each layer remembers (``states``); a runner of version 1 would go back wrongly."""
+
+READ_VERSIONS = (1, 2)
 _VERSIONED = ("flashpte", "torch", "triton", "executorch", "transformers")
 _CHUNK = 8 << 20
 

@@ -7,7 +7,7 @@ sizes that the modules were built with are what runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from flashpte.export.common.errors import ExportError, Option, UsageError
 from flashpte.export.models.attention_interface import ATTENTION_NAME
-from flashpte.export.state.caches import AttentionShape
+from flashpte.export.state.kv_cache import attention_state
+from flashpte.export.state.layer_state import LayerState
 
 # These recompute frequencies from the values of the positions: a branch on data, or a write to a buffer.
 _UNSUPPORTED_ROPE = ("dynamic", "longrope")
@@ -36,7 +37,7 @@ class ModelFacts:
     """What the exporter needs to know about a model.
 
     Attributes:
-        attention: what each layer's cache must hold, in layer order.
+        states: what each layer remembers, in layer order.
         vocab_size: V of the logits.
         hidden_size: C of the hidden states between layers.
         max_positions: the longest sequence that the model was made for.
@@ -45,7 +46,7 @@ class ModelFacts:
         eos_ids: ids of the tokens that end one; empty if the config does not say.
     """
 
-    attention: tuple[AttentionShape, ...]
+    states: tuple[LayerState, ...]
     vocab_size: int
     hidden_size: int
     max_positions: int
@@ -173,28 +174,40 @@ def cut_layers(model: nn.Module, count: int) -> None:
     _untyped(model).base_model.layers = layers[:count]
 
 
-def describe(model: nn.Module) -> ModelFacts:
-    """Reads the facts off a model made by :func:`build_causal_lm`.
+def attention_of(layer: nn.Module) -> LayerState:
+    """The cache of a Hugging Face layer with attention.
 
     Raises:
         ExportError: its query heads cannot be grouped over its key heads.
     """
-    attention = []
-    for layer in decoder_layers(model):
-        attn = _untyped(layer).self_attn
-        heads, kv_heads = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
-        if heads % kv_heads:
-            raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
-        attention.append(AttentionShape(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None)))
+    attn = _untyped(layer).self_attn
+    heads, kv_heads = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+    if heads % kv_heads:
+        raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
+    return attention_state(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None))
+
+
+def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = attention_of) -> ModelFacts:
+    """Reads the facts off a model made by :func:`build_causal_lm`.
+
+    Args:
+        model: the model.
+        layer_state: what a layer remembers; a target whose layers are no Hugging Face attention brings its own.
+
+    Raises:
+        ExportError: its query heads cannot be grouped over its key heads.
+    """
+    states = tuple(layer_state(layer) for layer in decoder_layers(model))
+    windows = [window for state in states if (window := getattr(state, "window", None)) is not None]
     config = _untyped(model).config
     eos = config.eos_token_id
     vocab_size, hidden_size = _untyped(model).get_input_embeddings().weight.shape
     return ModelFacts(
-        attention=tuple(attention),
+        states=states,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         max_positions=config.max_position_embeddings,
-        window=min((shape.window for shape in attention if shape.window is not None), default=None),
+        window=min(windows, default=None),
         bos_id=config.bos_token_id,
         eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
     )

@@ -30,7 +30,8 @@ from flashpte.export.common.errors import ExportError
 from flashpte.export.models.attention_interface import ATTENTION_NAME
 from flashpte.export.models.build import EmptyTensorsOnMeta, wrong_size
 from flashpte.export.models.eagle3_config import CONFIG_CLASSES, DraftConfig
-from flashpte.export.state.caches import AttentionShape, CacheView
+from flashpte.export.state.kv_cache import attention_state
+from flashpte.export.state.model_state import StateView
 
 _ATTENTION: dict[str, Callable[..., nn.Module]] = {"llama": LlamaAttention, "qwen3": Qwen3Attention}
 
@@ -102,7 +103,7 @@ class DraftLayer(nn.Module):
         features: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor,
-        cache: CacheView,
+        cache: StateView,
     ) -> torch.Tensor:
         """Embeddings and features [1, T, C], mask bool [1, 1, T, S] -> features of the next step [1, T, C]."""
         normalised = self.hidden_norm(features)
@@ -145,7 +146,7 @@ class DraftHead(nn.Module):
         d2t = torch.zeros(config.draft_vocab_size, dtype=torch.int64, device="meta") if own_map else None
         self.register_buffer("d2t", d2t)
         attn: Any = self.layer.self_attn
-        self.attention = AttentionShape(attn.k_proj.weight.shape[0] // attn.head_dim, attn.head_dim, config.window)
+        self.attention = attention_state(attn.k_proj.weight.shape[0] // attn.head_dim, attn.head_dim, config.window)
 
     def forward(
         self,
@@ -153,7 +154,7 @@ class DraftHead(nn.Module):
         features: torch.Tensor,
         input_pos: torch.Tensor,
         mask: torch.Tensor,
-        cache: CacheView,
+        cache: StateView,
         embedding: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward of the draft.

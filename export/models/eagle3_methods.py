@@ -33,7 +33,8 @@ from flashpte.export.common.options import DECODE, DRAFT_DECODE
 from flashpte.export.models.build import decoder_layers
 from flashpte.export.models.eagle3 import Draft, DraftHead, FeatureFusion
 from flashpte.export.models.methods import CausalLMMethod, MethodSpec, example_length, export_method
-from flashpte.export.state.caches import FULL, SLIDING, KVCache
+from flashpte.export.state.kv_cache import FULL, SLIDING
+from flashpte.export.state.model_state import ModelState
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ class TargetMethod(CausalLMMethod):
     """A method of the target that also returns what the draft reads."""
 
     def __init__(
-        self, model: nn.Module, kv_cache: KVCache, fusion: FeatureFusion, taps: Sequence[int], *, all_logits: bool
+        self, model: nn.Module, kv_cache: ModelState, fusion: FeatureFusion, taps: Sequence[int], *, all_logits: bool
     ):
         super().__init__(model, kv_cache, all_logits=all_logits)
         self.feature_fusion = fusion
@@ -90,7 +91,7 @@ class DraftMethod(nn.Module):
     Without an embedding of its own the draft reads the target's, under the name that the target's methods store it by.
     """
 
-    def __init__(self, model: nn.Module, draft: DraftHead, draft_cache: KVCache):
+    def __init__(self, model: nn.Module, draft: DraftHead, draft_cache: ModelState):
         super().__init__()
         self.draft = draft
         self.draft_cache = draft_cache
@@ -137,7 +138,7 @@ def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:
 
 
 def export_with_draft(
-    model: nn.Module, kv_cache: KVCache, draft: Draft, draft_cache: KVCache, spec: MethodSpec
+    model: nn.Module, kv_cache: ModelState, draft: Draft, draft_cache: ModelState, spec: MethodSpec
 ) -> ExportedProgram:
     """Exports one method of a target with a draft; ``decode``, which the draft does not use, is the plain one.
 

@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 
 from flashpte.export.common.errors import Option, UsageError, wanted
 from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
-from flashpte.export.state.caches import SLIDING, KVCache
+from flashpte.export.state.kv_cache import SLIDING
+from flashpte.export.state.model_state import ModelState
 
 MIN_PREFILL_CHUNK = 2
 """One token is what decode is for, with other kernels. Starting at 2 also keeps clear of the sizes 0 and 1, which
@@ -99,7 +100,7 @@ class CausalLMMethod(nn.Module):
     checkpoint>``, ``kv_cache.k_<layer>``) mean the same tensor in all of them.
     """
 
-    def __init__(self, model: nn.Module, kv_cache: KVCache, *, all_logits: bool):
+    def __init__(self, model: nn.Module, kv_cache: ModelState, *, all_logits: bool):
         super().__init__()
         self.model = model
         self.kv_cache = kv_cache
@@ -127,7 +128,7 @@ def example_length(spec: MethodSpec) -> int:
 
 
 def export_method(
-    model: nn.Module, kv_cache: KVCache, spec: MethodSpec, module: CausalLMMethod | None = None
+    model: nn.Module, kv_cache: ModelState, spec: MethodSpec, module: CausalLMMethod | None = None
 ) -> ExportedProgram:
     """Exports one method of a model whose attention implementation is :data:`ATTENTION_NAME`.
 

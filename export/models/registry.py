@@ -16,6 +16,8 @@ from flashpte.export.common.errors import ExportError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
+    from flashpte.export.state.layer_state import LayerState
+
 ENTRY_POINT_GROUP = "flashpte.targets"
 """Installed packages offer targets of their own here: ``name = "package.module:TARGET"``, a :class:`TargetSpec`."""
 
@@ -60,6 +62,7 @@ class TargetSpec:
         min_forward: fewest tokens that one forward may hold; more than 1 rules out ``decode``.
         max_forward: most tokens that one forward may hold, beside the sliding window, which always bounds it (the ring
             of keys is twice the window); ``None`` for no bound of the target's own.
+        layer_state: what a decoder layer remembers between calls; ``None`` for layers of Hugging Face attention.
     """
 
     name: str
@@ -73,6 +76,7 @@ class TargetSpec:
     taps: Callable[[int], tuple[int, ...]] = default_taps
     min_forward: int = 1
     max_forward: int | None = None
+    layer_state: Callable[[nn.Module], LayerState] | None = None
 
 
 def _builtin_targets() -> dict[str, TargetSpec]:

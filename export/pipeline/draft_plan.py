@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from flashpte.export.common.errors import ExportError
-from flashpte.export.common.options import DEFAULT_CHAIN, ExportOptions
+from flashpte.export.common.options import DEFAULT_CHAIN, ExportOptions, check_options
 from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3 import Draft, build_draft, layer_config
 from flashpte.export.models.eagle3_config import DraftConfig
 from flashpte.export.models.registry import TargetSpec
+from flashpte.export.state.kv_cache import AttentionState
 from flashpte.export.weights.draft import (
     EMBEDDING,
     HEAD,
@@ -67,8 +68,10 @@ def plan_draft(options: ExportOptions, spec: TargetSpec, facts: ModelFacts) -> D
         facts: the target's sizes, after its layers were cut.
 
     Raises:
+        UsageError: the chain is out of range, or the options conflict.
         ExportError: the draft's folder is broken, asks for what is not implemented, or does not fit the target.
     """
+    check_options(options)
     if not options.speculates:
         return None
     chain = DEFAULT_CHAIN if options.chain is None else options.chain
@@ -76,7 +79,7 @@ def plan_draft(options: ExportOptions, spec: TargetSpec, facts: ModelFacts) -> D
         return _random_plan(spec, facts, chain)
     files = open_draft(options.draft)
     config = files.config
-    taps = config.taps if config.taps is not None else spec.taps(len(facts.attention))
+    taps = config.taps if config.taps is not None else spec.taps(len(facts.states))
     _check_fit(files, facts, taps)
     own_map = files.vocabulary_map(facts.vocab_size) is not None
     own_embedding, own_head = files.has(EMBEDDING), files.has(HEAD)
@@ -92,7 +95,7 @@ def plan_draft(options: ExportOptions, spec: TargetSpec, facts: ModelFacts) -> D
 
 
 def _check_fit(files: DraftFiles, facts: ModelFacts, taps: tuple[int, ...]) -> None:
-    folder, config, layers = files.folder, files.config, len(facts.attention)
+    folder, config, layers = files.folder, files.config, len(facts.states)
     layer = layer_config(config)
     trained_for = config.target_hidden_size or layer.hidden_size
     if trained_for != facts.hidden_size:
@@ -117,7 +120,7 @@ def _check_fit(files: DraftFiles, facts: ModelFacts, taps: tuple[int, ...]) -> N
 
 def _random_plan(spec: TargetSpec, facts: ModelFacts, chain: int) -> DraftPlan:
     """A draft of the size that one for this target would have, with every part that published drafts have."""
-    first = facts.attention[0]
+    first = next(state for state in facts.states if isinstance(state, AttentionState))
     size = min(RANDOM_VOCAB_SIZE, max(1, facts.vocab_size // 2))
     config = DraftConfig(
         family="random",
@@ -134,7 +137,7 @@ def _random_plan(spec: TargetSpec, facts: ModelFacts, chain: int) -> DraftPlan:
         draft_vocab_size=size,
         norm_before_residual=True,
     )
-    taps = spec.taps(len(facts.attention))
+    taps = spec.taps(len(facts.states))
     fusion, head = build_draft(
         config, len(taps), facts.hidden_size, own_embedding=False, own_head=True, own_map=size != facts.vocab_size
     )

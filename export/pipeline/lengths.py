@@ -13,7 +13,8 @@ from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.methods import MIN_PREFILL_CHUNK
 from flashpte.export.models.registry import TargetSpec
 from flashpte.export.pipeline.draft_plan import DraftPlan
-from flashpte.export.state.caches import AttentionShape, cache_bytes
+from flashpte.export.state.layer_state import LayerState
+from flashpte.export.state.model_state import state_bytes
 
 
 def sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts) -> int:
@@ -32,9 +33,9 @@ def sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts)
     return options.max_seq_len
 
 
-def check_cache_size(layers: Sequence[AttentionShape], max_seq_len: int, dtype: torch.dtype) -> None:
+def check_cache_size(layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype) -> None:
     """Raises an ExportError if the caches are larger than this machine's memory."""
-    needed = cache_bytes(layers, max_seq_len, dtype)
+    needed = state_bytes(layers, max_seq_len, dtype)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ExportError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
 from flashpte.export.common.options import DTYPE_NAMES, TARGET_VERIFY, ExportOptions, check_options
-from flashpte.export.models.build import ModelFacts, cut_layers, decoder_layers, describe
+from flashpte.export.models.build import ModelFacts, attention_of, cut_layers, decoder_layers, describe
 from flashpte.export.models.eagle3_methods import draft_constants
 from flashpte.export.models.methods import MIN_PREFILL_CHUNK, MethodSpec, constant_methods, plan_methods
 from flashpte.export.models.registry import TargetSpec, get_target, targets_for
@@ -24,6 +24,8 @@ from flashpte.export.pipeline.lengths import (
     prefill_chunk,
     sequence_length,
 )
+from flashpte.export.state.layer_state import DRAFT_PART, StateRules
+from flashpte.export.state.model_state import DRAFT_STATE, TARGET_STATE, state_rules
 from flashpte.export.weights.checkpoint_folder import (
     check_token_ids,
     read_config,
@@ -85,6 +87,16 @@ class ExportPlan:
         return () if self.options.midm_sdpa else (TARGET_VERIFY,)
 
     @property
+    def states(self) -> tuple[StateRules, ...]:
+        """What a runner must know about the state of each layer, the draft's last."""
+        target = state_rules(self.facts.states, TARGET_STATE)
+        return (
+            target
+            if self.draft is None
+            else (*target, *state_rules([self.draft.head.attention], DRAFT_STATE, DRAFT_PART))
+        )
+
+    @property
     def extra_files(self) -> tuple[Path, ...]:
         """Files of the checkpoint to copy beside the model."""
         return () if self.options.checkpoint is None else tuple(tokenizer_files(self.options.checkpoint))
@@ -101,7 +113,7 @@ class ExportPlan:
             "target": options.target,
             "model": {
                 "class": type(self.model).__name__,
-                "layers": len(self.facts.attention),
+                "layers": len(self.facts.states),
                 "total_layers": self.total_layers,
                 "dtype": options.dtype,
                 "max_seq_len": self.max_seq_len,
@@ -109,6 +121,7 @@ class ExportPlan:
                 "config": dict(self.config),
             },
             "weights": weights,
+            "states": [rules.to_dict() for rules in self.states],
             "tokenizer": [path.name for path in self.extra_files],
         }
         return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
@@ -128,7 +141,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     total_layers = len(decoder_layers(model))
     if options.layers is not None:
         cut_layers(model, options.layers)
-    facts = describe(model)
+    facts = describe(model, spec.layer_state or attention_of)
     if options.checkpoint is not None:
         facts = _with_token_ids(facts, read_token_ids(options.checkpoint))
     max_seq_len = sequence_length(spec, options, facts)
@@ -137,7 +150,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     chunk = prefill_chunk(spec, options, facts, bound, reason)
     window = options.verify_window if draft is None else draft.chain + 1
     check_verify_window(spec, options, window, bound, reason)
-    caches = facts.attention if draft is None else (*facts.attention, draft.head.attention)
+    caches = facts.states if draft is None else (*facts.states, draft.head.attention)
     check_cache_size(caches, max_seq_len, DTYPES[options.dtype])
     checkpoint = None
     if options.checkpoint is not None:

@@ -19,7 +19,7 @@ from flashpte.export.common.options import Format, check_has_weights
 from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
 from flashpte.export.pipeline.plan import ExportPlan
-from flashpte.export.state.caches import KVCache
+from flashpte.export.state.model_state import ModelState
 from flashpte.export.weights.random import fill_random, fill_uninitialised
 from flashpte.export.weights.safetensors import load_checkpoint
 
@@ -64,10 +64,10 @@ def export_programs(
     else:
         report("load weights")
         load_weights(plan)
-    cache = KVCache(plan.facts.attention, plan.max_seq_len, plan.dtype)
+    cache = ModelState(plan.facts.states, plan.max_seq_len, plan.dtype)
     export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)
     if plan.draft is not None:
-        draft_cache = KVCache([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
+        draft_cache = ModelState([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
         export = functools.partial(export_with_draft, plan.model, cache, plan.draft, draft_cache)
     programs = {}
     for method in plan.methods:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -10,25 +9,7 @@ import torch
 
 from flashpte.export.common.errors import ProgramError, UsageError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What was generated and what it took; times in seconds.
-
-    Attributes:
-        tokens: the new tokens, a final stop token included.
-        stopped: ``"stop token"``, ``"length"`` or ``"cache full"``.
-        prefill_s: until the prompt's logits were there.
-        first_token_s: until the first token was chosen.
-        decode_s: of each further token.
-    """
-
-    tokens: tuple[int, ...]
-    stopped: str
-    prefill_s: float
-    first_token_s: float
-    decode_s: tuple[float, ...]
+from flashpte.export.speculative import Generation, Stop
 
 
 def check_prompt(prompt: Sequence[int], vocabulary: int | None) -> None:
@@ -102,12 +83,12 @@ def generate(
         generator = torch.Generator(logits.device).manual_seed(seed)
     tokens = [sample(logits, temperature, generator)]
     first_token_s = clock() - start
-    times: list[float] = []
-    stopped = "length"
+    steps: list[tuple[int, float]] = []
+    stopped = Stop.LENGTH
     last = clock()
     while True:
         if tokens[-1] in stop:
-            stopped = "stop token"
+            stopped = Stop.STOP_TOKEN
             break
         if on_token is not None:
             on_token(tokens[-1])
@@ -116,11 +97,11 @@ def generate(
         try:
             logits = model.decode(tokens[-1])
         except CacheFullError:
-            stopped = "cache full"
+            stopped = Stop.CACHE_FULL
             break
         model.program.synchronize()  # an error of the device has a name here
         tokens.append(sample(logits, temperature, generator))
         now = clock()
-        times.append(now - last)
+        steps.append((1, now - last))
         last = now
-    return Generation(tuple(tokens), stopped, prefill_s, first_token_s, tuple(times))
+    return Generation(tuple(tokens), stopped, prefill_s, first_token_s, tuple(steps))

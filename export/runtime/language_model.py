@@ -8,9 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from flashpte.export.common.chunks import chunk_bounds
 from flashpte.export.common.errors import ProgramError, UsageError
-from flashpte.export.common.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.options import DECODE, PREFILL, TARGET_METHODS, TARGET_VERIFY
 from flashpte.export.files.signature import MethodSignature
+from flashpte.export.state.layer_state import TARGET_PART, StateRules
+from flashpte.export.state.rollback import Rollback
 
 
 class RunsMethods(Protocol):
@@ -19,6 +22,7 @@ class RunsMethods(Protocol):
     signatures: dict[str, MethodSignature]
     constants: Mapping[str, Any]
     buffers: dict[str, torch.Tensor]
+    states: tuple[StateRules, ...]
 
     def run(self, method: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Runs a method."""
@@ -57,7 +61,7 @@ def read_limits(signatures: Mapping[str, MethodSignature], constants: Mapping[st
     Raises:
         ProgramError: the program is not a language model of ours.
     """
-    known = [name for name in (PREFILL, DECODE, TARGET_VERIFY) if name in signatures]
+    known = [name for name in TARGET_METHODS if name in signatures]
     if not known:
         raise ProgramError(f"not a language model: it has the methods {', '.join(signatures)}, none of prefill, decode")
     for name in known:
@@ -102,26 +106,13 @@ def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
         raise UsageError("the prompt is empty")
     if count > limits.max_seq_len:
         raise CacheFullError(f"the prompt has {count} tokens, the cache holds {limits.max_seq_len}")
-    sizes = _chunk_sizes(count, *limits.prefill) if limits.prefill is not None else None
-    if sizes is not None:
-        return [(PREFILL, size) for size in sizes]
+    bounds = chunk_bounds(count, *limits.prefill) if limits.prefill is not None else None
+    if bounds is not None:
+        return [(PREFILL, end - start) for start, end in bounds]
     if not limits.decode:
         low, high = limits.prefill or (0, 0)
         raise ProgramError(f"no method takes a prompt of {count} tokens: prefill takes {low}..{high}; no decode")
     return [(DECODE, 1)] * count
-
-
-def _chunk_sizes(count: int, low: int, high: int) -> list[int] | None:
-    """Sizes from low to high that add up to count, as large as possible from the front; ``None``: there are none."""
-    chunks = -(-count // high)
-    if count < chunks * low:
-        return None
-    sizes = []
-    for left in range(chunks - 1, -1, -1):
-        size = min(high, count - left * low)
-        sizes.append(size)
-        count -= size
-    return sizes
 
 
 class LanguageModel:
@@ -139,6 +130,8 @@ class LanguageModel:
         self.limits = read_limits(program.signatures, program.constants)
         self.position = 0
         self.features: torch.Tensor | None = None
+        self._rollback = Rollback((rules for rules in program.states if rules.part == TARGET_PART), program.buffers)
+        self._fed: list[int] = []  # the token at each position
 
     def call(self, method: str, tokens: Sequence[int]) -> torch.Tensor:
         """Runs a method on tokens at the current position.
@@ -154,6 +147,8 @@ class LanguageModel:
             raise CacheFullError(
                 f"the cache is full: it holds {self.limits.max_seq_len} positions, {method} would write up to {end}"
             )
+        self._rollback.keep(self.position)
+        self._fed[self.position :] = tokens
         ids = torch.tensor([list(tokens)], dtype=torch.int64)
         logits, *others = self.program.run(method, ids, torch.arange(self.position, end, dtype=torch.int64))
         self.features = others[0] if others else None
@@ -192,14 +187,37 @@ class LanguageModel:
     def reset(self) -> None:
         """Starts a new sequence."""
         self.program.reset()
+        self._rollback.forget()
+        self._fed.clear()
         self.position = 0
 
     def move_back(self, position: int) -> None:
         """Goes back to an earlier position, as after rejected drafts: later tokens are written over.
 
+        A state that goes back by a snapshot is put back to one, and the tokens from there on are fed again.
+
         Raises:
             UsageError: it is not an earlier one.
+            ProgramError: no methods take the tokens that have to be fed again.
         """
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot go to position {position} from {self.position}")
-        self.position = position
+        if position == self.position:
+            return
+        if not self._rollback.needed:
+            self.position = position
+            return
+        again = self._fed[:position]
+        for start in (*self._rollback.kept_before(position), 0):
+            try:
+                calls = plan_chunks(position - start, self.limits) if start < position else []
+            except ProgramError:
+                continue  # too few tokens for any method: from further back
+            if start:
+                self.position = self._rollback.go_back(start)
+            else:
+                self.reset()
+            for method, size in calls:
+                self.call(method, again[self.position : self.position + size])
+            return
+        raise ProgramError(f"cannot go back to position {position}: no methods take {position} tokens from the start")

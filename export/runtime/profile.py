@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from flashpte.export.common.errors import Option, ProgramError, UsageError
-from flashpte.export.common.options import DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.options import DECODE, DEFAULT_CONTEXTS, DEFAULT_PROFILE_PREFILL, PREFILL, TARGET_VERIFY
+from flashpte.export.common.tables import table_lines
 from flashpte.export.runtime.kernel_families import FAMILIES, family
 from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
-
-DEFAULT_CONTEXTS = (1024, 4096, 16384)
-DEFAULT_PREFILL = 2048
 
 _WARMUP, _TIMED, _PROFILED = 3, 20, 5
 
@@ -80,13 +78,8 @@ class ProfileReport:
             times = (row.total_us, *(row.families_us.get(name, 0.0) for name in FAMILIES), row.idle_us)
             tokens = "+".join(map(str, row.case.chunks))
             rows.append((row.case.name, tokens, str(row.case.context), *(f"{t:.1f}" for t in times), str(row.kernels)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
         graphs = ", ".join(self.captured) or "none"
-        return [*lines, f"{self.gpu}; CUDA graphs: {graphs}"]
+        return [*table_lines(rows), f"{self.gpu}; CUDA graphs: {graphs}"]
 
 
 def plan_profile(program: RunsMethods, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
@@ -123,7 +116,7 @@ def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | No
                 )
             if prefill is not None and prefill < limits.prefill[0]:
                 raise UsageError(Option("prefill", prefill), f": must be at least {limits.prefill[0]}")
-            chunks = plan_chunks(prefill or min(DEFAULT_PREFILL, room), limits)
+            chunks = plan_chunks(prefill or min(DEFAULT_PROFILE_PREFILL, room), limits)
             cases.append(Case(PREFILL, context, tuple(size for _, size in chunks)))
         if limits.verify is not None:
             cases.append(Case(TARGET_VERIFY, context, (limits.verify,)))

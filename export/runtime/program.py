@@ -24,6 +24,7 @@ from flashpte.export.runtime.libraries import (
     open_pte,
 )
 from flashpte.export.runtime.machine import check_gpu, check_torch
+from flashpte.export.state.layer_state import read_states
 
 
 class Program:
@@ -38,6 +39,7 @@ class Program:
         manifest: what ``manifest.json`` says.
         buffers: the tensors that methods write to, by FQN. Writing to them changes what the methods see.
         weights: every named tensor; ``None`` for a ``.pt2``, which keeps them in its compiled code.
+        states: what to know about the state of each layer; empty for a program that is no language model.
         device: where inputs are moved to and results are.
     """
 
@@ -54,6 +56,7 @@ class Program:
         self.signatures = dict(signatures)
         self.buffers = dict(buffers)
         self.manifest = manifest
+        self.states = read_states(manifest.get("states", ()))
         self.constants: Mapping[str, Any] = manifest["constant_methods"]
         self.device = device
         self.weights = None if weights is None else dict(weights)

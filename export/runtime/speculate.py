@@ -12,60 +12,14 @@ import torch
 
 from flashpte.export.common.errors import Option, ProgramError, UsageError
 from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
+from flashpte.export.common.tables import table_lines
 from flashpte.export.files.signature import MethodSignature
 from flashpte.export.runtime import generate as plain
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel, RunsMethods
-from flashpte.export.speculative import Acceptance, Choose, Sampler, SpeculativeProgram, generate, greedy
+from flashpte.export.speculative import Choose, Generation, Sampler, SpeculativeProgram, generate, greedy
 from flashpte.export.speculative.loop import check_request
-
-_STOPPED = {"stop_token": "stop token", "max_new_tokens": "length", "max_seq_len": "cache full"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Speculation:
-    """A generation and what it took; times in seconds.
-
-    Attributes:
-        tokens: the new tokens, a final stop token included.
-        stopped: ``"stop token"``, ``"length"`` or ``"cache full"``.
-        first_token_s: until the first tokens were chosen.
-        later: how many tokens came after those.
-        later_s: how long they took.
-        acceptance: how much of the draft's proposals was accepted; ``None`` for plain decoding.
-        forced: how many proposals a round accepted whatever the target said; ``None``: it had its way.
-    """
-
-    tokens: tuple[int, ...]
-    stopped: str
-    first_token_s: float
-    later: int
-    later_s: float
-    acceptance: Acceptance | None = None
-    forced: int | None = None
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        if self.acceptance is None:
-            return "plain decode"
-        return "speculative" if self.forced is None else f"forced acceptance {self.forced}"
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Rate after the first tokens; ``None`` if there were no more, or no time passed."""
-        return self.later / self.later_s if self.later and self.later_s > 0 else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For machines; without the tokens."""
-        found: dict[str, Any] = {"tokens": len(self.tokens), "tokens_per_s": self.tokens_per_s}
-        if self.acceptance is not None:
-            found |= {
-                "forced_acceptance": self.forced,
-                "rounds": self.acceptance.rounds,
-                "mean_accepted_length": self.acceptance.mean_accepted_length,
-                "acceptance_per_position": self.acceptance.per_position,
-            }
-        return found
+from flashpte.export.state.layer_state import DRAFT_PART, TARGET_PART
+from flashpte.export.state.rollback import Rollback
 
 
 def has_draft(signatures: Mapping[str, MethodSignature]) -> bool:
@@ -102,7 +56,7 @@ def speculate(
     chain: int | None = None,
     on_token: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Speculation:
+) -> Generation:
     """Continues a prompt from position 0, the program's draft proposing.
 
     Args:
@@ -121,10 +75,8 @@ def speculate(
         UsageError: the prompt is empty or does not fit, or a number is out of range.
         ProgramError: the program failed, or its logits hold a NaN or an infinity.
     """
-    batches: list[tuple[int, float]] = []
 
     def told(new: list[int]) -> None:
-        batches.append((len(new), clock()))
         if on_token is not None:
             for token in new:
                 if token not in stop:
@@ -136,8 +88,7 @@ def speculate(
         return results
 
     plain.check_prompt(prompt, program.constants.get("get_vocab_size"))
-    start = clock()
-    result = generate(
+    return generate(
         run,
         SpeculativeProgram.from_constants(program.constants),
         prompt,
@@ -147,17 +98,16 @@ def speculate(
         chain=chain,
         forced_acceptance=forced,
         on_tokens=told,
+        rollback=_rollback(program),
+        clock=clock,
     )
-    first, at = batches[0]
-    return Speculation(
-        tokens=tuple(result.tokens),
-        stopped=_STOPPED[result.stopped],
-        first_token_s=at - start,
-        later=len(result.tokens) - first,
-        later_s=batches[-1][1] - at,
-        acceptance=result.acceptance,
-        forced=forced,
-    )
+
+
+def _rollback(program: RunsMethods) -> Rollback:
+    states = program.states
+    if Rollback((rules for rules in states if rules.part == DRAFT_PART), program.buffers).needed:
+        raise ProgramError("the draft's state goes back by snapshots, which the loop makes of the target's alone")
+    return Rollback((rules for rules in states if rules.part == TARGET_PART), program.buffers)
 
 
 def _choice(temperature: float, seed: int, device: torch.device) -> Choose:
@@ -183,7 +133,7 @@ def decode_plainly(
     seed: int = 0,
     stop: Collection[int] = (),
     clock: Callable[[], float] = time.perf_counter,
-) -> Speculation:
+) -> Generation:
     """The same without the draft, by the method ``decode``; see :func:`speculate`.
 
     Raises:
@@ -192,7 +142,7 @@ def decode_plainly(
     if DECODE not in program.signatures:
         raise ProgramError("the program has no method decode")
     program.reset()
-    found = plain.generate(
+    return plain.generate(
         LanguageModel(program),
         prompt,
         max_new_tokens=max_new_tokens,
@@ -201,7 +151,19 @@ def decode_plainly(
         stop=stop,
         clock=clock,
     )
-    return Speculation(found.tokens, found.stopped, found.first_token_s, len(found.decode_s), sum(found.decode_s))
+
+
+def _described(run: Generation) -> dict[str, Any]:
+    """For machines; without the tokens."""
+    found: dict[str, Any] = {"tokens": len(run.tokens), "tokens_per_s": run.tokens_per_s}
+    if run.acceptance is not None:
+        found |= {
+            "forced_acceptance": run.forced,
+            "rounds": run.acceptance.rounds,
+            "mean_accepted_length": run.acceptance.mean_accepted_length,
+            "acceptance_per_position": run.acceptance.per_position,
+        }
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +181,7 @@ class SpeculativeStatistics:
 
     load_s: float
     prompt_tokens: int
-    runs: tuple[Speculation, ...]
+    runs: tuple[Generation, ...]
     sampled: bool = False
     peak_bytes: int | None = None
     captured: tuple[str, ...] = ()
@@ -240,8 +202,8 @@ class SpeculativeStatistics:
             "load_s": self.load_s,
             "time_to_first_token_s": first.first_token_s,
             "prompt_tokens": self.prompt_tokens,
-            **first.to_dict(),
-            "compared": {run.name: run.to_dict() for run in self.runs[1:]},
+            **_described(first),
+            "compared": {run.name: _described(run) for run in self.runs[1:]},
             "first_difference_from_plain_decode": self.first_difference,
             "peak_gpu_bytes": self.peak_bytes,
             "cuda_graphs": list(self.captured),
@@ -256,11 +218,7 @@ class SpeculativeStatistics:
                 length = f"{run.acceptance.mean_accepted_length:.2f}"
                 shares = " ".join("-" if share is None else f"{share:.2f}" for share in run.acceptance.per_position)
             table.append((run.name, str(len(run.tokens)), "-" if rate is None else f"{rate:.1f}", length, shares))
-        widths = [max(len(row[i]) for row in table) for i in range(4)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in range(1, 4)), row[4]]).rstrip()
-            for row in table
-        ]
+        lines = table_lines(table, ragged=True)
         if self.first_difference is not None:
             where = "nowhere" if self.first_difference < 0 else f"first at new token {self.first_difference + 1}"
             lines.append(f"plain decode chose another token: {where}")

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from flashpte.export.common.tables import table_lines
+
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least ``share`` of the values do not exceed (nearest rank).
@@ -71,8 +73,7 @@ class Statistics:
         if self.peak_bytes is not None:
             rows.append(("peak GPU memory", f"{self.peak_bytes / 2**20:.1f} MiB"))
         rows.append(("CUDA graphs", ", ".join(self.captured) or "none"))
-        width = max(len(name) for name, _ in rows)
-        return [f"{name.ljust(width)}  {value}" for name, value in rows]
+        return table_lines(rows, ragged=True)
 
 
 def _rate(count: int, seconds: float) -> str:

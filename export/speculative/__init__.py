@@ -7,7 +7,18 @@ with the target alone gives; its sampled output has the target's distribution. T
 
 from flashpte.export.speculative.acceptance import Acceptance
 from flashpte.export.speculative.choose import Choose, Sampler, greedy
-from flashpte.export.speculative.loop import Generation, Run, generate
+from flashpte.export.speculative.generation import Generation, Stop
+from flashpte.export.speculative.loop import Run, generate
 from flashpte.export.speculative.sizes import SpeculativeProgram
 
-__all__ = ["Acceptance", "Choose", "Generation", "Run", "Sampler", "SpeculativeProgram", "generate", "greedy"]
+__all__ = [
+    "Acceptance",
+    "Choose",
+    "Generation",
+    "Run",
+    "Sampler",
+    "SpeculativeProgram",
+    "Stop",
+    "generate",
+    "greedy",
+]

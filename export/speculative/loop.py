@@ -7,27 +7,34 @@ Notation: the sequence so far has n tokens; the last one, the anchor, has no key
 2. ``target_verify`` takes the anchor and the proposals: row i gives the logits and the feature after i proposals.
 3. Accepted proposals and the target's next token are appended; that token is the new anchor.
 
-So the target never runs a plain decode: the features of accepted tokens come from ``target_verify``. Going back after a
-rejection is a smaller position in the next call. Keys of rejected tokens stay in the caches, where no row sees them
-before they are overwritten.
+So the target never runs a plain decode: the features of accepted tokens come from ``target_verify``.
 
-Calls have fixed or least lengths. Feeding a token again at its own position writes the same keys again, so a last chunk
-that would be too short begins earlier, and so does a ``target_verify`` that would end beyond the caches.
+How the target goes back after a rejection is for its state to say (:class:`~flashpte.export.state.rollback.Rollback`).
+KV caches go back by a smaller position in the next call: keys of rejected tokens stay in the caches, where no row sees
+them before they are overwritten. A state that goes back by a snapshot is put back to where the round began, and the
+accepted tokens are fed again at the head of the next ``target_verify``, with fewer proposals behind them.
+
+Calls have fixed or least lengths. Where the state takes a token again at its own position, a last chunk that would be
+too short begins earlier, and so does a ``target_verify`` that would end beyond the caches. Where it does not, the text
+ends when no whole ``target_verify`` fits any more.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
 
 import torch
 
+from flashpte.export.common.chunks import chunk_bounds
 from flashpte.export.common.errors import UsageError
 from flashpte.export.common.options import DRAFT_DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.speculative.acceptance import Acceptance
 from flashpte.export.speculative.choose import Choose, greedy
+from flashpte.export.speculative.generation import Generation, Stop
 from flashpte.export.speculative.sizes import SpeculativeProgram
+from flashpte.export.state.rollback import Rollback
 
 Run = Callable[..., Sequence[torch.Tensor]]
 """``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls.
@@ -38,21 +45,6 @@ method runs again; nothing is kept for longer.
 
 Revise = Callable[[Sequence[int], list[int]], list[int]]
 """(the sequence so far, what the draft proposes) -> what to verify instead, not longer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What :func:`generate` returns.
-
-    Attributes:
-        tokens: the generated tokens, without the prompt; a stop token is the last of them.
-        acceptance: how much of the draft's proposals was accepted.
-        stopped: why it ended: at a stop token, at the number of tokens asked for, or because the caches are full.
-    """
-
-    tokens: list[int]
-    acceptance: Acceptance
-    stopped: Literal["stop_token", "max_new_tokens", "max_seq_len"]
 
 
 def generate(
@@ -67,6 +59,8 @@ def generate(
     forced_acceptance: int | None = None,
     revise: Revise | None = None,
     on_tokens: Callable[[list[int]], None] | None = None,
+    rollback: Rollback | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
     """Continues a prompt.
 
@@ -83,29 +77,34 @@ def generate(
             is generated is not what the target would say.
         revise: replaces proposals before they are verified.
         on_tokens: called with the new tokens of each round.
+        rollback: takes the target's state back; ``None`` for one that goes back by a smaller position.
+        clock: seconds, for the times in the result.
 
     Raises:
         UsageError: the prompt is empty or too long, or a number is out of range.
     """
-    loop = _Loop(run, program, program.chain_len if chain is None else chain)
+    loop = _Loop(run, program, program.chain_len if chain is None else chain, rollback or Rollback())
     check_request(program, prompt, max_new_tokens, loop.chain, forced_acceptance)
     loop.tokens = list(prompt)
     first = len(prompt)
     tell = on_tokens or (lambda new: None)
-    stopped: Literal["stop_token", "max_new_tokens", "max_seq_len"] | None = None
+    stopped: Stop | None = None
+    start = clock()
+    times: list[tuple[int, float]] = []  # tokens, and when they were there
 
     def append(new: list[int]) -> None:
         nonlocal stopped
         new = new[: first + max_new_tokens - len(loop.tokens)]
         end = next((index for index, token in enumerate(new) if token in stop_tokens), None)
         if end is not None:
-            new, stopped = new[: end + 1], "stop_token"
+            new, stopped = new[: end + 1], Stop.STOP_TOKEN
         loop.tokens += new
+        times.append((len(new), clock()))
         tell(new)
         if stopped is None and len(loop.tokens) == first + max_new_tokens:
-            stopped = "max_new_tokens"
-        elif stopped is None and len(loop.tokens) > program.max_seq_len:
-            stopped = "max_seq_len"
+            stopped = Stop.LENGTH
+        elif stopped is None and (len(loop.tokens) > program.max_seq_len or not loop.fits):
+            stopped = Stop.CACHE_FULL
 
     if len(prompt) >= program.min_prefill_chunk:
         append([choose(loop.prefill(), [])[1]])
@@ -125,7 +124,16 @@ def generate(
         loop.accept(accepted)
         loop.acceptance.record(len(proposals), accepted)
         append([*proposals[:accepted], following])
-    return Generation(loop.tokens[first:], loop.acceptance, stopped)
+    first_token_s = times[0][1] - start
+    return Generation(
+        tokens=tuple(loop.tokens[first:]),
+        stopped=stopped,
+        prefill_s=first_token_s,
+        first_token_s=first_token_s,
+        steps=tuple((count, at - before) for (_, before), (count, at) in itertools.pairwise(times)),
+        acceptance=loop.acceptance,
+        forced=forced_acceptance,
+    )
 
 
 class _Loop:
@@ -133,16 +141,18 @@ class _Loop:
 
     Attributes:
         tokens: the prompt and what was generated.
-        fed: how many of them have keys in the target's cache and features that are known.
+        fed: how many of them have features that are known.
+        held: how many of them are in the target's state; less than ``fed`` after a rejection that a snapshot undid.
         features: features [1, T, C] that the draft has not read yet, each with its first position.
     """
 
-    def __init__(self, run: Run, program: SpeculativeProgram, chain: int):
+    def __init__(self, run: Run, program: SpeculativeProgram, chain: int, rollback: Rollback):
         self.run = run
+        self.rollback = rollback
         self.program = program
         self.chain = chain
         self.tokens: list[int] = []
-        self.fed = 0
+        self.fed = self.held = 0
         self.features: list[tuple[int, torch.Tensor]] = []
         self.acceptance = Acceptance(chain)
         self._verified: tuple[int, torch.Tensor] = (0, torch.empty(0))
@@ -151,19 +161,28 @@ class _Loop:
         """Feeds the prompt, and all of it but the last chunk to the draft; returns the logits [1, V] after it."""
         length = len(self.tokens)
         logits = torch.empty(0)
-        for start, end in _chunks(length, self.program.min_prefill_chunk, self.program.max_prefill_chunk):
+        least, most = self.program.min_prefill_chunk, self.program.max_prefill_chunk
+        bounds = chunk_bounds(length, least, most, fed_twice=self.rollback.fed_twice)
+        if bounds is None:
+            raise UsageError(f"the prompt has {length} tokens, which no prefills of {least}..{most} tokens add up to")
+        for start, end in bounds:
             logits, features = self.run(PREFILL, _row(self.tokens[start:end]), torch.arange(start, end))
             if end < length and self.chain:  # the token after the chunk is known: no need to keep its features
                 self._feed_draft(start, features)
             elif self.chain:
                 self.features.append((start, features))
-        self.fed = length
+        self.fed = self.held = length
         return logits[0, -1:]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a ``target_verify`` fits into the caches."""
+        return self.rollback.fed_twice or self.held + self.program.verify_window <= self.program.max_seq_len
 
     def propose(self, wanted: int) -> list[int]:
         """At most ``wanted`` proposals for what follows the sequence, as many as the chain, window and caches allow."""
         length = len(self.tokens)
-        unfed = length - self.fed
+        unfed = length - self.held
         room = min(self.program.max_seq_len - length, self.program.verify_window - unfed)
         count = min(self.chain, wanted, room)
         if count <= 0 or not self.features:
@@ -194,10 +213,11 @@ class _Loop:
     def verify(self, proposals: Sequence[int]) -> torch.Tensor:
         """Feeds the anchor and the proposals; returns logits [R, V], R one more than there are proposals."""
         window = self.program.verify_window
-        start = min(self.fed, self.program.max_seq_len - window)
+        start = min(self.held, self.program.max_seq_len - window) if self.rollback.fed_twice else self.held
         row = [*self.tokens[start:], *proposals]
         anchor = len(self.tokens) - 1 - start
         row += [row[-1]] * (window - len(row))  # any token will do: its keys are overwritten before a row sees them
+        self.rollback.keep(start)
         logits, features = self.run(TARGET_VERIFY, _row(row), torch.arange(start, start + window))
         self._verified = (start, features)
         return logits[0, anchor : anchor + len(proposals) + 1]
@@ -209,18 +229,12 @@ class _Loop:
         if self.chain:  # without a draft nobody would read them
             self.features.append((self.fed, features[:, self.fed - start : end - start]))
         self.fed = end
+        # everything that was fed is part of the sequence, or the rest of it has to be undone
+        self.held = end if end == start + self.program.verify_window else self.rollback.go_back(end)
 
 
 def _row(tokens: Sequence[int]) -> torch.Tensor:
     return torch.tensor([list(tokens)], dtype=torch.int64)
-
-
-def _chunks(length: int, least: int, most: int) -> list[tuple[int, int]]:
-    """Bounds of the calls that feed ``length`` tokens; a last one that is too short begins within the one before."""
-    bounds = [(start, min(start + most, length)) for start in range(0, length, most)]
-    start, end = bounds[-1]
-    bounds[-1] = (min(start, end - least), end)
-    return bounds
 
 
 def check_request(

@@ -1,10 +1,20 @@
-"""Tiny Hugging Face models of every supported architecture, with weights that make each part matter."""
+"""Tiny Hugging Face models of every supported architecture, and exports to run: made elsewhere, or made here."""
+
+from __future__ import annotations
 
 import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+
+from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 _SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "max_position_embeddings": 128}
 TINY = {
@@ -89,3 +99,96 @@ def reference():
 @pytest.fixture(scope="session")
 def target_of():
     return TARGETS.__getitem__
+
+
+VERIFY = ("--verify-window", "5")
+MODELS = {
+    "gemma": ["--target", "gemma4-31b", "--small", *VERIFY],
+    "llama": ["--target", "hf", "--max-prefill-chunk", "512", *VERIFY],
+    "gemma-fp32": ["--target", "gemma4-31b", "--small", "--dtype", "float32", *VERIFY],
+    "gemma-draft": ["--target", "gemma4-31b", "--chain", "4", "--with-decode"],
+    "llama-pt2": ["--target", "hf", "--max-prefill-chunk", "512", "--method", "prefill", "--format", "pt2"],
+}
+COMMON = ["--random-weights", "--max-seq-len", "4096"]
+# A head of its own: with random weights, one that is tied to the embedding repeats the last token for ever.
+UNTIED = {**GEMMA4_SMALL, "tie_word_embeddings": False}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+CONFIGS = {"llama": LLAMA, "llama-pt2": LLAMA, "gemma-draft": UNTIED}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The folder of an export by name; from ``FLASHPTE_GPU_MODELS``, where a machine without a GPU may have made it."""
+    made: dict[str, Path] = {}
+    given = os.environ.get("FLASHPTE_GPU_MODELS")
+
+    def find(name: str) -> Path:
+        if given is not None and (Path(given) / name).is_dir():
+            return Path(given) / name
+        if name not in made:
+            from flashpte.export.cli import main
+
+            folder = tmp_path_factory.mktemp(name)
+            config = []
+            if name in CONFIGS:
+                (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+                config = ["--config", str(folder / "config.json")]
+            assert main([*MODELS[name], *config, *COMMON, "--output-dir", str(folder / "out"), "-q"]) == 0
+            made[name] = folder / "out"
+        return made[name]
+
+    return find
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self):
+        """The last line on stderr, which must be the error."""
+        line = self.err.splitlines()[-1]
+        assert line.startswith("run-model: error: "), self.err
+        return line
+
+
+@pytest.fixture(scope="session")
+def run_model_process():
+    """Calls ``run-model`` in a process of its own: one that fails on the GPU cannot be used afterwards."""
+
+    def call(*arguments, **environment):
+        code = "import sys; from flashpte.export.cli import run_main; sys.exit(run_main())"
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+            timeout=300,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def run_model(capsys):
+    """Calls ``run-model`` in this process."""
+    from flashpte.export.cli import run_main
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run_main([str(argument) for argument in arguments])
+        return Ended(code, *capsys.readouterr())
+
+    return call

@@ -9,7 +9,7 @@ from flashpte.export.files.signature import MethodSignature, TensorSpec
 from flashpte.export.models.eagle3_methods import DraftMethod, TargetMethod
 from flashpte.export.models.methods import CausalLMMethod
 from flashpte.export.pipeline import load_weights, plan_export
-from flashpte.export.state.caches import KVCache
+from flashpte.export.state.model_state import ModelState
 
 
 def signatures(methods, vocabulary=512, dtype=torch.bfloat16, feature_size=None):
@@ -55,6 +55,7 @@ class EagerProgram:
         size = plan.draft.head.hidden_size if plan.draft is not None else None
         self.signatures = signatures(ranges, plan.facts.vocab_size, plan.dtype, size)
         self.constants = plan.constant_methods
+        self.states = plan.states
         cache = self._cache()
         self.buffers = {f"kv_cache.{name}": tensor for name, tensor in cache.named_buffers()}
         self._modules = {}
@@ -74,12 +75,12 @@ class EagerProgram:
             return CausalLMMethod(model, cache, all_logits=spec.all_logits)
         if spec.name != "draft_decode":
             return TargetMethod(model, cache, draft.fusion, draft.taps, all_logits=spec.all_logits)
-        own = KVCache([draft.head.attention], self.plan.max_seq_len, self.plan.dtype)
+        own = ModelState([draft.head.attention], self.plan.max_seq_len, self.plan.dtype)
         self.buffers |= {f"draft_cache.{name}": tensor for name, tensor in own.named_buffers()}
         return DraftMethod(model, draft.head, own)
 
     def _cache(self):
-        return KVCache(self.plan.facts.attention, self.plan.max_seq_len, self.plan.dtype)
+        return ModelState(self.plan.facts.states, self.plan.max_seq_len, self.plan.dtype)
 
     def run(self, method, *inputs):
         self.signatures[method].check(inputs)

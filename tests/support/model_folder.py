@@ -26,7 +26,7 @@ def write_model_folder(
     manifest = {
         **(described or {}),
         "generator": "flashpte",
-        "version": 1,
+        "version": 2,
         "versions": {"torch": torch.__version__},
         "arch": "sm_90",
         "format": package,

@@ -75,7 +75,7 @@ def test_a_missing_file(folder, unverified):
     ("changes", "said"),
     [
         ({"generator": "somebody"}, "was not written by export-model"),
-        ({"version": 2}, "has version 2, this flashpte reads 1"),
+        ({"version": 3}, "has version 3, this flashpte reads 2"),
         ({"format": "onnx"}, "has format 'onnx'"),
         ({"files": None}, "has no 'files'"),
         ({"files": {}}, "does not list model.pte"),
@@ -119,6 +119,6 @@ def test_another_gpu(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(
-        ProgramError, match="compiled for sm_90, but NVIDIA A100 is sm_80: export again with --arch sm_80"
+        ProgramError, match="compiled for sm_90, but NVIDIA A100 is sm_80: export again with arch=sm_80"
     ):
         Program.open(folder)

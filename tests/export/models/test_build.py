@@ -9,19 +9,19 @@ from flashpte.export.models.build import cut_layers, describe, is_tied
 
 def test_cutting_keeps_the_first_layers_as_they_are(tiny):
     model = gemma4.build(tiny("gemma4"))
-    kinds = [shape.window for shape in describe(model).attention]
+    kinds = [shape.window for shape in describe(model).states]
     assert kinds == [8, 8, 8, 8, 8, None]
     cut_layers(model, 2)
-    assert [shape.window for shape in describe(model).attention] == [8, 8]
+    assert [shape.window for shape in describe(model).states] == [8, 8]
     assert "model.layers.2.mlp.up_proj.weight" not in model.state_dict()
-    with pytest.raises(UsageError, match="--layers 3: the model has 2 layers"):
+    with pytest.raises(UsageError, match="layers=3: the model has 2 layers"):
         cut_layers(model, 3)
 
 
 def test_multimodal_config_gives_its_text_model(tiny):
     text = tiny("gemma4")
     model = gemma4.build({"model_type": "gemma4", "text_config": text, "vision_config": {"hidden_size": 8}})
-    assert describe(model).attention == describe(gemma4.build(text)).attention
+    assert describe(model).states == describe(gemma4.build(text)).states
 
 
 def test_tie_said_once_at_the_top_of_a_multimodal_config(tiny):

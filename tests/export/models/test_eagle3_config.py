@@ -13,10 +13,10 @@ from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3_config import parse_draft_config
 from flashpte.export.models.registry import TargetSpec, default_taps
 from flashpte.export.pipeline.draft_plan import plan_draft
-from flashpte.export.state.caches import AttentionShape
+from flashpte.export.state.kv_cache import attention_state
 
 SPEC = TargetSpec("stub", "", (), build=lambda fields: None)
-FACTS = ModelFacts((AttentionShape(1, 8, None),) * 8, VOCAB, HIDDEN, 128, None, None, ())
+FACTS = ModelFacts((attention_state(1, 8, None),) * 8, VOCAB, HIDDEN, 128, None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_another_hidden_size_needs_an_embedding_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"chain": 16, "random_seed": 0}, r"--chain 16: must be 1..15 \(target_verify takes one token more"),
-        ({"chain": 0, "random_seed": 0}, "--chain 0: must be 1..15"),
-        ({"with_decode": True}, "--with-decode belongs to a draft"),
+        ({"chain": 16, "random_seed": 0}, r"chain=16: must be 1..15 \(target_verify takes one token more"),
+        ({"chain": 0, "random_seed": 0}, "chain=0: must be 1..15"),
+        ({"with_decode": True}, "with_decode belongs to draft"),
     ],
     ids=str,
 )

@@ -21,13 +21,14 @@ from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3_methods import DraftMethod
 from flashpte.export.models.registry import TargetSpec
 from flashpte.export.pipeline.draft_plan import plan_draft
-from flashpte.export.state.caches import AttentionShape, KVCache
+from flashpte.export.state.kv_cache import attention_state
+from flashpte.export.state.model_state import ModelState
 
 LAYERS = 8
 LENGTH = 13
 SPEC = TargetSpec("stub", "", (), build=lambda fields: None)
 FACTS = ModelFacts(
-    attention=(AttentionShape(1, 8, None),) * LAYERS,
+    states=(attention_state(1, 8, None),) * LAYERS,
     vocab_size=VOCAB,
     hidden_size=HIDDEN,
     max_positions=128,
@@ -87,7 +88,7 @@ def read(folder, embedding, chain=4):
     """The draft in a folder, its fusion, and a runner of its method on a cache of 32 positions."""
     plan = plan_draft(ExportOptions("stub", draft=folder, chain=chain), SPEC, FACTS)
     plan.load_weights(torch.float32, None)
-    cache = KVCache([plan.head.attention], 32, torch.float32)
+    cache = ModelState([plan.head.attention], 32, torch.float32)
     for buffer in cache.buffers():
         buffer.fill_(3.0)
     return plan, DraftMethod(Target(embedding), plan.head, cache).eval()
@@ -231,5 +232,5 @@ def test_a_random_draft_fits_and_is_the_same_for_the_same_seed():
 def test_the_cache_has_the_drafts_own_shape(tmp_path, embedding):
     _, _, folder = write_case(tmp_path, "speculators, window")
     plan, _ = read(folder, embedding)
-    assert plan.head.attention == AttentionShape(KV_HEADS, HEAD_DIM, 4)
+    assert plan.head.attention == attention_state(KV_HEADS, HEAD_DIM, 4)
     assert plan.window == 4

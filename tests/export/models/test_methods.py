@@ -99,7 +99,7 @@ def test_plan_methods_picks_and_refuses():
     assert [m.name for m in plan_methods(64)] == ["prefill", "decode"]
     assert plan_methods(64, 4, "target_verify") == (MethodSpec("target_verify", 4, 4, all_logits=True),)
     assert not plan_methods(2)[0].dynamic
-    with pytest.raises(UsageError, match="--verify-window"):
+    with pytest.raises(UsageError, match="add verify_window"):
         plan_methods(64, None, "target_verify")
 
 

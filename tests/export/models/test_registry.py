@@ -64,7 +64,7 @@ def test_builtin_targets_are_listed():
 
 def test_gemma4_31b_is_what_its_name_says():
     plan = plan_export(ExportOptions("gemma4-31b"))
-    attention = plan.facts.attention
+    attention = plan.facts.states
     assert len(attention) == plan.total_layers == 60
     for index, shape in enumerate(attention):
         full = index % 6 == 5
@@ -80,9 +80,9 @@ def test_gemma4_31b_is_what_its_name_says():
 
 def test_small_gemma4_has_the_architecture_of_the_large_one():
     large, small = (plan_export(ExportOptions("gemma4-31b", small=s, layers=6)) for s in (False, True))
-    for a, b in zip(large.facts.attention, small.facts.attention, strict=True):
+    for a, b in zip(large.facts.states, small.facts.states, strict=True):
         assert (a.window is None) == (b.window is None)
-    first, last = small.facts.attention[0], small.facts.attention[-1]
+    first, last = small.facts.states[0], small.facts.states[-1]
     assert first.slots(small.max_seq_len) < small.max_seq_len  # the ring wraps
     assert last.head_dim == 2 * first.head_dim
     assert set(large.model.state_dict()) == set(small.model.state_dict())

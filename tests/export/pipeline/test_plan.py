@@ -49,16 +49,16 @@ def test_default_lengths(config, target_of, name, changes, options, max_seq_len,
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"verify_window": 40}, "--verify-window 40: must be 2..16"),
-        ({"verify_window": 1}, "--verify-window 1"),
+        ({"verify_window": 40}, "verify_window=40: must be 2..16"),
+        ({"verify_window": 1}, "verify_window=1"),
         ({"verify_window": 9}, "sliding window of 8"),
-        ({"max_seq_len": 3, "verify_window": 4}, "must not exceed --max-seq-len 3"),
-        ({"max_seq_len": 1}, "--max-seq-len 1: must be 2..128"),
-        ({"max_seq_len": 129}, "--max-seq-len 129: must be 2..128"),
-        ({"max_prefill_chunk": 9}, r"--max-prefill-chunk 9: must be 2..8 \(the sliding window\)"),
-        ({"max_prefill_chunk": 1}, "--max-prefill-chunk 1"),
+        ({"max_seq_len": 3, "verify_window": 4}, "must not exceed max_seq_len=3"),
+        ({"max_seq_len": 1}, "max_seq_len=1: must be at least 2"),
+        ({"max_seq_len": 129}, "max_seq_len=129: must be 2..128"),
+        ({"max_prefill_chunk": 9}, r"max_prefill_chunk=9: must be 2..8 \(the sliding window\)"),
+        ({"max_prefill_chunk": 1}, "max_prefill_chunk=1"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"layers": 0}, "--layers 0"),
+        ({"layers": 0}, "layers=0"),
         ({"small": True}, "both name a size"),
     ],
     ids=str,
@@ -70,10 +70,11 @@ def test_options_out_of_range(config, options, named):
 
 def test_a_target_bounds_its_forwards(monkeypatch, config):
     """Prefill, decode and verify keep to what one forward of the target may hold."""
-    import flashpte.export.pipeline as pipeline
+
+    import flashpte.export.pipeline.plan as planning
 
     def plan(options, **bounds):
-        monkeypatch.setattr(pipeline, "get_target", lambda name: dataclasses.replace(get_target(name), **bounds))
+        monkeypatch.setattr(planning, "get_target", lambda name: dataclasses.replace(get_target(name), **bounds))
         return plan_export(ExportOptions("hf", config=config("llama"), random_seed=0, **options))
 
     bounded = plan({"chain": 4}, min_forward=3, max_forward=6)
@@ -84,14 +85,14 @@ def test_a_target_bounds_its_forwards(monkeypatch, config):
     ]
     assert [m.name for m in plan({}, min_forward=3).methods] == ["prefill"]
     with pytest.raises(
-        UsageError, match=r"--chain 6 \(a target_verify of 7 tokens\): must not exceed what target hf takes"
+        UsageError, match=r"chain=6 \(a target_verify of 7 tokens\): must not exceed what target hf takes"
     ):
         plan({"chain": 6}, max_forward=6)
-    with pytest.raises(UsageError, match=r"--verify-window 2: must be 3\.\.16"):
+    with pytest.raises(UsageError, match=r"verify_window=2: must be 3\.\.16"):
         plan({"verify_window": 2}, min_forward=3)
-    with pytest.raises(UsageError, match=r"--max-prefill-chunk 7: must be 2\.\.6 \(what target hf takes at once\)"):
+    with pytest.raises(UsageError, match=r"max_prefill_chunk=7: must be 2\.\.6 \(what target hf takes at once\)"):
         plan({"max_prefill_chunk": 7}, max_forward=6)
-    with pytest.raises(UsageError, match="--verify-window 3: a draft sets it"):
+    with pytest.raises(UsageError, match="chain and verify_window cannot be combined"):
         plan({"verify_window": 3, "chain": 4})
 
 
@@ -108,7 +109,7 @@ def test_a_drafts_window_bounds_the_calls(config, tmp_path):
 
 @pytest.mark.parametrize("also", [{"small": True}, {"random_seed": 0}, {"config": "config.json"}], ids=str)
 def test_a_checkpoint_is_not_combined(tmp_path, also):
-    with pytest.raises(UsageError, match="a checkpoint brings its own"):
+    with pytest.raises(UsageError, match=r"checkpoint and \w+ cannot be combined"):
         plan_export(ExportOptions("hf", checkpoint=tmp_path, **also))
 
 
@@ -121,9 +122,7 @@ def test_an_export_needs_weights(tmp_path):
 
 def test_caches_larger_than_memory(config):
     path = config("llama", max_position_embeddings=10**13)
-    with pytest.raises(
-        ExportError, match=r"--max-seq-len 1000000000000: the KV caches take 128000\.0 GB, this machine"
-    ):
+    with pytest.raises(ExportError, match=r"max_seq_len=1000000000000: the KV caches take 128000\.0 GB, this machine"):
         plan_export(ExportOptions("hf", config=path, max_seq_len=10**12))
 
 

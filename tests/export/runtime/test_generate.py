@@ -23,7 +23,7 @@ class Successor:
 
         self.signatures = signatures({"prefill": (2, 8), "decode": (1, 1)}, vocabulary)
         self.constants = {"get_max_seq_len": length, "get_vocab_size": vocabulary}
-        self.vocabulary, self.buffers, self.fed = vocabulary, {}, []
+        self.vocabulary, self.buffers, self.states, self.fed = vocabulary, {}, (), []
 
     def run(self, method, tokens, positions):
         assert positions.tolist() == list(range(len(self.fed), len(self.fed) + tokens.shape[1]))
@@ -46,7 +46,7 @@ def test_greedy_feeds_what_it_chose():
     assert shown == [6, 7, 8, 9]
     assert program.fed == [3, 4, 5, 6, 7, 8]
     assert result.stopped == "length"
-    assert len(result.decode_s) == 3
+    assert len(result.steps) == 3
 
 
 def test_a_stop_token_ends_it_and_is_not_shown():

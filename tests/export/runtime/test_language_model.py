@@ -17,6 +17,7 @@ class Recorder:
     def __init__(self, methods, length=64):
         self.signatures = signatures(methods)
         self.constants = {"get_max_seq_len": length, "get_vocab_size": 512}
+        self.buffers, self.states = {}, ()
         self.buffers = {}
         self.calls = []
 

@@ -75,11 +75,11 @@ def test_cases():
     assert {case.context for case in plan_cases(limits, None, None)} == {1024, 4096, 16384}
     assert {case.context for case in plan_cases(Limits(256, (2, 64), True, 5), None, None)} == {125}
     assert [case.name for case in plan_cases(Limits(256, None, True, None), [100], None)] == ["decode"]
-    with pytest.raises(UsageError, match="--contexts 32764: the cache holds 32768"):
+    with pytest.raises(UsageError, match="contexts=32764: the cache holds 32768"):
         plan_cases(limits, [32764], None)
-    with pytest.raises(UsageError, match="--prefill 2048 at a context of 31000"):
+    with pytest.raises(UsageError, match="prefill=2048 at a context of 31000"):
         plan_cases(limits, [31000], 2048)
-    with pytest.raises(UsageError, match="--prefill 1: must be at least 2"):
+    with pytest.raises(UsageError, match="prefill=1: must be at least 2"):
         plan_cases(limits, [100], 1)
 
 

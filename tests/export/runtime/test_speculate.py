@@ -155,7 +155,7 @@ def test_logits_that_are_no_numbers_are_an_error(plan):
 def test_wrong_requests(plan, program):
     with pytest.raises(CacheFullError, match="has 49 tokens, the cache holds 48"):
         check_speculation(plan.constant_methods, [1] * 49)
-    with pytest.raises(UsageError, match="--force-accept 5: the draft proposes 4"):
+    with pytest.raises(UsageError, match="force_accept=5: the draft proposes 4"):
         check_speculation(plan.constant_methods, PROMPT, (0, 5))
     check_speculation(plan.constant_methods, [1], (0, 4))
     with pytest.raises(UsageError, match="token 512"):

@@ -136,8 +136,8 @@ def test_every_acceptance_in_turn_across_the_window_and_the_ring(setup, prompt, 
             len(expected) + 5,
             revise=accept_exactly(expected, length, pattern),
         )
-        assert got.tokens == expected
-        assert got.stopped == "max_seq_len"
+        assert list(got.tokens) == expected
+        assert got.stopped == "cache full"
         seen.update(got.acceptance.accepted)
     assert seen == {*range(chain + 1)}
 
@@ -156,7 +156,7 @@ def test_rejection_at_every_position_on_both_sides_of_an_edge(setup, prompt, con
                 len(expected),
                 revise=accept_exactly(expected, length, [accepted, 1]),
             )
-            assert got.tokens == expected, (length, accepted)
+            assert list(got.tokens) == expected, (length, accepted)
             assert got.acceptance.accepted[0] == accepted
 
 
@@ -166,13 +166,13 @@ def test_what_the_draft_itself_proposes(setup, prompt, continuations, chain):
     expected = continuations(13)[:20]
     for limit in (0, 1, chain):
         run = setup.run("rewritten", chain)
-        assert generate(run, setup.sizes[chain], prompt[:13], 20, chain=limit).tokens == expected
+        assert list(generate(run, setup.sizes[chain], prompt[:13], 20, chain=limit).tokens) == expected
 
 
 def test_a_second_prompt_needs_no_reset(setup, prompt, continuations):
     run, sizes = setup.run("rewritten", 4), setup.sizes[4]
     generate(run, sizes, prompt[::-1][:30], 15)
-    assert generate(run, sizes, prompt[:13], 12).tokens == continuations(13)[:12]
+    assert list(generate(run, sizes, prompt[:13], 12).tokens) == continuations(13)[:12]
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -195,8 +195,8 @@ def test_a_rollback_that_is_off_by_one_is_noticed(setup, prompt, continuations, 
     for runner in (run, off_by_one):
         revise = accept_exactly(expected, 13, [2, 0, 3])
         outputs.append(generate(runner, setup.sizes[chain], prompt[:13], 20, choose=choose, revise=revise).tokens)
-    assert outputs[0] == expected
-    assert outputs[1] != expected
+    assert list(outputs[0]) == expected
+    assert list(outputs[1]) != expected
 
 
 @pytest.mark.parametrize("kind", ["exported", "rewritten"])

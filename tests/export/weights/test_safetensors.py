@@ -82,7 +82,7 @@ def test_cast_to_the_asked_dtype(tmp_path):
 def test_cut_layers_are_not_asked_for(tmp_path):
     saved = save_llama(tmp_path)
     plan = load(tmp_path, layers=2)
-    assert (len(plan.facts.attention), plan.total_layers) == (2, 3)
+    assert (len(plan.facts.states), plan.total_layers) == (2, 3)
     assert_same(plan.model, saved)
     rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight"))
     load(tmp_path, layers=2)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.models.attention_interface import attend
-from flashpte.export.state.caches import FULL, SLIDING, AttentionShape, KVCache
+from flashpte.export.state.kv_cache import FULL, SLIDING, attention_state
+from flashpte.export.state.model_state import ModelState
 
 WINDOW = 3
 MAX_SEQ_LEN = 32
@@ -31,8 +32,8 @@ class SlotModel:
 
 
 def cache(window=WINDOW, max_seq_len=MAX_SEQ_LEN):
-    return KVCache(
-        [AttentionShape(1, 4, window), AttentionShape(2, 8, None)], max_seq_len=max_seq_len, dtype=torch.float32
+    return ModelState(
+        [attention_state(1, 4, window), attention_state(2, 8, None)], max_seq_len=max_seq_len, dtype=torch.float32
     )
 
 
@@ -96,7 +97,7 @@ def test_cache_buffers_are_not_part_of_a_checkpoint():
 
 def test_two_windows_are_refused():
     with pytest.raises(ExportError, match=r"\[4, 8\]"):
-        KVCache([AttentionShape(1, 4, 4), AttentionShape(1, 4, 8)], 32, torch.float32)
+        ModelState([attention_state(1, 4, 4), attention_state(1, 4, 8)], 32, torch.float32)
 
 
 def test_attend_is_masked_grouped_attention():

@@ -1,0 +1,21 @@
+"""Tables for people: columns of equal width, as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table_lines(rows: Sequence[Sequence[str]], *, ragged: bool = False) -> list[str]:
+    """The first column is aligned left, others right; with ``ragged`` the last one is as long as it is."""
+    aligned = len(rows[0]) - ragged
+    widths = [max(len(row[i]) for row in rows) for i in range(aligned)]
+    return [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:aligned], widths[1:], strict=True)),
+                *row[aligned:],
+            ]
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,147 @@
+"""KV caches of attention layers: one slot per position, or a ring of the last ones.
+
+Shape legend: T new tokens, S slots of a cache buffer, H_kv key/value heads, D head dim. The batch is always 1.
+
+A layer with full attention keeps one slot per position. A layer with a sliding window W keeps a ring of 2 W slots:
+position p lives in slot p mod 2 W. One call may then write at most W tokens, or it overwrites keys that its own first
+row still attends to. A caller may move back (rejected speculative tokens) by at most W positions.
+
+Every slot's position follows from the last position of the call alone, so nothing has to be cleared between
+sequences: a slot that holds a later or an older token is outside of what its position admits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from flashpte.export.state.layer_state import StateRules
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+_HOLDS = {"k": "keys", "v": "values"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _KVCache:
+    """What both kinds share: H_kv heads of dimension D."""
+
+    kv_heads: int
+    head_dim: int
+
+    def slots(self, max_seq_len: int) -> int:
+        """Slots of this layer's buffers."""
+        return max_seq_len
+
+    def buffers(self, max_seq_len: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Keys and values, each [1, H_kv, S, D] in the model's dtype."""
+        shape = (1, self.kv_heads, self.slots(max_seq_len), self.head_dim)
+        return {"k": (shape, dtype), "v": (shape, dtype)}
+
+    def view(self, buffers: Mapping[str, torch.Tensor], input_pos: torch.Tensor, max_seq_len: int) -> KVView:
+        """Writes new keys and returns all of them."""
+        return KVView(buffers["k"], buffers["v"], input_pos, max_seq_len)
+
+    def reference(self) -> Any:
+        """A layer that keeps every position, sliding or not."""
+        from transformers.cache_utils import DynamicLayer
+
+        return DynamicLayer()
+
+    def read_reference(self, layer: Any) -> dict[str, torch.Tensor]:
+        """Keys and values [H_kv, T, D]."""
+        return {"keys": layer.keys[0], "values": layer.values[0]}
+
+    def _held(self, names: Mapping[str, str]) -> dict[str, str]:
+        return {_HOLDS[short]: fqn for short, fqn in names.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCache(_KVCache):
+    """One slot per position; a sequence goes back by any number of positions."""
+
+    @property
+    def window(self) -> None:
+        """Every position is attended to."""
+        return None
+
+    @property
+    def mask_name(self) -> str:
+        """Hugging Face's name of such layers."""
+        return FULL
+
+    def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+        """Every position up to the row's own."""
+        return full_mask(input_pos, max_seq_len)
+
+    def rules(self, names: Mapping[str, str], part: str) -> StateRules:
+        """A smaller position is all it takes."""
+        return StateRules("full", self._held(names), part=part)
+
+
+@dataclasses.dataclass(frozen=True)
+class RingCache(_KVCache):
+    """The last 2 W positions of a sliding window W; a sequence goes back by at most W."""
+
+    window: int
+
+    @property
+    def mask_name(self) -> str:
+        """Hugging Face's name of such layers."""
+        return SLIDING
+
+    def slots(self, max_seq_len: int) -> int:
+        """2 W, or every position where that is less."""
+        return min(2 * self.window, max_seq_len)
+
+    def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+        """The last W positions up to the row's own, where the ring holds them."""
+        size = self.slots(max_seq_len)
+        slots = torch.arange(size, device=input_pos.device)
+        last = input_pos[-1]
+        # the newest position up to `last` that falls into each slot; negative: the slot was never written
+        held = last - torch.remainder(last - slots, size)
+        age = input_pos[:, None] - held
+        return ((held >= 0) & (age >= 0) & (age < self.window))[None, None]
+
+    def rules(self, names: Mapping[str, str], part: str) -> StateRules:
+        """As a full cache, within the window."""
+        return StateRules("sliding", self._held(names), most_back=self.window, part=part)
+
+
+AttentionState = FullCache | RingCache
+
+
+def attention_state(kv_heads: int, head_dim: int, window: int | None) -> AttentionState:
+    """The cache of an attention layer, ``window`` being ``None`` for one that attends to every position."""
+    return FullCache(kv_heads, head_dim) if window is None else RingCache(kv_heads, head_dim, window)
+
+
+def full_mask(input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+    """Bool [1, 1, T, S]: every position up to the row's own."""
+    rows = input_pos[:, None]
+    slots = torch.arange(max_seq_len, device=input_pos.device)
+    return (slots <= rows)[None, None]
+
+
+class KVView:
+    """What an attention layer asks of its cache during one forward."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, input_pos: torch.Tensor, max_seq_len: int):
+        self._keys, self._values = keys, values
+        self._input_pos, self._max_seq_len = input_pos, max_seq_len
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes key and value [1, H_kv, T, D] into their slots; returns the buffers [1, H_kv, S, D]."""
+        slots = self._input_pos
+        if self._keys.shape[2] < self._max_seq_len:
+            slots = torch.remainder(slots, self._keys.shape[2])
+        self._keys.index_copy_(2, slots, key)
+        self._values.index_copy_(2, slots, value)
+        return self._keys, self._values

@@ -1,0 +1,89 @@
+"""The states of all layers of a model as one module of plain buffers, and the view that its layers get of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashpte.export.common.errors import ExportError
+from flashpte.export.state.kv_cache import FULL, full_mask
+from flashpte.export.state.layer_state import TARGET_PART, LayerState, StateRules
+
+TARGET_STATE, DRAFT_STATE = "kv_cache", "draft_cache"
+"""What the modules that hold the states are called in the programs."""
+
+
+def state_bytes(layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype) -> int:
+    """Bytes of the buffers of all layers."""
+    buffers = (buffer for layer in layers for buffer in layer.buffers(max_seq_len, dtype).values())
+    return sum(math.prod(shape) * held.itemsize for shape, held in buffers)
+
+
+def state_rules(layers: Sequence[LayerState], cache: str, part: str = TARGET_PART) -> tuple[StateRules, ...]:
+    """What the manifest says about the states of a module that is called ``cache`` in the programs."""
+    return tuple(
+        layer.rules({name: f"{cache}.{name}_{index}" for name in layer.buffers(1, torch.float32)}, part)
+        for index, layer in enumerate(layers)
+    )
+
+
+class ModelState(nn.Module):
+    """Buffers of every layer, named ``<short name>_<layer>`` and not persistent: a checkpoint does not hold them.
+
+    Raises:
+        ExportError: the sliding layers do not share one window.
+    """
+
+    def __init__(self, layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype):
+        super().__init__()
+        windows = sorted({layer.window for layer in layers if getattr(layer, "window", None) is not None})  # type: ignore[attr-defined]
+        if len(windows) > 1:
+            raise ExportError(f"layers with different sliding windows ({windows}) are not supported")
+        self.max_seq_len = max_seq_len
+        self.layers = tuple(layers)
+        for index, layer in enumerate(layers):
+            for name, (shape, held) in layer.buffers(max_seq_len, dtype).items():
+                self.register_buffer(f"{name}_{index}", torch.zeros(shape, dtype=held), persistent=False)
+        self._names = [tuple(layer.buffers(max_seq_len, dtype)) for layer in layers]
+
+    def masks(self, input_pos: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Bool masks [1, 1, T, S] (true: attend) by layer type; ``input_pos`` is int64 [T], consecutive, ascending."""
+        masks = {FULL: full_mask(input_pos, self.max_seq_len)}
+        for layer in self.layers:
+            if layer.mask_name is not None and layer.mask_name not in masks:
+                masks[layer.mask_name] = layer.mask(input_pos, self.max_seq_len)
+        return masks
+
+    def view(self, input_pos: torch.Tensor) -> StateView:
+        """The object to hand to a Hugging Face model as ``past_key_values`` for one call."""
+        views = []
+        for index, (layer, names) in enumerate(zip(self.layers, self._names, strict=True)):
+            buffers = {name: self.get_buffer(f"{name}_{index}") for name in names}
+            views.append(layer.view(buffers, input_pos, self.max_seq_len))
+        return StateView(views, input_pos)
+
+
+class StateView:
+    """What Hugging Face layers ask of a cache during one forward.
+
+    Attributes:
+        layers: what each layer's state shows, see :meth:`LayerState.view`.
+    """
+
+    def __init__(self, layers: Sequence[Any], input_pos: torch.Tensor):
+        self.layers = list(layers)
+        self._input_pos = input_pos
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes key and value [1, H_kv, T, D] into a layer's slots; returns its buffers [1, H_kv, S, D]."""
+        return self.layers[layer_idx].update(key, value, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """Position of the first new token, a 0-d int64 tensor."""
+        return self._input_pos[0]

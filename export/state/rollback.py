@@ -1,0 +1,66 @@
+"""Going back to an earlier position of a sequence, whatever the layers remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from flashpte.export.state.layer_state import StateRules
+
+if TYPE_CHECKING:
+    import torch
+
+_KEPT = 2
+
+
+class Rollback:
+    """Takes the buffers of a program back to earlier positions of its sequence.
+
+    Where every state goes back by a smaller position there is nothing to do. Where one does not, its buffers are copied
+    before a call (:meth:`keep`) and put back, and the tokens after that position are fed again.
+
+    Attributes:
+        needed: whether a state goes back by snapshots alone.
+        fed_twice: whether every state takes a token again at its own position.
+    """
+
+    def __init__(self, states: Iterable[StateRules] = (), buffers: Mapping[str, torch.Tensor] | None = None):
+        states = tuple(states)
+        by_snapshot = [rules for rules in states if rules.goes_back == "snapshot"]
+        self.needed = bool(by_snapshot)
+        self.fed_twice = all(rules.fed_twice for rules in states)
+        names = [fqn for rules in by_snapshot for fqn in rules.buffers.values()]
+        self._buffers = {fqn: (buffers or {})[fqn] for fqn in names}
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(self, position: int) -> None:
+        """Remembers the buffers as they are, which is before the token at ``position``."""
+        if self.needed:
+            self._kept.pop(position, None)
+            self._kept[position] = {fqn: buffer.clone() for fqn, buffer in self._buffers.items()}
+            for old in sorted(self._kept)[:-_KEPT]:
+                del self._kept[old]
+
+    def kept_before(self, position: int) -> list[int]:
+        """Positions that :meth:`go_back` can put the buffers to, at or before this one, the latest first."""
+        return sorted((kept for kept in self._kept if kept <= position), reverse=True)
+
+    def go_back(self, position: int) -> int:
+        """Puts the buffers back, and returns the position that the next call begins at: this one or an earlier one.
+
+        Raises:
+            LookupError: no snapshot is early enough.
+        """
+        if not self.needed:
+            return position
+        found = self.kept_before(position)
+        if not found:
+            raise LookupError(f"no snapshot at or before position {position}")
+        for fqn, value in self._kept[found[0]].items():
+            self._buffers[fqn].copy_(value)
+        self._kept = {kept: value for kept, value in self._kept.items() if kept <= found[0]}
+        return found[0]
+
+    def forget(self) -> None:
+        """A new sequence begins."""
+        self._kept.clear()
