@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from flashpte.passes.attention.report import RoutingReport
@@ -84,6 +84,7 @@ def rewrite_program(
         reports[rewrite.name] = rewrite_graph(
             program.graph_module, rewrite, ranges=program.range_constraints, kept=kept, constants=constants
         )
+        _name_outputs(program)
         program.validate()
     return program, reports
 
@@ -110,17 +111,26 @@ def rewrite_graph(
     """
     log = logging.getLogger(f"flashpte.rewrite.{rewrite.name}")
     start = time.perf_counter()
-    log.debug("before %s:\n%s", rewrite.name, _Text(graph_module))
+    _log_graph(log, "before", rewrite, graph_module)
     run = Run(graph_module, ranges, kept, {graph_module: dict(constants or {})})
     with rewrite.around(run):
         outcomes = _outcomes(rewrite, run)
     report = rewrite.report(outcomes)
-    log.debug("after %s:\n%s", rewrite.name, _Text(graph_module))
+    _log_graph(log, "after", rewrite, graph_module)
     applied = sum(outcome.applied for outcome in outcomes)
     log.info(
         "%s: %d of %d matches rewritten in %.3f s", rewrite.name, applied, len(outcomes), time.perf_counter() - start
     )
     return report
+
+
+def _name_outputs(program: ExportedProgram) -> None:
+    """Has the signature name the nodes that the program returns now: it refers to them by name."""
+    returned = program.graph.output_node().args[0]
+    assert isinstance(returned, (list, tuple))
+    for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
+        if isinstance(node, Node) and hasattr(spec.arg, "name"):
+            spec.arg.name = node.name
 
 
 def _outcomes(rewrite: Rewrite, run: Run) -> list[Outcome]:
@@ -147,14 +157,9 @@ def _outcomes(rewrite: Rewrite, run: Run) -> list[Outcome]:
     return outcomes
 
 
-class _Text:
-    """A graph as text, written when it is printed."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._graph_module = graph_module
-
-    def __str__(self) -> str:
-        return self._graph_module.print_readable(print_output=False)
+def _log_graph(log: logging.Logger, when: str, rewrite: Rewrite, graph_module: GraphModule) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s %s:\n%s", when, rewrite.name, graph_module.print_readable(print_output=False))
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
