@@ -23,6 +23,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.facts import register
 from flashpte.kernels.launch import cdiv, dependent_launch, static_int
 from flashpte.kernels.primitives import INTERPRETED, wait_for_earlier_kernels
 
@@ -170,6 +171,9 @@ def _combine_kernel(
     if HOPPER:
         ok = ok & (active > 1)
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+register(_combine_kernel, "attention", early_start="DEPENDENT")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.facts import register
 from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_int
 from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
 from flashpte.kernels.tile_map import COUNTS, EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
@@ -192,6 +193,9 @@ def _classify_intervals_kernel(
     state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
     tile = (b * tl.num_programs(1) + row_tile) * n_key_tiles + key_tile
     tl.store(states_ptr + tile, state.to(tl.int8), mask=key_tile < n_key_tiles)
+
+
+register(_classify_intervals_kernel, "attention")
 
 
 def launch_interval_map(

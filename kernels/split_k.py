@@ -24,6 +24,7 @@ from torch.library import wrap_triton
 from flashpte.kernels import tuning
 from flashpte.kernels.combine import Partials, active_splits, key_steps, launch_combine, share_of
 from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention
+from flashpte.kernels.facts import register
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
@@ -225,6 +226,9 @@ def _split_k_kernel(
         tl.store(acc_ptr + partial[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=store_ok)
         tl.store(stats_ptr + partial * 2, row_max, mask=row_ok)
         tl.store(stats_ptr + partial * 2 + 1, row_sum, mask=row_ok)
+
+
+register(_split_k_kernel, "attention", early_start="DEPENDENT")
 
 
 def launch_split_k(

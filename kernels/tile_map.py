@@ -23,6 +23,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from flashpte.kernels.contract import Size, may_be_equal, printable
+from flashpte.kernels.facts import register
 from flashpte.kernels.launch import broadcast_stride, cdiv, static_int
 from flashpte.kernels.primitives import INTERPRETED
 
@@ -97,6 +98,10 @@ def _classify_kernel(
     tl.store(states_ptr + tile, state.to(tl.int8))
 
 
+# Maps of masks exist for attention alone.
+register(_classify_kernel, "attention")
+
+
 @triton.jit
 def _compact_kernel(
     states_ptr,
@@ -151,6 +156,9 @@ def _compact_kernel(
     tl.store(counts + 2, tl.where((n_full > 0) & (last_full - first_full + 1 == n_full), first_full, -1))
     one_run = (n_partial > 0) & (last_partial - first_partial + 1 == n_partial)
     tl.store(counts + 3, tl.where(one_run, first_partial, -1))
+
+
+register(_compact_kernel, "attention")
 
 
 def _check(mask: torch.Tensor, head_group: int, q_len: Size, kv_len: Size) -> None:

@@ -24,6 +24,7 @@ from torch.library import wrap_triton
 from flashpte.kernels import tuning
 from flashpte.kernels.combine import Partials, launch_combine
 from flashpte.kernels.contract import GivenMap, check_attention
+from flashpte.kernels.facts import register
 from flashpte.kernels.hopper import launch_hopper, serves
 from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
 from flashpte.kernels.launch import (
@@ -217,6 +218,9 @@ def _tiled_kernel(
     out_ptrs = out_ptr + (r * stride_om)[:, None] + (dv * stride_od)[None, :]
     store_ok = (m < q_len)[:, None] & (dv < V_HEAD_DIM)[None, :]
     tl.store(out_ptrs, normalise(acc, row_sum).to(out_ptr.dtype.element_ty), mask=store_ok)
+
+
+register(_tiled_kernel, "attention")
 
 
 def launch_tiled(

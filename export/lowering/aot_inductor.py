@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from flashpte.export.files.names import PT2_NAME
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
-from flashpte.passes.vmap_regions import without_vmap
+from flashpte.passes.graph.vmap import without_vmap
 
 
 def write_pt2(program: ExportedProgram, folder: Path) -> Path:

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from typing import get_args
 
-Family = Literal["attention", "matmul", "rest"]
+import flashpte.kernels  # noqa: F401 (registers the facts about its kernels)
+from flashpte.kernels.facts import Family, facts_named
+
 FAMILIES: tuple[Family, ...] = get_args(Family)
-
-# flashpte's own kernels, masks' tile maps among them: they exist for attention alone.
-FLASHPTE_KERNELS = frozenset(
-    {
-        "_split_k_kernel",
-        "_combine_kernel",
-        "_tiled_kernel",
-        "_hopper_kernel",
-        "_classify_kernel",
-        "_classify_intervals_kernel",
-        "_compact_kernel",
-    }
-)
 
 # ExecuTorch's replacement and libraries' fused attention; and attention written out, where Inductor names a kernel
 # after the operators in it: batched products, the softmax and heads copied for their group are found in attention only.
@@ -33,7 +22,9 @@ _MATMUL = re.compile(
 def family(kernel: str) -> Family:
     """``attention``, ``matmul`` (linear layers, with what is fused to them) or ``rest`` (norms, RoPE, copies, ...)."""
     name = kernel.partition("(")[0].strip()
-    base = re.sub(r"_\d+$", "", name)
-    if name in FLASHPTE_KERNELS or base in FLASHPTE_KERNELS or _ATTENTION.search(name):
+    facts = facts_named(name)
+    if facts is not None:
+        return facts.family
+    if _ATTENTION.search(name):
         return "attention"
     return "matmul" if _MATMUL.search(name) else "rest"

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from programs import Attention, calls, exported, qkv
 
 from flashpte.passes import replace_sdpa
-from flashpte.passes.route import route
-from flashpte.passes.sdpa_node import SdpaCall
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.route import route
 
 
 def declined(module, args) -> str:

@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule
 
 from flashpte.passes import format_table, replace_sdpa
-from flashpte.passes.mutation import written_between
+from flashpte.passes.graph.aliasing import written_between
 
 LENGTHS = (1, 5, 16, 17, 500)
 VERIFY, PREFILL = BOTH = ("flashpte::sdpa_verify", "flashpte::sdpa_prefill")

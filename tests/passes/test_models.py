@@ -83,10 +83,9 @@ def test_hugging_face_gemma4_has_two_masks_in_60_layers():
     new, report = replace_sdpa(exported(model, (tokens,), dynamic_rows(1)))
     assert len(report.replaced) == 60
     assert len(calls(new, "_map.")) == 2
-    assert sorted({(n.mask, n.mask_form, n.map_users, n.key[1]) for n in report.nodes}) == [
-        ("documents+causal", "positions", 10, 1),
-        ("documents+window", "positions", 50, 2),
-    ]
+    # Releases of transformers write the parts of the mask in another order.
+    kinds = {("+".join(sorted(n.mask.split("+"))), n.mask_form, n.map_users, n.key[1]) for n in report.nodes}
+    assert kinds == {("causal+documents", "positions", 10, 1), ("documents+window", "positions", 50, 2)}
     torch.testing.assert_close(new.module()(tokens), model(tokens), atol=1e-4, rtol=1e-3)
 
 

@@ -195,3 +195,24 @@ def test_signatures_of_modules_around_a_region():
     signature = next(entry.signature for entry in new.module_call_graph if entry.fqn == "layer")
     assert {argument.name for argument in (*signature.inputs, *signature.outputs)} <= names
     torch.testing.assert_close(new.module()(*args), Outer()(*args), atol=2e-6, rtol=2e-5)
+
+
+def test_a_mask_that_is_written_through_a_view_from_a_region():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, positions):
+            with torch.no_grad():
+                seen = positions[:1]
+            mask = torch.arange(64)[None, :] <= positions[:, None]
+            first = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            seen.sub_(5)
+            mask = torch.arange(64)[None, :] <= positions[:, None]
+            return first + F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    q, k, v = qkv(4)
+    positions = torch.tensor([10, 20, 30, 40])
+    with torch.enable_grad():
+        program = torch.export.export(Model(), (q, k, v, positions))
+    new, report = replace_sdpa(program)
+    assert len(report.replaced) == 2
+    expected = Model()(q, k, v, positions.clone())
+    torch.testing.assert_close(new.module()(q, k, v, positions.clone()), expected)

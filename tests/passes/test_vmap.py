@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from programs import calls, check_maps, exported, qkv
 from torch.export import Dim
 
-from flashpte.passes import replace_sdpa
-from flashpte.passes.pipeline import replace_sdpa_in_graph
+from flashpte.passes import replace_sdpa, rewrite_graph
+from flashpte.passes.attention.rewrite import AttentionRewrite
 
 KEYS = 200
 
@@ -60,7 +60,7 @@ def test_levels_stay_open_in_a_graph_that_keeps_its_vmap(module):
     args = (*qkv(20, KEYS), torch.arange(20) * 7)
     program = exported(module(), args)
     new = copy.deepcopy(program.graph_module)
-    assert len(replace_sdpa_in_graph(new).replaced) == 1
+    assert len(rewrite_graph(new, AttentionRewrite()).replaced) == 1
     torch.testing.assert_close(new(*args)[0], program.module()(*args), atol=2e-6, rtol=2e-5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import triton
 from triton.compiler import compiler as triton_compiler
@@ -17,7 +18,7 @@ from flashpte.kernels.hopper import launch as hopper_launch
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled kernel: its name, shared memory in bytes, registers per thread and PTX."""
+    """A compiled kernel: its name, shared memory in bytes, registers per thread, and PTX."""
 
     name: str
     shared_memory: int
@@ -26,10 +27,30 @@ class Compiled:
     ptx: str
 
 
+class ReachedLlvmError(Exception):
+    """Carries Triton's last intermediate code of its own (TTGIR), where compiling is to end there."""
+
+
+def _end_at_llvm(*stage: Any) -> tuple[str, str] | None:
+    """What Triton asks for a key when given nothing, else to change the stages of compiling."""
+    if not stage:
+        return "end at llvm", "end at llvm"
+
+    def stop(module: Any, metadata: Any) -> None:
+        raise ReachedLlvmError(str(module))
+
+    stage[1]["llir"] = stop
+    return None
+
+
 @contextlib.contextmanager
-def compiling_for(arch: str) -> Iterator[list[Compiled]]:
-    """Inside, launchers given CPU tensors compile their kernels for ``arch`` and append them to the list."""
-    compiled: list[Compiled] = []
+def compiling_for(arch: str, to_the_end: bool = True) -> Iterator[list[Any]]:
+    """Inside, launchers given CPU tensors compile their kernels for ``arch`` and append them to the list.
+
+    The list holds :class:`Compiled`, or unless ``to_the_end`` pairs of a kernel's name and its TTGIR, which takes a
+    fraction of the time.
+    """
+    compiled: list[Any] = []
 
     class CompileOnly:
         def __init__(self, kernel):
@@ -39,7 +60,11 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
 
         def __getitem__(self, grid):
             def compile_(*args, **kwargs):
-                result = self.kernel.warmup(*args, grid=tuple(int(g) for g in grid), **kwargs)
+                try:
+                    result = self.kernel.warmup(*args, grid=tuple(int(g) for g in grid), **kwargs)
+                except ReachedLlvmError as reached:
+                    compiled.append((self.kernel.fn.__name__, str(reached)))
+                    return
                 result._init_handles()
                 compiled.append(
                     Compiled(
@@ -54,6 +79,9 @@ def compiling_for(arch: str) -> Iterator[list[Compiled]]:
             return compile_
 
     with contextlib.ExitStack() as stack:
+        if not to_the_end:
+            stack.callback(setattr, triton.knobs.runtime, "add_stages_inspection_hook", None)
+            triton.knobs.runtime.add_stages_inspection_hook = _end_at_llvm
         for module in (combine, hopper_launch, split_k, tiled, tile_map, intervals):
             stack.callback(setattr, module, "wrap_triton", module.wrap_triton)
             module.wrap_triton = CompileOnly

@@ -22,6 +22,11 @@ BEGIN, END = "<!-- rooms: written by tests/support/rooms.py -->", "<!-- end of r
 # that begins its own.
 ROOMS = (
     "kernels",
+    "passes.graph",
+    "passes.rewrite",
+    "passes.attention.call",
+    "passes.attention.masks",
+    "passes.attention",
     "passes",
     "export.common",
     "export.files",

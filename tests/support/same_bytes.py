@@ -79,7 +79,7 @@ def _machine_code(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _text_sections(data: bytes) -> list[bytes]:
-    from flashpte.export.lowering.elf import Elf
+    from flashpte.export.files.elf import Elf
 
     elf = Elf(data)
     contents = [elf.section(section.name) for section in elf.sections if section.name.startswith(".text.")]

@@ -1,7 +1,8 @@
 """Launching kernels of a lowered program beside the end of the kernel before them.
 
-A kernel with the constant ``DEPENDENT`` waits by itself for the kernels before it (programmatic dependent launch, sm_90
-and newer; see :func:`flashpte.kernels.launch.dependent_launch`). Inductor (2.11, 2.13) has an option of that name for
+Some kernels wait by themselves for the kernels before them (programmatic dependent launch, sm_90 and newer; see
+:func:`flashpte.kernels.launch.dependent_launch`). Their facts name the constant by which a launch says so
+(:attr:`flashpte.kernels.facts.KernelFacts.early_start`). Inductor (2.11, 2.13) has an option of that name for
 kernels of its own and their launches from Python; the C++ it writes launches every kernel after the end of the one
 before. The functions here stand in for what writes a launch, and for what asks which arguments a kernel writes to.
 """
@@ -12,9 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from triton.runtime.autotuner import Autotuner
-
-CONSTANT = "DEPENDENT"
+from flashpte.kernels.facts import facts_named, facts_of
 
 _LAUNCH = """
             static inline void launchDependentKernel(
@@ -71,7 +70,9 @@ def generate_launch_kernel(original: Callable[..., None]) -> Callable[..., None]
 
     @functools.wraps(original)
     def generate(self: Any, prefix: Any, wrapper: Any, kernel_var_name: str, params: dict[str, Any]) -> None:
-        dependent = params["triton_meta"]["constants"].get(CONSTANT)
+        facts = facts_named(params["inductor_meta"]["kernel_name"])
+        early_start = None if facts is None else facts.early_start
+        dependent = early_start is not None and params["triton_meta"]["constants"].get(early_start)
         original(self, _Renaming(prefix) if dependent else prefix, wrapper, kernel_var_name, params)
 
     return generate
@@ -85,9 +86,9 @@ def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def without_waiting(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:
-        inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-        if CONSTANT in getattr(inner, "arg_names", ()):
-            kwargs = {**kwargs, CONSTANT: False}
+        facts = facts_of(kernel)
+        if facts is not None and facts.early_start is not None:
+            kwargs = {**kwargs, facts.early_start: False}
         return original(kernel, kwargs, *args)
 
     return without_waiting

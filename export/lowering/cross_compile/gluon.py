@@ -2,7 +2,8 @@
 
 Inductor (2.11 to 2.15) writes a user's kernel out as source, compiles that source as Triton, and finds out what the
 kernel writes by reading its intermediate code, which for Gluon it cannot make: it would assume that all arguments are
-written and copy the caches. The three functions here stand in for the three places.
+written and copy the caches. The three functions here stand in for the three places. What a kernel reads and writes is
+registered beside the kernel (:mod:`flashpte.kernels.facts`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import triton
 import triton.language as tl
-from triton.experimental.gluon import language as gl
+from triton.experimental import gluon
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from flashpte.kernels import hopper
+from flashpte.kernels.facts import facts_of
 
 
 def source_code(original: Callable[..., str]) -> Callable[..., str]:
@@ -29,6 +28,9 @@ def source_code(original: Callable[..., str]) -> Callable[..., str]:
     def transitive_closure(kernel: Any, *args: Any, **kwargs: Any) -> str:
         if not isinstance(kernel, GluonJITFunction):
             return original(kernel, *args, **kwargs)
+        if facts_of(kernel) is None:
+            name = kernel.fn.__name__
+            raise ValueError(f"{name} is written in Gluon: flashpte.kernels.facts.register has to say what it writes")
         imports = ["from triton.experimental import gluon\n"]
         functions: list[str] = []
         _add_dependencies(kernel, imports, functions, {kernel.fn.__name__})
@@ -49,7 +51,7 @@ def _add_dependencies(function: JITFunction[Any], imports: list[str], functions:
             functions.append(f"{decorator}\n{value.src}")
             _add_dependencies(value, imports, functions, seen)
         elif isinstance(value, tl.constexpr):
-            functions.append(f"{name} = gl.constexpr({value.value!r})")
+            functions.append(f"{name} = tl.constexpr({value.value!r})")
         elif isinstance(value, types.ModuleType):
             imports.append(f"import {value.__name__} as {name}\n")
         else:
@@ -57,52 +59,29 @@ def _add_dependencies(function: JITFunction[Any], imports: list[str], functions:
 
 
 def ast_source(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What Triton compiles: a kernel whose module knows Gluon's language as ``gl`` is Gluon, whatever decorates it."""
+    """What Triton compiles: Gluon, for a kernel whose module has the import that :func:`source_code` writes first.
+
+    (Inductor decorates every kernel as Triton's.)
+    """
 
     @functools.wraps(original, updated=())
     def make(fn: JITFunction[Any], *args: Any, **kwargs: Any) -> Any:
-        if fn.fn.__globals__.get("gl") is gl:
+        if fn.fn.__globals__.get("gluon") is gluon:
             return GluonASTSource(GluonJITFunction(fn.fn), *args, **kwargs)
         return original(fn, *args, **kwargs)
 
     return make
 
 
-@triton.jit
-def _hopper_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,
-    interval_values_ptr,
-    tiles_ptr,
-    counts_ptr,
-    out_ptr,
-    acc_ptr,
-    stats_ptr,
-    SINGLE_SPLIT: tl.constexpr,
-):
-    """Reads and writes what the kernel of this name for Hopper does, which is how Inductor looks for it."""
-    read = tl.load(q_ptr).to(tl.float32) + tl.load(k_ptr).to(tl.float32) + tl.load(v_ptr).to(tl.float32)
-    read += tl.load(mask_ptr).to(tl.float32) + tl.load(interval_values_ptr).to(tl.float32)
-    read += tl.load(tiles_ptr).to(tl.float32) + tl.load(counts_ptr).to(tl.float32)
-    tl.store(out_ptr, read.to(out_ptr.dtype.element_ty))
-    # With one split they are the result. With several, one that works alone writes the result all the same.
-    if not SINGLE_SPLIT:
-        tl.store(acc_ptr, read)
-        tl.store(stats_ptr, read)
-
-
 def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The intermediate code from which Inductor learns what a kernel writes: for Hopper's, that of its Triton twin."""
+    """The intermediate code from which Inductor learns what a kernel writes: its twin's, for a kernel that has one."""
 
     @functools.wraps(original)
     def of_twin(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:
-        # A launch that names the number of warps comes as a list of one configuration.
-        inner = kernel.fn if isinstance(kernel, Autotuner) else kernel
-        if inner is not hopper._hopper_kernel:
+        facts = facts_of(kernel)
+        if facts is None or facts.twin is None:
             return original(kernel, kwargs, *args)
-        names = {parameter.name for parameter in _hopper_kernel.params}
-        return original(_hopper_kernel, {name: kwargs[name] for name in kwargs if name in names}, *args)
+        names = set(facts.twin.arg_names)
+        return original(facts.twin, {name: kwargs[name] for name in kwargs if name in names}, *args)
 
     return of_twin

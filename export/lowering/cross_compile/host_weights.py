@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
-from flashpte.passes.insert import keep_names
+from flashpte.passes.graph.insert import keep_names
 
 _HOST = "_flashpte_host"  # attribute of a fake CUDA tensor: its value, as a HostBackedCuda
 

@@ -103,3 +103,16 @@ def test_one_of_several_views():
 
     program = torch.export.export(module_of(function, cache=torch.zeros(4, 6)), (torch.ones(6),))
     assert mutated_buffers([program]) == ("cache",)
+
+
+def test_a_view_that_a_region_returns_is_written_behind_it():
+    def function(module, x):
+        with torch.no_grad():
+            rows = module.cache[1:3]
+        rows.add_(x)
+        return x + 1
+
+    with torch.enable_grad():
+        program = torch.export.export(module_of(function, cache=torch.zeros(4, 6)), (torch.ones(6),))
+    assert mutated_buffers([program]) == ("cache",)
+    assert returned_buffers(program) == ()

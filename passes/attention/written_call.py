@@ -1,0 +1,211 @@
+"""Brings attention that is written out into the form of a call: operands without copies and factors, one mask.
+
+``run_decompositions()`` scales queries and keys by the root of the factor each, in float32 for 16-bit tensors, and
+merges batch and heads by copies. A kernel reads the tensors as they were: factors become one, and the casts go where
+the result is cast back, because that is how kernels compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.fx import Node
+
+from flashpte.passes.attention.call import SdpaCall
+from flashpte.passes.attention.forms import mask_source
+from flashpte.passes.attention.masks.operators import constant_of
+from flashpte.passes.attention.recover_gqa import Origin, origin_from
+from flashpte.passes.attention.written import Written
+from flashpte.passes.graph.aliasing import written_between
+from flashpte.passes.graph.layouts import Layout, Layouts, moved_input, regrouped
+from flashpte.passes.graph.planned import Value, nodes_of, planned, planned_size
+from flashpte.passes.graph.values import same_size, val
+from flashpte.passes.graph.views import packet_of
+
+aten = torch.ops.aten
+
+# From here on a number that a mask puts in place of scores is the minimum of its dtype, which other masks may add to.
+_MINIMUM = -1e38
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+    origin: Origin
+    factor: float
+    dtype: torch.dtype
+
+
+def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall | str:
+    """The call that stands for ``written``, on planned views and a planned mask; or in one sentence why there is none.
+
+    Args:
+        written: attention that is written out.
+        constants: the values of placeholders that no run of the program changes, by name.
+    """
+    query, key = written.scores.args[1:3] if packet_of(written.scores) is aten.baddbmm else written.scores.args[:2]
+    given = ((query, False), (key, True), (written.result.args[1], False))
+    for node in dict.fromkeys((written.node, written.uncast)):
+        # What is cast down behind the attention may have been cast up in front of it.
+        casts = node is not written.uncast
+        operands = [_operand(tensor, swap, node, casts, constants) for tensor, swap in given]  # type: ignore[arg-type]
+        found = [operand for operand in operands if operand is not None]
+        if len(found) < len(operands):
+            return "written out; its operands are not the matrices of its heads"
+        if {operand.dtype for operand in found} == {val(node).dtype}:
+            break
+    else:
+        dtypes = ", ".join(str(operand.dtype) for operand in found)
+        return f"written out; dtypes {dtypes}, and {val(written.node).dtype} of the result"
+    scale = found[0].factor * found[1].factor
+    if found[2].factor != 1.0:
+        return "written out; its values are scaled"
+    mask: Value | None = None
+    kind = ""
+    for step in written.steps:
+        if step.kind == "scale":
+            if mask is not None:
+                return "written out; its scores are scaled after the mask"
+            scale *= step.number
+            continue
+        if mask is not None and kind == "finite":
+            return "written out; it has several masks, of which one hides scores by a finite number"
+        assert step.tensor is not None
+        aligned = _aligned(node, step.tensor)
+        mask, kind = _masked(mask, step.kind, aligned, step.number, step.flipped, kind)
+        if not kind:
+            return "written out; it has several masks, of which one hides scores by a finite number"
+    nodes = [operand.origin for operand in found]
+    readers = set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
+    readers |= {step.tensor for step in written.steps if step.tensor is not None}
+    first = next(known for known in node.graph.nodes if known in readers or known is written.scores)
+    if written_between(first, node, readers):
+        return "written out; what it reads may be written to before its result is made"
+    q, k, v = (origin.planned() for origin in nodes)
+    return SdpaCall(node, q, k, v, mask, 0.0, False, scale, any(origin.group > 1 for origin in nodes))
+
+
+def _operand(
+    node: Node, swap: bool, result: Node, casts: bool, constants: Mapping[str, torch.Tensor] | None
+) -> _Operand | None:
+    """Where an argument of a product comes from; ``swap``: it is the transposed keys."""
+    chain, factors, same = [node], [1.0], set()
+    while True:
+        current = chain[-1]
+        unscaled, factor = _unscaled(current)
+        if unscaled is None and casts:
+            unscaled = _upcast_source(current)
+        if unscaled is not None:
+            same.add(current)
+        source = moved_input(current) if unscaled is None else unscaled
+        if not isinstance(source, Node):
+            break
+        chain.append(source)
+        factors.append(factors[-1] * factor)
+    lead, rank = val(result).shape[:-2], val(result).dim()
+    best: _Operand | None = None
+    for length in range(len(chain)):
+        layouts, behind = Layouts(constants), chain[:length][::-1]
+        layout = layouts.through(chain[length], behind, same)
+        placed = None if layout is None else _in_lead(layout, val(node).shape, lead, rank)
+        if placed is None:
+            continue
+        if swap:
+            placed = (*placed[:-2], placed[-1], placed[-2])
+        origin = origin_from(chain[length], behind, placed, layouts.read)
+        if origin is None:
+            continue
+        last = origin.dims[-1]
+        unit = last is not None and same_size(val(origin.source).stride(last), 1)
+        if best is None or unit or casts:
+            best = _Operand(origin, factors[length], val(origin.source).dtype)
+    return best
+
+
+def _in_lead(
+    layout: Layout, shape: Sequence[int | torch.SymInt], lead: Sequence[int | torch.SymInt], rank: int
+) -> Layout | None:
+    """A layout with the leading dimensions of the result, which a product may have merged."""
+    if len(shape) == rank or len(shape) != 3:
+        return layout
+    return regrouped(layout, [*lead, *shape[-2:]])
+
+
+def _unscaled(node: Node) -> tuple[Node | None, float]:
+    """The tensor that ``node`` is a constant factor of, and that factor."""
+    packet, args = packet_of(node), node.args
+    if packet in (aten.mul, aten.div) and len(args) == 2:
+        number = constant_of(args[1], set())
+        scaled = args[0]
+        if not isinstance(number, (int, float)) or number == 0 or not isinstance(scaled, Node):
+            return None, 1.0
+        if val(scaled).dtype == val(node).dtype and val(scaled).dim() == val(node).dim():
+            return scaled, float(number) if packet is aten.mul else 1.0 / number
+    return None, 1.0
+
+
+def _upcast_source(node: Node) -> Node | None:
+    """The 16-bit tensor that ``node`` is in float32."""
+    source = node.args[0] if packet_of(node) in (aten.to, aten._to_copy) else None
+    if not isinstance(source, Node) or val(node).dtype != torch.float32 or val(source).device != val(node).device:
+        return None
+    return source if val(source).dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _aligned(anchor: Node, mask: Node) -> Value:
+    """A mask of merged batches of heads ``[B * H, L, S]`` with the dimensions of the result."""
+    lead = val(anchor).shape[:-2]
+    source = mask_source(mask)
+    if val(source).dim() != 3 or len(lead) < 2 or same_size(val(source).shape[0], 1) or _is_of_heads(source, lead):
+        return mask
+    rows = [planned_size(source, dim) for dim in (1, 2)]
+    heads = [size if isinstance(size, int) else -1 for size in lead]
+    return planned(aten.view.default, source, [*heads, *rows], near=source)
+
+
+def _is_of_heads(mask: Value, lead: Sequence[int | torch.SymInt]) -> bool:
+    """Whether a mask of three dimensions broadcasts along all leading dimensions but the heads."""
+    return same_size(val(mask).shape[0], lead[-1]) and not all(same_size(size, 1) for size in lead[:-1])
+
+
+def _masked(
+    mask: Value | None, kind: str, tensor: Value, number: float, flipped: bool, before: str
+) -> tuple[Value, str]:
+    """The mask with one more step, and ``"bool"``, ``"float"`` or ``"finite"``; ``""`` where there is no such mask."""
+    source = mask_source(tensor)
+    finite = kind == "keep" and number != float("-inf")
+    after = "float" if kind == "add" or (mask is not None and before == "float") else "bool"
+    if finite:
+        after = "float" if number <= _MINIMUM else "finite"
+        if after == "finite" and mask is not None and before == "float":
+            return source, ""
+    return _planned_mask(mask, kind, source, number, flipped, before), after
+
+
+def _planned_mask(mask: Value | None, kind: str, source: Value, number: float, flipped: bool, before: str) -> Value:
+    device = val(source).device
+
+    def constant(value: float) -> Value:
+        return planned(aten.full.default, [1], value, near=source, dtype=torch.float32, device=device, pin_memory=False)
+
+    if kind == "add":
+        if mask is None:
+            return source
+        if before == "bool":
+            return planned(aten.where.self, mask, source, constant(float("-inf")), near=source)
+        return planned(aten.add.Tensor, mask, source, near=source)
+    shown = planned(aten.logical_not.default, source, near=source) if flipped else source
+    if number == float("-inf"):
+        if mask is None:
+            return shown
+        if before == "bool":
+            return planned(aten.logical_and.default, mask, shown, near=source)
+        return planned(aten.where.self, shown, mask, constant(number), near=source)
+    # A number that hides scores of float16 hides none of float32: only a row of nothing else tells, whatever it is.
+    number = number if number <= _MINIMUM else torch.finfo(torch.float32).min
+    if mask is None:
+        mask = constant(0.0)
+    elif before == "bool":
+        mask = planned(aten.where.self, mask, constant(0.0), constant(float("-inf")), near=source)
+    return planned(aten.where.self, shown, mask, constant(number), near=source)

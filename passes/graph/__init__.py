@@ -1,0 +1,1 @@
+"""Graph plumbing that any rewrite needs: values, views and copies, aliases and writes, insertion, clean-up."""

@@ -1,0 +1,214 @@
+"""Who writes to what, in a graph that may still hold in-place operators.
+
+A program straight from ``torch.export`` is not functional: a cache or a mask may be changed in place between two nodes
+that read it, and then a node's name does not name a value. ``run_decompositions`` makes it functional, but a pass must
+be right before as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from flashpte.passes.graph.values import aten_target, is_edge
+
+# An in-place operator by its schema, which changes what autograd knows, and no number.
+_WRITE_NOTHING = {torch.ops.aten.detach_.default}
+
+# Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
+# follow it.
+REGION_BODY = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
+
+
+def storage_base(node: Node) -> Node:
+    """The node that made the memory ``node`` may be a view of: followed back through whatever may alias."""
+    while (parent := _aliased_argument(node)) is not None:
+        node = parent
+    return node
+
+
+def whole(node: Node) -> Node:
+    """The node whose tensor ``node`` is, all of it: followed back through writing in place, not through views."""
+    while (parent := _same_tensor(node)) is not None:
+        node = parent
+    return node
+
+
+def written_placeholders(module: GraphModule) -> set[Node]:
+    """The placeholders of a graph whose memory it may write to, in a branch or region of it or itself."""
+    return {base for _, bases in written_by(module.graph) for base in bases if base.op == "placeholder"}
+
+
+def written_by(graph: Graph) -> list[tuple[Node, set[Node]]]:
+    """The nodes of a graph that may write to memory, each with the nodes that made it."""
+    writes = [(node, {storage_base(written) for written in _written(node)}) for node in graph.nodes]
+    return [(node, bases) for node, bases in writes if bases]
+
+
+class Writes:
+    """The nodes of one graph that may write to memory, found once for many questions.
+
+    Nodes that are inserted later are taken to write to nothing.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self._writes = written_by(graph)
+
+    def to(self, node: Node) -> bool:
+        """Whether the memory of ``node`` may be written to anywhere in the graph."""
+        base = storage_base(node)
+        return any(base in written for _, written in self._writes)
+
+    def between(self, start: Node, end: Node, readers: Iterable[Node]) -> bool:
+        """As :func:`written_between`."""
+        if not self._writes:
+            return False
+        bases = {storage_base(reader) for reader in readers}
+        return any(start < node < end and bases & written for node, written in self._writes)
+
+
+def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
+    """Whether memory of one of ``readers`` may be written after ``start`` and before ``end``, both in one graph."""
+    bases = {storage_base(reader) for reader in readers}
+    node = start.next
+    while node is not end:
+        if any(storage_base(written) in bases for written in _written(node)):
+            return True
+        node = node.next
+    return False
+
+
+def computed_from(nodes: Iterable[Node], followed: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """The nodes and what they are computed from, up to nodes that are not ``followed``, these included."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            if followed(node):
+                pending += node.all_input_nodes
+    return found
+
+
+def is_in_place(target: torch._ops.OpOverload) -> bool:
+    """Whether the operator writes to one of its arguments."""
+    return target._schema.is_mutable and target not in _WRITE_NOTHING
+
+
+def _schema(node: Node) -> torch.FunctionSchema | None:
+    target: Any = node.target
+    if is_edge(node):
+        target = target._op
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def _given(node: Node, schema: torch.FunctionSchema) -> Iterator[tuple[torch._C.Argument, Any]]:
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            yield argument, node.args[position]
+        elif argument.name in node.kwargs:
+            yield argument, node.kwargs[argument.name]
+
+
+def _aliased_argument(node: Node) -> Node | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        given = node.args[0]
+        return _given_to_body(node, storage_base) or (given if isinstance(given, Node) else None)
+    schema = _schema(node)
+    if schema is None:
+        return None
+    returned = {name for result in schema.returns if result.alias_info for name in result.alias_info.before_set}
+    for argument, value in _given(node, schema):
+        alias = argument.alias_info
+        # An operator that returns a list of views (split, unbind) says so at the argument: "Tensor(a -> *)".
+        if alias and (alias.before_set & returned or "*" in alias.after_set) and isinstance(value, Node):
+            return value
+    return None
+
+
+def _same_tensor(node: Node) -> Node | None:
+    if node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return _given_to_body(node, whole)
+    schema = _schema(node)
+    written = [] if schema is None or not schema.returns else list(_written(node))
+    return written[0] if len(written) == 1 else None
+
+
+def _given_to_body(item: Node, follow: Callable[[Node], Node]) -> Node | None:
+    """Of a result of a region the operand that it is, by what ``follow`` finds inside; ``None`` if it is none."""
+    caller, place = item.args[0], item.args[1]
+    bodies = _bodies(caller) if isinstance(caller, Node) else []
+    if len(bodies) != 1 or not isinstance(place, int):
+        return None
+    body, operands = bodies[0]
+    results = pytree.tree_leaves(body.graph.output_node().args[0])
+    inside = follow(results[place]) if place < len(results) and isinstance(results[place], Node) else None
+    outside = operands.get(inside) if inside is not None else None
+    return outside if isinstance(outside, Node) else None
+
+
+def _written(node: Node) -> Iterator[Node]:
+    """Nodes whose memory ``node`` may write to."""
+    if node.op != "call_function" or node.target is operator.getitem or aten_target(node) in _WRITE_NOTHING:
+        return
+    schema = _schema(node)
+    if schema is not None:
+        for argument, value in _given(node, schema):
+            if argument.alias_info and argument.alias_info.is_write:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                yield from (v for v in values if isinstance(v, Node))
+    elif isinstance(node.target, torch._ops.HigherOrderOperator):
+        bodies = _bodies(node)
+        for body, operands in bodies:
+            inside = written_placeholders(body)
+            yield from (n for p, n in operands.items() if isinstance(n, Node) and p in inside)
+        if not bodies:
+            # What it runs is not seen: it may write to anything that it is given.
+            yield from (n for n in node.all_input_nodes if n.op != "get_attr")
+
+
+def _bodies(caller: Node) -> list[tuple[GraphModule, dict[Node, Any]]]:
+    """The graphs that a higher-order operator runs, with what it gives to each placeholder; none if that is not seen.
+
+    All such operators take the operands behind the graphs, in the order of their placeholders.
+    """
+    parent = caller.graph.owning_module
+    if not isinstance(caller.target, torch._ops.HigherOrderOperator) or parent is None:
+        return []
+    leaves = pytree.tree_leaves((list(caller.args), dict(caller.kwargs)))
+    graphs = [
+        (place, body)
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Node)
+        and leaf.op == "get_attr"
+        and isinstance(body := _attribute(parent, str(leaf.target)), GraphModule)
+    ]
+    if not graphs:
+        return []
+    operands = leaves[graphs[-1][0] + 1 :]
+    found = []
+    for _, body in graphs:
+        inputs = body.graph.find_nodes(op="placeholder")
+        if len(inputs) != len(operands):
+            return []
+        found.append((body, dict(zip(inputs, operands, strict=True))))
+    return found
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return module

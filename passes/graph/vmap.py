@@ -1,0 +1,63 @@
+"""Programs in which ``torch.vmap`` is still written out.
+
+``torch.export`` records a ``vmap`` as it runs: nodes that open a level, nodes that close it, and in between nodes that
+compute on batched tensors, whose metadata has neither the batch dimension nor a fake tensor. Nothing reads the result
+of a node that opens or closes a level, but without it the nodes in between raise, so that dead-code elimination must
+leave them alone. ``run_decompositions`` writes the same arithmetic with plain operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch import predispatch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from flashpte.passes.graph.values import aten_target
+
+# What decompositions take apart.
+_WHOLE = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _present(*names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of these names that this PyTorch has: 2.11 records ``vmap`` only."""
+    return frozenset(getattr(predispatch, name) for name in names if hasattr(predispatch, name))
+
+
+_OPEN = _present("_vmap_increment_nesting", "_jvp_increment_nesting", "_enter_dual_level")
+_CLOSE = _present("_vmap_decrement_nesting", "_jvp_decrement_nesting", "_exit_dual_level")
+
+
+def changes_level(node: Node) -> bool:
+    """Whether the node opens or closes a level of ``vmap`` (or of ``jvp``)."""
+    return node.op == "call_function" and node.target in _OPEN | _CLOSE
+
+
+def is_batched(node: Node) -> bool:
+    """Whether the node computes inside of a ``vmap``."""
+    if not any(node.graph.find_nodes(op="call_function", target=target, sort=False) for target in _OPEN):
+        return False
+    level = 0
+    for other in node.graph.nodes:
+        if other is node or other.op == "output":
+            break
+        if changes_level(other):
+            level += 1 if other.target in _OPEN else -1
+    return level > 0
+
+
+def without_vmap(program: ExportedProgram) -> ExportedProgram:
+    """The program with each ``vmap`` written as plain operators; the program itself where there is none.
+
+    Attention inside of a ``vmap`` would be taken apart: such a program stays as it is.
+    """
+    modules = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    nodes = [node for module in modules for node in module.graph.nodes]
+    if not any(changes_level(node) for node in nodes):
+        return program
+    if any(node.op == "call_function" and aten_target(node) is _WHOLE and is_batched(node) for node in nodes):
+        return program
+    return program.run_decompositions({})

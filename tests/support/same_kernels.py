@@ -1,0 +1,118 @@
+"""Whether a change of the source leaves the code of the attention kernels as it was.
+
+Before the change:  python tests/support/same_kernels.py record before.json
+After it:           python tests/support/same_kernels.py compare before.json
+
+The operators' launchers are called as PyTorch calls them, for calls of every kind on several archs; kernels are
+compiled and not launched. What is compared is the last intermediate code of Triton's own (TTGIR), apart from the names
+of values and the lines of the source: all machine code follows from it. Takes a minute on an idle machine;
+``same_bytes.py`` compares the machine code of whole exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from attention_cases import Case, build, with_intervals
+from compile_only import compiling_for
+
+from flashpte.kernels import ops
+
+ARCHES = ("sm_80", "sm_90")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An operator, a problem and which intervals are its mask (``None``: what the problem has)."""
+
+    op: str
+    case: Case
+    intervals: str | None = None
+
+
+def _case(q_len: int, kv_len: int, **changes) -> Case:
+    return Case(q_len, kv_len, **{"heads_q": 8, "heads_kv": 2, "head_dim": 128, "dtype": torch.bfloat16, **changes})
+
+
+CALLS = (
+    *(Call("sdpa_decode", _case(1, 4096, head_dim=d)) for d in (64, 256, 512)),
+    *(Call("sdpa_decode", _case(1, 1000, mask=m)) for m in ("is_causal", "bool_context", "float_bias")),
+    *(Call("sdpa_decode", _case(1, 1000), kind) for kind in ("causal", "documents")),
+    Call("sdpa_decode", _case(1, 200, head_dim=96, v_head_dim=80, batch=3, layout="blhd")),
+    Call("sdpa_decode", _case(1, 200, dtype=torch.float32)),
+    *(Call("sdpa_verify", _case(5, 4096, heads_q=16, mask=m)) for m in ("none", "bool_ring", "float_bias")),
+    *(Call("sdpa_verify", _case(16, 4096, head_dim=d), kind) for d in (256, 512) for kind in ("ring", "documents")),
+    Call("sdpa_verify", _case(8, 8192, head_dim=104, heads_q=8)),
+    *(Call("sdpa_prefill", _case(300, 4096, head_dim=d, mask="is_causal")) for d in (64, 128, 256, 512)),
+    *(Call("sdpa_prefill", _case(300, 4096, mask=m)) for m in ("none", "bool_window", "bool_head", "float_bias")),
+    *(Call("sdpa_prefill", _case(300, 4096, head_dim=256), kind) for kind in ("window", "documents")),
+    Call("sdpa_prefill", _case(300, 4096, head_dim=320, v_head_dim=384, dtype=torch.float16)),
+    Call("sdpa_prefill", _case(40, 100, head_dim=40, dtype=torch.float32, mask="bool_dense")),
+    Call("sdpa_prefill", _case(2000, 2000, head_dim=99, batch=2)),
+    Call("sdpa_dispatch", _case(12, 700, mask="bool_head")),
+    Call("sdpa_dispatch", _case(80, 700, mask="bool_context", dim_order=(0, 1, 2, 3))),
+)
+
+
+def digests(arch: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Of each kernel that the calls compile: its name with the call's, and the SHA-256 of its code."""
+    for number, call in enumerate(CALLS):
+        problem, intervals = build(call.case), None
+        if call.intervals is not None:
+            problem, intervals = with_intervals(call.case, call.intervals)
+        p, masked = problem, intervals is not None
+        mask = None if masked else p.mask
+        bounds = (intervals.bounds, intervals.values) if masked else (None, None)
+        causal = p.is_causal and not masked
+        launcher = getattr(ops, call.op)._init_fn
+        with compiling_for(arch, to_the_end=False) as compiled:
+            launcher(p.query, p.key, p.value, mask, None, None, causal, p.scale, list(call.case.dim_order), *bounds)
+        for place, (name, code) in enumerate(compiled):
+            digest = hashlib.sha256(without_names(code).encode()).hexdigest()
+            yield f"{arch} {number} {call.op} {place} {name}", digest
+            if folder is not None:
+                (folder / f"{arch}_{number}_{place}_{name}.ttgir").write_text(without_names(code))
+
+
+def without_names(code: str) -> str:
+    """TTGIR with values and functions numbered in order, and without locations."""
+    lines = [line for line in code.splitlines() if not line.startswith("#loc")]
+    text = re.sub(r' loc\((?:"[^"]*"\(#loc\d*\)|[^()]*)\)', "", "\n".join(lines))
+    numbers: dict[str, str] = {}
+    return re.sub(r"([%@])([-\w.$]+)", lambda m: numbers.setdefault(m[0], f"{m[1]}{len(numbers)}"), text)
+
+
+def main() -> int:
+    """Records or compares; returns 0 where all code is the same."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("record", "compare"))
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--arch", action="append", choices=ARCHES, help="this arch alone; may be repeated")
+    parser.add_argument("--folder", type=Path, help="where to write the code that was compared, to look at")
+    options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    found = {name: digest for arch in options.arch or ARCHES for name, digest in digests(arch, options.folder)}
+    if options.action == "record":
+        options.file.write_text(json.dumps(found, indent=1))
+        print(f"{len(found)} kernels")
+        return 0
+    known = json.loads(options.file.read_text())
+    known = {name: digest for name, digest in known.items() if name.split()[0] in (options.arch or ARCHES)}
+    differ = [name for name in sorted({*known, *found}) if known.get(name) != found.get(name)]
+    for name in differ:
+        print(f"{name} differs")
+    print(f"{len(found)} kernels, {len(differ)} differ")
+    return int(bool(differ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
