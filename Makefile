@@ -1,5 +1,8 @@
 # make demo   sets up .venv and exports the built-in small Gemma 4 to demo-output/model.pte (no GPU needed)
-# make test   sets up .venv and runs every test that needs no GPU
+# make test   sets up .venv and runs the tests that need no GPU
+# make test-fast  the tests of a second or less: no lowering, no interpreted kernels
+# make test-sweep the cases of wide grids that make test leaves out (tests/support/grids.py)
+# make test-gpu   the tests that need a GPU
 # make lint   formatting, lint, types
 
 PYTHON ?= python3
@@ -8,18 +11,27 @@ BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu lint check-tools clean
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS)
+
+.PHONY: demo test test-fast test-sweep test-gpu lint check-tools clean
 
 demo: $(VENV)/.installed
 	$(BIN)/export-model --target gemma4-31b --small --random-weights --verify-window 4 --output-dir $(DEMO_OUTPUT)
 
 # Triton decides between compiling and interpreting when a kernel is decorated, so each needs a process of its own.
 test: $(VENV)/.installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m interpreter tests/kernels
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m "not interpreter and not gpu"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not sweep" tests/kernels
+	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep"
+
+test-fast: $(VENV)/.installed
+	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep and not lowering and not slow"
+
+test-sweep: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and sweep" tests/kernels
+	$(PYTEST) --dist loadgroup -m "sweep and not interpreter and not gpu"
 
 test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m gpu
+	$(PYTEST) -m gpu
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff format --check .

@@ -13,18 +13,17 @@ adds an eighth to the rounding of a bfloat16 result.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
+from flashpte.kernels.call import Launch
 from flashpte.kernels.facts import register
 from flashpte.kernels.launch import cdiv, dependent_launch, static_int
+from flashpte.kernels.mask import KernelMask
 from flashpte.kernels.primitives import INTERPRETED, wait_for_earlier_kernels
 
 
@@ -113,36 +112,19 @@ def _add_splits(
 def _combine_kernel(
     acc_ptr,  # float32 or float16 [rows of splits, WIDTH]
     stats_ptr,  # float32 [rows of splits, STATS]: running maximum and sum, units of the accumulator
-    counts_ptr,
-    out_ptr,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,
-    stride_th,
-    heads_kv,
-    q_len,
-    kv_len,
-    num_splits,
-    short_splits,
-    GROUP: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_M: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STATS: tl.constexpr,
+    counts_ptr, out_ptr, stride_ob, stride_oh, stride_om, stride_od, stride_tb, stride_th,
+    heads_kv, q_len, kv_len, num_splits, short_splits,
+    GROUP: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr,
     SLICE: tl.constexpr,  # columns that share a unit
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    LONG_KEYS: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    HOPPER: tl.constexpr,  # of that kernel a split that is alone writes the result, others what its _store_partial says
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, LONG_KEYS: tl.constexpr, EXP2_SCALE: tl.constexpr,
+    # After the kernel for Hopper, in which a split that is alone writes the result; others store what its
+    # _store_partial says.
+    HOPPER: tl.constexpr,
     DEPENDENT: tl.constexpr,
-):
+):  # fmt: skip
+    """Combines the splits of one row, in ``BLOCK_DV`` columns."""
     row = tl.program_id(0)
     bh = tl.program_id(1)
     b = (bh // heads_kv).to(tl.int64)
@@ -176,74 +158,35 @@ def _combine_kernel(
 register(_combine_kernel, "attention", early_start="DEPENDENT")
 
 
-@dataclasses.dataclass(frozen=True)
-class Partials:
-    """Where splits leave what they computed: ``acc [rows, width]`` and ``stats [rows, numbers]``.
-
-    There is a row for each row of each split. Where there is one split, which leaves nothing, both are the result.
-    """
-
-    acc: torch.Tensor
-    stats: torch.Tensor
-    width: int
-    numbers: int
-
-    @classmethod
-    def make(
-        cls, out: torch.Tensor, config: tuning.SplitKConfig | tuning.HopperConfig, rows: int | torch.SymInt | None
-    ) -> Partials:
-        """For the kernel of ``config`` and the result ``out [B, H_q, L_q, D_v]``; ``None`` rows for one split."""
-        width, numbers, dtype = out.shape[3], 2, torch.float32
-        if isinstance(config, tuning.HopperConfig):
-            width = cdiv(width, config.columns) * config.columns
-            numbers, dtype = 2 + width // config.block_dv, torch.float16
-        if rows is None:
-            return cls(out, out, width, numbers)
-        stats = out.new_empty((rows, numbers), dtype=torch.float32)
-        return cls(out.new_empty((rows, width), dtype=dtype), stats, width, numbers)
-
-
-def launch_combine(
-    partials: Partials,
-    counts: torch.Tensor,
-    map_strides: tuple[int, int],
-    out: torch.Tensor,
-    heads_kv: int,
-    kv_len: int,
-    config: tuning.SplitKConfig | tuning.HopperConfig,
-    num_splits: int | torch.SymInt,
-    enabled: int | torch.SymInt,
-    constants: dict[str, Any],
-) -> None:
-    """Combines what the splits left.
+def launch_combine(mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int) -> None:
+    """Combines what the splits stored.
 
     Args:
-        partials: rows in the order ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and maybe more.
-        counts, map_strides: of the tile map, and its strides per batch entry and head.
-        out: ``[B, H_q, L_q, D_v]``, written.
+        mask: the mask that the splits walked.
+        launch: the launch whose splits are combined; its partials have rows in the order
+            ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and maybe more.
         heads_kv: H_kv, or H_q after a kernel that packs no heads.
         kv_len: L_kv.
-        config, num_splits: of the kernel that ran.
-        enabled: 0 or 1, may be symbolic.
-        constants: ``MAP_BLOCK_M``, ``MAP_BLOCK_N``, ``CAUSAL``, ``MASK``, ``EXP2_SCALE``; others are left out.
     """
+    config, partials, out = launch.config, launch.partials, launch.out
+    assert not isinstance(config, tuning.TiledConfig)
     batch, heads_q, q_len, v_head_dim = out.shape
     group = heads_q // heads_kv
     sizes = [static_int(size) for size in out.shape]
     results = None if None in sizes else math.prod(size for size in sizes if size is not None)
     tile = tuning.choose_combine(config, v_head_dim, results)
     kernel = _combine_kernel if INTERPRETED else wrap_triton(_combine_kernel)
-    kernel[(q_len * group * enabled, batch * heads_kv, cdiv(partials.width, tile.block_dv))](
+    kernel[(q_len * group * launch.enabled, batch * heads_kv, cdiv(partials.width, tile.block_dv))](
         partials.acc,
         partials.stats,
-        counts,
+        mask.counts,
         out,
         *out.stride(),
-        *map_strides,
+        *mask.map_strides[:2],
         heads_kv,
         q_len,
         kv_len,
-        num_splits,
+        launch.num_splits,
         config.short_splits,
         GROUP=group,
         V_HEAD_DIM=v_head_dim,
@@ -255,7 +198,7 @@ def launch_combine(
         WIDTH=partials.width,
         STATS=partials.numbers,
         SLICE=config.block_dv if isinstance(config, tuning.HopperConfig) else partials.width,
-        **{name: constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
+        **{name: mask.constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
         num_warps=1,
         **dependent_launch(out),
     )

@@ -11,12 +11,12 @@ and no guard is added. (A call on data has no symbolic sizes, so there everythin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flashpte.kernels import tuning
+from flashpte.kernels.call import AttentionCall, GivenMap
 from flashpte.kernels.launch import cdiv
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,20 +85,8 @@ def why_not_mask(mask: torch.Tensor, target: Sequence[Size], equal: Equal = may_
     return None
 
 
-class GivenMap(NamedTuple):
-    """A tile map that a call is given, or ``None`` twice.
-
-    Attributes:
-        tiles, counts: as ``flashpte::tile_map`` returns them.
-        block_n: keys per tile of a map for the split-K kernels; ``None`` for the tiled kernel's.
-    """
-
-    tiles: torch.Tensor | None
-    counts: torch.Tensor | None
-    block_n: int | None
-
-
-def _why_not_map(given: GivenMap, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
+def _why_not_map(given: GivenMap, call: AttentionCall) -> str | None:
+    query, key, value = call.query, call.key, call.value
     tiles, counts, block_n = given
     if tiles is None or counts is None:
         return None if tiles is counts else "tiles and tile_counts belong together, one of them is missing"
@@ -126,16 +114,6 @@ def _why_not_map(given: GivenMap, query: torch.Tensor, key: torch.Tensor, value:
     return None
 
 
-class Checkable(Protocol):
-    """Intervals, which are defined on top of this module."""
-
-    bounds: torch.Tensor
-    values: torch.Tensor | None
-
-    def check(self, batch: Size | None, q_len: Size | None, kv_len: Size | None) -> None:
-        """Raises ``ValueError`` if they do not fit."""
-
-
 def _why_not_rows(query: torch.Tensor, most: int) -> str | None:
     rows = query.shape[2] if query.dim() == 4 else 0
     return f"the kernel takes at most {most} query rows, got {rows}" if isinstance(rows, int) and rows > most else None
@@ -147,18 +125,9 @@ def check_rows(query: torch.Tensor, most: int) -> None:
         raise ValueError(reason)
 
 
-def why_not(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    dim_order: Sequence[int],
-    intervals: Checkable | None = None,
-    maps: Sequence[GivenMap] = (),
-    most_rows: int | None = None,
-) -> str | None:
-    """Why an operator does not take its arguments, or ``None``."""
+def why_not(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int | None = None) -> str | None:
+    """Why an operator does not take a call with these maps, or ``None``."""
+    query, key, value, mask, intervals = call.query, call.key, call.value, call.mask, call.intervals
     reason = why_not_tensors(query, key, value)
     if reason is not None:
         return reason
@@ -167,7 +136,7 @@ def why_not(
         return reason
     if mask is not None and intervals is not None:
         return "a mask together with key_bounds is ambiguous"
-    if is_causal and not (mask is None and intervals is None):
+    if call.is_causal and not (mask is None and intervals is None):
         return "a mask together with is_causal is ambiguous"
     if intervals is not None:
         intervals.check(query.shape[0], q_len, kv_len)
@@ -181,14 +150,14 @@ def why_not(
     for part in parts:
         if part is not None and part.device != query.device:
             return f"the mask is on {part.device}, the query on {query.device}"
-    if sorted(dim_order) != [0, 1, 2, 3]:
-        return f"dim_order must be a permutation of 0..3, got {list(dim_order)}"
-    reasons = (_why_not_map(given, query, key, value) for given in maps)
+    if sorted(call.dim_order) != [0, 1, 2, 3]:
+        return f"dim_order must be a permutation of 0..3, got {list(call.dim_order)}"
+    reasons = (_why_not_map(given, call) for given in maps)
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def check_attention(*args: Any, **kwargs: Any) -> None:
+def check_attention(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int | None = None) -> None:
     """Raises ``ValueError`` with what :func:`why_not` says of the same arguments."""
-    reason = why_not(*args, **kwargs)
+    reason = why_not(call, maps, most_rows)
     if reason is not None:
         raise ValueError(reason)

@@ -9,15 +9,12 @@ inputs out in another way, so that the branch's kernels would read the wrong ele
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from flashpte.kernels import tuning
-from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention
-from flashpte.kernels.intervals import Intervals
-from flashpte.kernels.launch import empty_output, static_int
+from flashpte.kernels.call import NO_MAP, NO_SPLIT_K_MAP, AttentionCall, Destination, GivenMap
+from flashpte.kernels.contract import MAX_ROWS, check_attention
+from flashpte.kernels.launch import static_int
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
 
@@ -27,47 +24,26 @@ def shares_map(mask: torch.Tensor | None, group: int) -> bool:
     return mask is None or static_int(mask.shape[1]) == 1 or group == 1
 
 
-def launch_dispatch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    few_tiles: torch.Tensor | None,
-    few_counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
-    intervals: Intervals | None = None,
-) -> torch.Tensor:
+def launch_dispatch(call: AttentionCall, given: GivenMap = NO_MAP, few: GivenMap = NO_SPLIT_K_MAP) -> torch.Tensor:
     """Launches the split-K kernels for at most :data:`MAX_ROWS` rows, else the tiled one.
 
-    Args: as for :func:`launch_tiled`, with the tiled kernel's map in ``tiles`` and ``counts``. The split-K kernel walks
-    the same map, whose first row of tiles holds all its rows, unless the heads that it packs together have masks of
-    their own (:func:`shares_map`): then ``few_tiles`` and ``few_counts`` are its map.
+    Args:
+        call: any L_q.
+        given: the tiled kernel's map. The split-K kernel walks the same map, whose first row of tiles holds all its
+            rows, unless the heads that it packs together have masks of their own (:func:`shares_map`).
+        few: then, the map of the split-K kernel.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    maps = (GivenMap(tiles, counts, None), GivenMap(few_tiles, few_counts, tuning.SPLIT_K_MAP_BLOCK_N))
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals, maps)
+    check_attention(call, (given, few))
     # 0 for few rows, 1 for many: of a symbolic L_q, an expression.
-    many = torch.sym_min(1, query.shape[2] // (MAX_ROWS + 1))
-    options: dict[str, Any] = {
-        "is_causal": is_causal,
-        "scale": scale,
-        "dim_order": dim_order,
-        "intervals": intervals,
-        "out": empty_output(query, value.shape[3], dim_order),
-    }
-    block_n = tuning.SPLIT_K_MAP_BLOCK_N
-    if tiles is not None and shares_map(mask, query.shape[1] // key.shape[1]):
-        few_tiles, few_counts = tiles, counts
-        block_n = tuning.tiled_map_block(query.shape[3], value.shape[3])[1]
+    many = torch.sym_min(1, call.q_len // (MAX_ROWS + 1))
+    out = call.empty_output()
+    if given.tiles is not None and shares_map(call.mask, call.group):
+        few = given._replace(block_n=tuning.tiled_map_block(call.head_dim, call.v_head_dim)[1])
     if static_int(many) != 1:
-        few_map = (few_tiles, few_counts)
-        launch_split_k(query, key, value, mask, *few_map, enabled=1 - many, map_block_n=block_n, **options)
+        launch_split_k(call, few, into=Destination(out, 1 - many))
     if static_int(many) != 0:
-        launch_tiled(query, key, value, mask, tiles, counts, enabled=many, **options)
-    return options["out"]
+        launch_tiled(call, given, into=Destination(out, many))
+    return out

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.call import MapTiling
 from flashpte.kernels.facts import register
-from flashpte.kernels.launch import broadcast_stride, cdiv, mask_kind, static_int
-from flashpte.kernels.primitives import INTERPRETED, MASK_INTERVALS
+from flashpte.kernels.launch import cdiv, static_int
+from flashpte.kernels.primitives import INTERPRETED
 from flashpte.kernels.tile_map import COUNTS, EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
 
 # Tiles of keys that one program classifies.
@@ -122,43 +123,16 @@ def as_intervals(bounds: torch.Tensor | None, values: torch.Tensor | None) -> In
     return intervals
 
 
-def mask_arguments(
-    mask: torch.Tensor | None, intervals: Intervals | None, anything: torch.Tensor
-) -> tuple[list[torch.Tensor], list[int], list[int], dict[str, int]]:
-    """What the attention kernels are told about a mask in either form.
-
-    Returns:
-        The tensors (mask or bounds, values; ``anything`` stands in for what there is not); the strides of the first in
-        batch, head, row and key; those of the intervals (bounds per side, values per batch entry and per term); the
-        flags ``MASK``, ``TERMS`` and ``INDEX_TERM``.
-    """
-    if intervals is not None:
-        values, bound_batch, side, value_batch, value_term = intervals.kernel_arguments()
-        flags = {"MASK": MASK_INTERVALS, "TERMS": intervals.terms, "INDEX_TERM": int(intervals.index_term)}
-        return [intervals.bounds, values], [bound_batch, 0, 1, 0], [side, value_batch, value_term], flags
-    strides = [0] * 4 if mask is None else [broadcast_stride(mask, d) for d in range(4)]
-    flags = {"MASK": mask_kind(mask), "TERMS": 0, "INDEX_TERM": 0}
-    return [anything if mask is None else mask, anything], strides, [0, 0, 0], flags
-
-
 @triton.jit
 def _classify_intervals_kernel(
     bounds_ptr,
     values_ptr,
     states_ptr,  # int8 [B, 1, n_row_tiles, n_key_tiles]
-    stride_bb,
-    side_stride,
-    stride_vb,
-    values_stride,
-    q_len,
-    kv_len,
-    n_key_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KEY_TILES: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-):
+    stride_bb, side_stride, stride_vb, values_stride,
+    q_len, kv_len, n_key_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_TILES: tl.constexpr,
+    TERMS: tl.constexpr, INDEX_TERM: tl.constexpr,
+):  # fmt: skip
     """Classifies ``KEY_TILES`` tiles of keys for one tile of rows."""
     key_tile = tl.program_id(0) * KEY_TILES + tl.arange(0, KEY_TILES)
     row_tile = tl.program_id(1)
@@ -198,16 +172,12 @@ def _classify_intervals_kernel(
 register(_classify_intervals_kernel, "attention")
 
 
-def launch_interval_map(
-    intervals: Intervals, kv_len: int, block_m: int, block_n: int, row_tiles: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_interval_map(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; results as for :func:`interval_map`."""
     bounds = intervals.bounds
     q_len, batch = bounds.shape[2], intervals.batch
     values, *strides = intervals.kernel_arguments()
-    if row_tiles is None:
-        row_tiles = cdiv(q_len, block_m)
-    key_tiles = cdiv(kv_len, block_n)
+    row_tiles, key_tiles = tiling.rows(q_len), cdiv(kv_len, tiling.block_n)
     states = torch.empty((batch, 1, row_tiles, key_tiles), dtype=torch.int8, device=bounds.device)
     classify = _classify_intervals_kernel if INTERPRETED else wrap_triton(_classify_intervals_kernel)
     classify[(cdiv(key_tiles, _KEY_TILES), row_tiles, batch)](
@@ -218,14 +188,14 @@ def launch_interval_map(
         q_len,
         kv_len,
         key_tiles,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
         KEY_TILES=_KEY_TILES,
         TERMS=intervals.terms,
         INDEX_TERM=int(intervals.index_term),
         num_warps=4,
     )
-    return launch_compact(states, states, q_len, 1, block_m, True)
+    return launch_compact(states, states, q_len, 1, tiling.block_m, True)
 
 
 @triton_op("flashpte::interval_map", mutates_args=())
@@ -256,14 +226,14 @@ def interval_map(
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
     intervals.check(kv_len=kv_len)
-    return launch_interval_map(intervals, kv_len, block_m, block_n, row_tiles)
+    return launch_interval_map(intervals, kv_len, MapTiling(block_m, block_n, row_tiles=row_tiles))
 
 
 @interval_map.register_fake
 def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = Intervals(key_bounds, key_values)
     intervals.check(kv_len=kv_len)
-    rows = cdiv(key_bounds.shape[2], block_m) if row_tiles is None else row_tiles
+    rows = MapTiling(block_m, block_n, row_tiles=row_tiles).rows(key_bounds.shape[2])
     shape = (intervals.batch, 1, rows, cdiv(kv_len, block_n))
     return (
         key_bounds.new_empty(shape, dtype=torch.int32),
@@ -272,20 +242,18 @@ def _interval_map_fake(key_bounds, key_values, kv_len, block_m, block_n, row_til
 
 
 @interval_map.register_kernel("cpu")
-def interval_map_reference(
-    key_bounds: torch.Tensor,
-    key_values: torch.Tensor | None,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    row_tiles: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
+def _interval_map_cpu(key_bounds, key_values, kv_len, block_m, block_n, row_tiles=None):
     intervals = as_intervals(key_bounds, key_values)
     assert intervals is not None
+    return interval_map_reference(intervals, kv_len, MapTiling(block_m, block_n, row_tiles=row_tiles))
+
+
+def interval_map_reference(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
     intervals.check(kv_len=kv_len)
+    key_bounds, block_m, block_n = intervals.bounds, tiling.block_m, tiling.block_n
     batch, q_len = intervals.batch, key_bounds.shape[2]
-    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
+    rows, keys = tiling.rows(q_len), cdiv(kv_len, block_n)
     live = torch.ones(batch, q_len, keys, dtype=torch.bool)
     open_ = live.clone()
     for term in range(intervals.terms):

@@ -32,23 +32,6 @@ def broadcast_stride(tensor: torch.Tensor, dim: int) -> int:
     return 0 if static_int(tensor.shape[dim]) == 1 else tensor.stride(dim)
 
 
-def attention_shape(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> tuning.AttentionShape:
-    """What a tile choice is made from."""
-    return tuning.AttentionShape(
-        batch=static_int(query.shape[0]),
-        heads_q=query.shape[1],
-        heads_kv=key.shape[1],
-        q_len=static_int(query.shape[2]),
-        kv_len=static_int(key.shape[2]),
-        head_dim=query.shape[3],
-        v_head_dim=value.shape[3],
-        dtype=query.dtype,
-        mask_itemsize=0 if mask is None else mask.dtype.itemsize,
-    )
-
-
 def mask_kind(mask: torch.Tensor | None) -> int:
     """Which of the kernels' mask cases ``mask`` is."""
     if mask is None:

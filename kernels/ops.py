@@ -4,109 +4,30 @@ An operator's CUDA implementation is its launcher (which AOTInductor traces into
 reference, and its fake gives shape, dtype and memory layout. All three agree on the layout, because models view the
 result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory. And all three refuse
 what :mod:`flashpte.kernels.contract` refuses, before anything is launched.
+
+The operators take the arguments of :func:`operator_call`; only ``sdpa_dispatch`` takes the last two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch.library import CustomOpDef, triton_op
 
 from flashpte.kernels import tuning
-from flashpte.kernels.contract import MAX_ROWS, GivenMap, check_attention, check_rows
+from flashpte.kernels.call import AttentionCall, GivenMap
+from flashpte.kernels.contract import MAX_ROWS, check_attention, check_rows
 from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import as_intervals
-from flashpte.kernels.launch import empty_output
 from flashpte.kernels.reference import attention_reference
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
 
 
-@triton_op("flashpte::sdpa_decode", mutates_args=())
-def sdpa_decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    tile_counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
-    key_bounds: torch.Tensor | None = None,
-    key_values: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of one query row (L_q = 1) over all keys, split-K.
-
-    Args:
-        query: ``[B, H_q, 1, D]``; bfloat16, float16 or float32; D up to 512.
-        key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
-        value: ``[B, H_kv, L_kv, D_v]``, same dtype.
-        attn_mask: 4-dimensional, size 1 where it is broadcast; bool (True = attend) or float (added to the scores).
-        tiles, tile_counts: the mask's ``flashpte::tile_map`` (or ``interval_map``), or ``None`` to make it in here.
-        is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not together with a mask.
-        scale: factor of the scores.
-        dim_order: order in which the result's four dimensions lie in memory, outermost first.
-        key_bounds, key_values: a mask as :class:`flashpte.kernels.intervals.Intervals`, instead of ``attn_mask``.
-
-    Returns:
-        ``[B, H_q, L_q, D_v]``; rows that attend to nothing are 0.
-
-    Raises:
-        ValueError: shapes, dtypes, head counts, the mask or its map do not fit; the message names them.
-    """
-    check_rows(query, 1)
-    intervals = as_intervals(key_bounds, key_values)
-    return launch_split_k(
-        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
-    )
-
-
-@triton_op("flashpte::sdpa_verify", mutates_args=())
-def sdpa_verify(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    tile_counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
-    key_bounds: torch.Tensor | None = None,
-    key_values: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of a few query rows (L_q up to 16) over all keys, split-K. Arguments as for :func:`sdpa_decode`."""
-    intervals = as_intervals(key_bounds, key_values)
-    return launch_split_k(
-        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
-    )
-
-
-@triton_op("flashpte::sdpa_prefill", mutates_args=())
-def sdpa_prefill(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    tile_counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
-    key_bounds: torch.Tensor | None = None,
-    key_values: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of any number of query rows, tiled, skipping masked tiles. Arguments as for :func:`sdpa_decode`."""
-    intervals = as_intervals(key_bounds, key_values)
-    return launch_tiled(
-        query, key, value, attn_mask, tiles, tile_counts, is_causal, scale, dim_order, intervals=intervals
-    )
-
-
-@triton_op("flashpte::sdpa_dispatch", mutates_args=())
-def sdpa_dispatch(
+def operator_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -120,67 +41,94 @@ def sdpa_dispatch(
     key_values: torch.Tensor | None = None,
     few_tiles: torch.Tensor | None = None,
     few_tile_counts: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of a dynamic number of query rows: as :func:`sdpa_verify` up to 16, as :func:`sdpa_prefill` beyond.
+) -> tuple[AttentionCall, GivenMap, GivenMap]:
+    """What an operator is called with, as launchers take it: the call and two maps.
 
-    Args: as for :func:`sdpa_decode`, with ``tiles`` and ``tile_counts`` as prefill walks them, and
-
-        few_tiles, few_tile_counts: the map that verify walks, for a mask that differs between the query heads of a
-            group (else it walks prefill's); ``None`` to make it in here.
-    """
-    maps = (tiles, tile_counts, few_tiles, few_tile_counts)
-    intervals = as_intervals(key_bounds, key_values)
-    return launch_dispatch(query, key, value, attn_mask, *maps, is_causal, scale, dim_order, intervals)
-
-
-def _implement(op: CustomOpDef, most_rows: int | None, map_block_n: int | None) -> None:
-    """Registers an operator's fake and CPU implementations.
+    Programs are serialised with these arguments: their names, order and types stay.
 
     Args:
-        op: the operator.
+        query: ``[B, H_q, L_q, D]``; bfloat16, float16 or float32; D up to 512.
+        key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
+        value: ``[B, H_kv, L_kv, D_v]``, same dtype.
+        attn_mask: 4-dimensional, size 1 where it is broadcast; bool (True = attend) or float (added to the scores).
+        tiles, tile_counts: the mask's ``flashpte::tile_map`` (or ``interval_map``), or ``None`` to make it at the call.
+        is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not together with a mask.
+        scale: factor of the scores.
+        dim_order: order in which the result's four dimensions lie in memory, outermost first.
+        key_bounds, key_values: a mask as :class:`flashpte.kernels.intervals.Intervals`, instead of ``attn_mask``.
+        few_tiles, few_tile_counts: the map that verify walks, for a mask that differs between the query heads of a
+            group (else it walks prefill's); ``None`` to make it at the call.
+
+    Raises:
+        ValueError: ``key_bounds`` and ``key_values`` do not fit.
+    """
+    intervals = as_intervals(key_bounds, key_values)
+    call = AttentionCall(query, key, value, scale, is_causal, dim_order, attn_mask, intervals)
+    few = GivenMap(few_tiles, few_tile_counts, tuning.SPLIT_K_MAP_BLOCK_N)
+    return call, GivenMap(tiles, tile_counts, None), few
+
+
+def _operator(
+    name: str, launch: Callable[..., torch.Tensor], most_rows: int | None = None, split_k: bool = False, maps: int = 1
+) -> CustomOpDef:
+    """Registers an operator and its implementations.
+
+    Each returns ``[B, H_q, L_q, D_v]``, in which rows that attend to nothing are 0, and raises ``ValueError`` for
+    shapes, dtypes, head counts, a mask or a map that do not fit; the message names them.
+
+    Args:
+        name: of the operator.
+        launch: takes an attention call and as many maps as the operator does.
         most_rows: query rows that it takes at most.
-        map_block_n: keys per tile of ``tiles``; ``None`` for a map of the tiled kernel.
+        split_k: whether the first map is one for the split-K kernels.
+        maps: how many maps it takes.
     """
 
-    def checked(
-        query,
-        key,
-        value,
-        attn_mask,
-        tiles,
-        tile_counts,
-        is_causal,
-        scale,
-        dim_order,
-        key_bounds=None,
-        key_values=None,
-        few_tiles=None,
-        few_tile_counts=None,
-    ):
-        """Memory for the result, and what fills it with the reference's."""
-        intervals = as_intervals(key_bounds, key_values)
-        few = GivenMap(few_tiles, few_tile_counts, tuning.SPLIT_K_MAP_BLOCK_N)
-        maps = (GivenMap(tiles, tile_counts, map_block_n), few)
-        check_attention(query, key, value, attn_mask, is_causal, dim_order, intervals, maps, most_rows)
-        out = empty_output(query, value.shape[3], dim_order)
+    def given(*args: Any, **kwargs: Any) -> tuple[AttentionCall, tuple[GivenMap, ...]]:
+        call, first, few = operator_call(*args, **kwargs)
+        if split_k:
+            first = first._replace(block_n=tuning.SPLIT_K_MAP_BLOCK_N)
+        return call, (first, few)[:maps]
 
-        def fill():
-            mask = attn_mask if intervals is None else intervals.dense(key.shape[2])
-            return out.copy_(attention_reference(query, key, value, mask, is_causal, scale))
+    def cuda(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call, given_maps = given(*args, **kwargs)
+        if most_rows is not None:
+            check_rows(call.query, most_rows)
+        return launch(call, *given_maps)
 
-        return out, fill
+    def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+        call, given_maps = given(*args, **kwargs)
+        check_attention(call, given_maps, most_rows)
+        return call.empty_output()
 
-    def fake(*args, **kwargs):
-        return checked(*args, **kwargs)[0]
+    def cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = fake(*args, **kwargs)
+        call, _ = given(*args, **kwargs)
+        mask = call.mask if call.intervals is None else call.intervals.dense(call.kv_len)
+        return out.copy_(attention_reference(call.query, call.key, call.value, mask, call.is_causal, call.scale))
 
-    def cpu(*args, **kwargs):
-        return checked(*args, **kwargs)[1]()
-
+    signature = inspect.signature(operator_call)
+    parameters = list(signature.parameters.values())
+    # The schema is inferred from it.
+    setattr(  # noqa: B010 (functions have no such attribute to a type checker)
+        cuda,
+        "__signature__",
+        signature.replace(parameters=parameters if maps == 2 else parameters[:-2], return_annotation=torch.Tensor),
+    )
+    op = cast(CustomOpDef, triton_op(f"flashpte::{name}", cuda, mutates_args=()))
     op.register_fake(fake)
     op.register_kernel("cpu")(cpu)
+    return op
 
 
-_implement(sdpa_decode, 1, tuning.SPLIT_K_MAP_BLOCK_N)
-_implement(sdpa_verify, MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N)
-_implement(sdpa_prefill, None, None)
-_implement(sdpa_dispatch, None, None)
+sdpa_decode = _operator("sdpa_decode", launch_split_k, 1, split_k=True)
+"""Attention of one query row (L_q = 1) over all keys, split-K."""
+
+sdpa_verify = _operator("sdpa_verify", launch_split_k, MAX_ROWS, split_k=True)
+"""Attention of a few query rows (L_q up to 16) over all keys, split-K."""
+
+sdpa_prefill = _operator("sdpa_prefill", launch_tiled)
+"""Attention of any number of query rows, tiled, skipping masked tiles."""
+
+sdpa_dispatch = _operator("sdpa_dispatch", launch_dispatch, maps=2)
+"""Attention of a dynamic number of query rows: as :data:`sdpa_verify` up to 16, as :data:`sdpa_prefill` beyond."""

@@ -3,7 +3,8 @@
 Shape legend: ``R`` query rows of one program, ``N`` keys of one tile, ``D``/``DV`` padded head dims (powers of two).
 
 What belongs together travels as a tuple: the running ``state`` of the softmax, the query ``rows``, the ``keys`` and
-values, and the ``mask``. (Constants stay apart: a compile-time constant in a tuple becomes a run-time value.)
+values, and the ``mask``. Compile-time constants travel in tuples of their own: in a tuple with run-time values they
+would become run-time values.
 
 Scores are kept in log2 units (``q . k * scale * log2(e)``) so that the exponential is a bare ``exp2``. With a float
 mask they stay in natural units and ``EXP2_SCALE`` carries the ``log2(e)``: a mask entry may be the dtype's minimum,
@@ -24,6 +25,9 @@ MASK_NONE = 0
 MASK_BOOL = 1
 MASK_FLOAT = 2
 MASK_INTERVALS = 3
+
+# Of a full tile: CAUSAL, MASK, TERMS, INDEX_TERM.
+ALL_VISIBLE = tl.constexpr((False, 0, 0, 0))
 
 
 @triton.jit
@@ -182,24 +186,44 @@ def visible_in_intervals(intervals, start_n, n, in_range, TERMS: tl.constexpr, I
 
 
 @triton.jit
+def mask_of_rows(tensors, strides, interval_strides, b, head, m, VISIBLE: tl.constexpr):
+    """The mask of rows ``m [R]`` of one head, as :func:`attend_tile` takes it.
+
+    Args:
+        tensors: ``(mask_ptr, values_ptr)``; of intervals, the first holds the bounds.
+        strides: of the mask per batch entry, head, row and key; bounds have one for the batch entry alone.
+        interval_strides: of the bounds per side; of the values per batch entry and term.
+        b, head: int64.
+    """
+    mask_ptr, values_ptr = tensors
+    stride_mb, stride_mh, stride_mm, stride_mn = strides
+    side_stride, stride_ib, stride_it = interval_strides
+    MASK: tl.constexpr = VISIBLE[1]
+    INDEX_TERM: tl.constexpr = VISIBLE[3]
+    mask = (m, 0, values_ptr, 0, m, m)
+    if MASK == 3:
+        bound_rows = mask_ptr + b * stride_mb + m
+        values_ptr += b * stride_ib
+        lower, upper = index_bounds(bound_rows, side_stride) if INDEX_TERM else (m, m)
+        mask = (bound_rows, side_stride, values_ptr, stride_it, lower, upper)
+    elif MASK != 0:
+        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + m.to(tl.int64) * stride_mm
+        mask = (mask_rows, stride_mn, values_ptr, 0, m, m)
+    return mask
+
+
+@triton.jit
 def attend_tile(
     state,
     rows,
     keys,
     mask,
     start_n,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHECK_KEYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    EXACT: tl.constexpr,
+    VISIBLE: tl.constexpr,
+    PRECISION: tl.constexpr,
     EARLY_VALUES: tl.constexpr = False,
 ):
     """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns the new ``state``.
@@ -211,11 +235,22 @@ def attend_tile(
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
         mask: for a dense mask ``([R] pointers to its rows, stride_mn, ...)``, for intervals what
             :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
+        DIMS: ``(HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)``.
+        CHECK_KEYS: whether the tile may pass the end of the keys.
+        VISIBLE: ``(CAUSAL, MASK, TERMS, INDEX_TERM)``; :data:`ALL_VISIBLE` for a full tile.
+        PRECISION: ``(EXP2_SCALE, EXACT)``.
         EARLY_VALUES: load the values beside the keys, not behind the softmax: one wait for memory instead of two in a
             loop that is not pipelined, at the price of registers.
     """
     acc, row_max, row_sum = state
     q, q_rows, q_pos, qk_scale = rows
+    HEAD_DIM: tl.constexpr = DIMS[0]
+    V_HEAD_DIM: tl.constexpr = DIMS[1]
+    BLOCK_D: tl.constexpr = DIMS[2]
+    BLOCK_DV: tl.constexpr = DIMS[3]
+    MASK: tl.constexpr = VISIBLE[1]
+    EXP2_SCALE: tl.constexpr = PRECISION[0]
+    EXACT: tl.constexpr = PRECISION[1]
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     n = tl.arange(0, BLOCK_N)
     n_keys = kv_len - start_n
@@ -236,11 +271,12 @@ def attend_tile(
     # The logits are masked beside the load, always: a key past the end was read as zeros, which is a score of 0.
     if CHECK_KEYS:
         scores = tl.where((n < n_keys)[None, :], scores, float("-inf"))
-    if CAUSAL:
+    if VISIBLE[0]:
         scores = tl.where((start_n + n)[None, :] <= q_pos[:, None], scores, float("-inf"))
     in_range = (n < n_keys)[None, :]
     if MASK == 3:
-        scores = tl.where(visible_in_intervals(mask, start_n, n, in_range, TERMS, INDEX_TERM), scores, float("-inf"))
+        visible = visible_in_intervals(mask, start_n, n, in_range, VISIBLE[2], VISIBLE[3])
+        scores = tl.where(visible, scores, float("-inf"))
     elif MASK != 0:
         mask_rows, stride_mn, _, _, _, _ = mask
         mask_ptrs = mask_rows[:, None] + (tile_start * stride_mn + n * stride_mn)[None, :]

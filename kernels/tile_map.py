@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+from flashpte.kernels.call import MapTiling
 from flashpte.kernels.contract import Size, may_be_equal, printable
 from flashpte.kernels.facts import register
 from flashpte.kernels.launch import broadcast_stride, cdiv, static_int
@@ -44,19 +45,11 @@ def _classify_kernel(
     mask_ptr,
     states_ptr,  # int8 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
     anchored_ptr,  # int8 [Bm, Hm / HEAD_GROUP, HEAD_GROUP, L_q], zeroed; float masks only
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    map_heads,
-    q_len,
-    kv_len,
-    floor,
-    HEAD_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    IS_BOOL: tl.constexpr,
-):
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    map_heads, q_len, kv_len, floor,
+    HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Classifies one tile of a mask."""
     key_tile = tl.program_id(0)
     row_tile = tl.program_id(1)
     map_bh = tl.program_id(2)
@@ -108,13 +101,10 @@ def _compact_kernel(
     anchored_ptr,
     tiles_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
     counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 4]: full, partial, where each kind begins
-    n_key_tiles,
-    q_len,
-    HEAD_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CHUNK: tl.constexpr,
-    IS_BOOL: tl.constexpr,
-):
+    n_key_tiles, q_len,
+    HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, IS_BOOL: tl.constexpr,
+):  # fmt: skip
+    """Lists the live tiles of one row of a map."""
     row_tile = tl.program_id(0)
     map_bh = tl.program_id(1)
     row = (map_bh.to(tl.int64) * tl.num_programs(0) + row_tile) * n_key_tiles
@@ -222,21 +212,14 @@ def launch_compact(
 
 
 def launch_tile_map(
-    mask: torch.Tensor,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    head_group: int,
-    row_tiles: int | None = None,
+    mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launches the two kernels; arguments and results as for :func:`tile_map`."""
+    head_group = tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     heads = _map_heads(mask, head_group)
     group = 1 if static_int(mask.shape[1]) == 1 else head_group
-    if row_tiles is None:
-        row_tiles = cdiv(q_len, block_m)
-    key_tiles = cdiv(kv_len, block_n)
+    row_tiles, key_tiles = tiling.rows(q_len), cdiv(kv_len, tiling.block_n)
     is_bool = mask.dtype == torch.bool
     shape = (mask.shape[0], heads, row_tiles, key_tiles)
     states = torch.empty(shape, dtype=torch.int8, device=mask.device)
@@ -248,21 +231,18 @@ def launch_tile_map(
         mask,
         states,
         anchored,
-        broadcast_stride(mask, 0),
-        broadcast_stride(mask, 1),
-        broadcast_stride(mask, 2),
-        broadcast_stride(mask, 3),
+        *(broadcast_stride(mask, d) for d in range(4)),
         heads,
         q_len,
         kv_len,
         0.0 if is_bool else _floor(mask.dtype),
         HEAD_GROUP=group,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_M=tiling.block_m,
+        BLOCK_N=tiling.block_n,
         IS_BOOL=is_bool,
         num_warps=4,
     )
-    return launch_compact(states, anchored, q_len, group, block_m, is_bool)
+    return launch_compact(states, anchored, q_len, group, tiling.block_m, is_bool)
 
 
 @triton_op("flashpte::tile_map", mutates_args=())
@@ -297,32 +277,32 @@ def tile_map(
         ValueError: the mask is not 4-dimensional, not bool or float, of other lengths, or its heads are no multiple
             of ``head_group``.
     """
-    return launch_tile_map(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles)
+    return launch_tile_map(mask, q_len, kv_len, MapTiling(block_m, block_n, head_group, row_tiles))
 
 
 @tile_map.register_fake
 def _tile_map_fake(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
-    _check(mask, head_group, q_len, kv_len)
-    rows = cdiv(q_len, block_m) if row_tiles is None else row_tiles
-    shape = (mask.shape[0], _map_heads(mask, head_group), rows, cdiv(kv_len, block_n))
+    tiling = MapTiling(block_m, block_n, head_group, row_tiles)
+    _check(mask, tiling.head_group, q_len, kv_len)
+    heads = _map_heads(mask, tiling.head_group)
+    shape = (mask.shape[0], heads, tiling.rows(q_len), cdiv(kv_len, tiling.block_n))
     return mask.new_empty(shape, dtype=torch.int32), mask.new_empty((*shape[:3], COUNTS), dtype=torch.int32)
 
 
 @tile_map.register_kernel("cpu")
+def _tile_map_cpu(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=None):
+    return tile_map_reference(mask, q_len, kv_len, MapTiling(block_m, block_n, head_group, row_tiles))
+
+
 def tile_map_reference(
-    mask: torch.Tensor,
-    q_len: int,
-    kv_len: int,
-    block_m: int,
-    block_n: int,
-    head_group: int,
-    row_tiles: int | None = None,
+    mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
+    block_m, block_n, head_group = tiling.block_m, tiling.block_n, tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     batch, heads = mask.shape[0], _map_heads(mask, head_group)
     group = 1 if mask.shape[1] == 1 else head_group
-    rows, keys = cdiv(q_len, block_m) if row_tiles is None else row_tiles, cdiv(kv_len, block_n)
+    rows, keys = tiling.rows(q_len), cdiv(kv_len, block_n)
     full_mask = mask.expand(batch, mask.shape[1], q_len, kv_len)[:, :, : rows * block_m]
     q_len = full_mask.shape[2]
     if mask.dtype == torch.bool:

@@ -12,9 +12,8 @@ Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -22,88 +21,40 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from flashpte.kernels import tuning
-from flashpte.kernels.combine import Partials, launch_combine
-from flashpte.kernels.contract import GivenMap, check_attention
+from flashpte.kernels.call import NO_MAP, AttentionCall, Destination, GivenMap, Launch, MapTiling, Partials
+from flashpte.kernels.combine import launch_combine
+from flashpte.kernels.contract import check_attention
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper import launch_hopper, serves
-from flashpte.kernels.intervals import Intervals, launch_interval_map, mask_arguments
-from flashpte.kernels.launch import (
-    attention_shape,
-    broadcast_stride,
-    cdiv,
-    empty_output,
-    exponent_scale,
-    static_int,
-    with_unit_stride,
-)
+from flashpte.kernels.launch import cdiv, static_int
+from flashpte.kernels.mask import kernel_mask, pointers, strides
 from flashpte.kernels.primitives import (
+    ALL_VISIBLE,
     INTERPRETED,
     attend_tile,
-    index_bounds,
     load_tile,
+    mask_of_rows,
     normalise,
     score_scale,
     tile_runs,
     visited_key,
 )
-from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 
 @triton.jit
 def _tiled_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # of intervals, their bounds
-    interval_values_ptr,
-    tiles_ptr,
-    counts_ptr,
-    out_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,  # of the tile map, in rows of tiles
-    stride_th,
-    n_key_tiles,
-    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
-    stride_ib,
-    stride_it,
-    q_len,
-    kv_len,
-    scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
+    stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
+    q_len, kv_len, scale,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_M: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    EXACT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EDGE_BLOCK_N: tl.constexpr,
-    EDGE_STAGES: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
+    EXACT: tl.constexpr, STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of one tile of query rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     # The last rows see the most keys under a causal mask: start them first. Query tiles are the innermost grid
     # dimension, so that neighbouring programs share keys and values in L2.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -126,15 +77,10 @@ def _tiled_kernel(
 
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_m = tl.minimum(m, q_len - 1)
-    mask = (q_rows, 0, interval_values_ptr, 0, m, m)
-    if MASK == 3:
-        interval_values_ptr += b * stride_ib
-        bound_rows = mask_ptr + b * stride_mb + safe_m
-        lower, upper = index_bounds(bound_rows, stride_bs) if INDEX_TERM else (m, m)
-        mask = (bound_rows, stride_bs, interval_values_ptr, stride_it, lower, upper)
-    elif MASK != 0:
-        mask_rows = mask_ptr + b * stride_mb + head * stride_mh + safe_m.to(tl.int64) * stride_mm
-        mask = (mask_rows, stride_mn, interval_values_ptr, 0, m, m)
+    VISIBLE: tl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
+    mask_strides = (stride_mb, stride_mh, stride_mm, stride_mn)
+    interval_strides = (stride_bs, stride_ib, stride_it)
+    mask = mask_of_rows((mask_ptr, interval_values_ptr), mask_strides, interval_strides, b, head, safe_m, VISIBLE)
     tiles = tiles_ptr
     n_full = 0
     edge_start = 0
@@ -162,29 +108,12 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
+    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)
+    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            False,
-            False,
-            0,
-            0,
-            0,
-            EXP2_SCALE,
-            EXACT,
-        )
-    # What needs checks: tiles past the end of the keys or on the diagonal, or that the mask shows in part, and full
-    # tiles that are scattered.
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
+    # Edge tiles: past the end of the keys, on the diagonal, or partly masked; and full tiles that are scattered.
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
         if MASK != 0:
             full_edge_steps = n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
@@ -192,25 +121,7 @@ def _tiled_kernel(
             start_n = visited_key(tiles, runs, at, full_edge_steps, MAP_BLOCK_N, EDGE_BLOCK_N)
         else:
             start_n = edge_start + step * EDGE_BLOCK_N
-        state = attend_tile(
-            state,
-            query_rows,
-            keys,
-            mask,
-            start_n,
-            HEAD_DIM,
-            V_HEAD_DIM,
-            BLOCK_D,
-            BLOCK_DV,
-            EDGE_BLOCK_N,
-            True,
-            CAUSAL,
-            MASK,
-            TERMS,
-            INDEX_TERM,
-            EXP2_SCALE,
-            EXACT,
-        )
+        state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, EDGE_BLOCK_N, True, VISIBLE, PRECISION)
 
     acc, row_max, row_sum = state
     dv = tl.arange(0, BLOCK_DV)
@@ -224,123 +135,58 @@ register(_tiled_kernel, "attention")
 
 
 def launch_tiled(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    tiles: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dim_order: Sequence[int],
-    config: tuning.TiledConfig | tuning.HopperConfig | None = None,
-    intervals: Intervals | None = None,
-    out: torch.Tensor | None = None,
-    enabled: int | torch.SymInt = 1,
+    call: AttentionCall, given: GivenMap = NO_MAP, config: tuning.Config | None = None, into: Destination | None = None
 ) -> torch.Tensor:
     """Launches the tiled kernel.
 
     Args:
-        query: ``[B, H_q, L_q, D]``, any L_q.
-        key, value: ``[B, H_kv, L_kv, D]`` and ``[B, H_kv, L_kv, D_v]``; unit stride in the last dimension or they are
-            copied.
-        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        tiles, counts: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
-            ``head_group = 1``; made here when ``None``.
-        is_causal: top-left aligned.
-        scale: factor of the scores.
-        dim_order: memory order of the result's dimensions, outermost first.
-        config: tile choice, which also says which kernel; by default the current arch's.
-        intervals: a mask in another form, instead of ``mask``.
-        out: where to write the result; allocated here when ``None``.
-        enabled: 0 or 1, may be symbolic: with 0, at run time no program of the attention kernel is launched.
+        call: any L_q.
+        given: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
+            ``head_group = 1``; made here when it has no tiles.
+        config, into: as for the split-K kernels (:func:`flashpte.kernels.split_k.launch_split_k`).
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
-    check_attention(query, key, value, mask, is_causal, dim_order, intervals, (GivenMap(tiles, counts, None),))
-    batch, heads_q, q_len, head_dim = query.shape
-    heads_kv, kv_len, v_head_dim = key.shape[1], key.shape[2], value.shape[3]
-    query, key, value = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value)
-    if config is None:
-        config = _choose(query, key, value, mask, scale)
-    if out is None:
-        out = empty_output(query, v_head_dim, dim_order)
-    map_m, map_n = tuning.tiled_map_block(head_dim, v_head_dim)
-    if tiles is None and intervals is not None:
-        tiles, counts = launch_interval_map(intervals, kv_len, map_m, map_n)
-    elif tiles is None and mask is not None:
-        tiles, counts = launch_tile_map(mask, q_len, kv_len, map_m, map_n, 1)
-    mask_tensors, mask_strides, interval_strides, mask_flags = mask_arguments(mask, intervals, query)
-    tiles_or_any, counts_or_any = (query, query) if tiles is None or counts is None else (tiles, counts)
-    tile_strides = (0, 0, 0) if tiles is None else map_strides(tiles)
-    constants: dict[str, Any] = {
-        "MAP_BLOCK_M": map_m,
-        "MAP_BLOCK_N": map_n,
-        "CAUSAL": is_causal,
-        **mask_flags,
-        "EXP2_SCALE": exponent_scale(query.dtype, mask),
-    }
+    check_attention(call, (given,))
+    call = call.with_unit_strides()
+    config = _choose(call) if config is None else config
+    out, enabled = (call.empty_output(), 1) if into is None else into
+    mask = kernel_mask(call, given, MapTiling(*tuning.tiled_map_block(call.head_dim, call.v_head_dim)))
     if isinstance(config, tuning.HopperConfig):
-        num_splits = 1 if is_causal else _splits(config, query, v_head_dim)
+        num_splits = 1 if call.is_causal else _splits(config, call)
         partials = Partials.make(out, config, _stored_rows(config, num_splits, out))
-        launch_hopper(
-            config,
-            *(query, key, value),
-            *(mask_tensors, mask_strides, interval_strides),
-            *(tiles_or_any, counts_or_any, tile_strides),
-            out,
-            partials,
-            scale,
-            1,
-            num_splits,
-            enabled,
-            constants,
-        )
+        launch = Launch(config, out, partials, num_splits, enabled)
+        launch_hopper(call, mask, launch, 1)
         if static_int(num_splits) != 1:
             several = enabled * torch.sym_min(1, num_splits - 1)
-            splits = (config, num_splits)
-            launch_combine(partials, counts_or_any, tile_strides[:2], out, heads_q, kv_len, *splits, several, constants)
+            launch_combine(mask, dataclasses.replace(launch, enabled=several), call.heads_q, call.kv_len)
         return out
+    assert isinstance(config, tuning.TiledConfig)
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
+    edge_tiles = {"EDGE_BLOCK_N": config.edge_block_n, "EDGE_STAGES": config.edge_stages}
     kernel = _tiled_kernel if INTERPRETED else wrap_triton(_tiled_kernel)
-    kernel[(cdiv(q_len, config.block_m) * enabled, heads_q, batch)](
-        query,
-        key,
-        value,
-        *mask_tensors,
-        tiles_or_any,
-        counts_or_any,
-        out,
-        *(broadcast_stride(tensor, d) for tensor in (query, key, value) for d in range(3)),
-        *mask_strides,
-        *out.stride(),
-        *tile_strides,
-        *interval_strides,
-        q_len,
-        kv_len,
-        scale,
-        GROUP=heads_q // heads_kv,
-        HEAD_DIM=head_dim,
-        V_HEAD_DIM=v_head_dim,
-        BLOCK_D=tuning.padded_head_dim(head_dim),
-        BLOCK_DV=tuning.padded_head_dim(v_head_dim),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        EXACT=query.dtype == torch.float32,
-        STAGES=config.num_stages,
-        EDGE_BLOCK_N=config.edge_block_n,
-        EDGE_STAGES=config.edge_stages,
-        **constants,
+    kernel[(cdiv(call.q_len, config.block_m) * enabled, call.heads_q, call.batch)](
+        *pointers(call, mask, out),
+        *strides(call, mask, out),
+        call.q_len,
+        call.kv_len,
+        call.scale,
+        **call.constants,
+        **call.tile_constants,
+        **mask.constants,
+        **tiles,
+        **edge_tiles,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     return out
 
 
-def _splits(config: tuning.HopperConfig, query: torch.Tensor, v_head_dim: int) -> int | torch.SymInt:
+def _splits(config: tuning.HopperConfig, call: AttentionCall) -> int | torch.SymInt:
     """Into how many splits the keys are cut at most, so that programs fill the GPU."""
-    batch, heads_q, q_len, _ = query.shape
-    programs = cdiv(q_len, config.block_m) * cdiv(v_head_dim, config.columns) * heads_q * batch
+    slices = cdiv(call.v_head_dim, config.columns)
+    programs = cdiv(call.q_len, config.block_m) * slices * call.heads_q * call.batch
     # A batch or a query may be empty.
     return torch.sym_max(1, torch.sym_min(config.num_splits, config.fill // torch.sym_max(1, programs)))
 
@@ -358,10 +204,8 @@ def _stored_rows(config: tuning.HopperConfig, num_splits: int | torch.SymInt, ou
     return math.prod(size for size in static if size is not None)
 
 
-def _choose(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> tuning.TiledConfig | tuning.HopperConfig:
+def _choose(call: AttentionCall) -> tuning.TiledConfig | tuning.HopperConfig:
     """The current arch's kernel and tile."""
-    shape, arch = attention_shape(query, key, value, mask), tuning.current_arch(query.device)
-    hopper = tuning.choose_hopper(shape, arch) if serves(query, key, value, scale) else None
+    shape, arch = call.shape(), tuning.current_arch(call.query.device)
+    hopper = tuning.choose_hopper(shape, arch) if serves(call) else None
     return tuning.choose_tiled(shape, arch) if hopper is None else hopper

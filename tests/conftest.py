@@ -6,10 +6,12 @@ import os
 
 import pytest
 import torch
+from grids import SLOW, is_swept
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     if getattr(config.option, "loadgroup", False):
         _put_groups_into_ids(items)
@@ -17,6 +19,10 @@ def pytest_collection_modifyitems(config, items):
     needs_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in the environment (make test runs it so)")
     not_interpreted = pytest.mark.skip(reason="this process interprets Triton kernels, which breaks compiling")
     for item in items:
+        if is_swept(*item.nodeid.partition("[")[::2]):
+            item.add_marker(pytest.mark.sweep)
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
         if "interpreter" in item.keywords:
             if not INTERPRETING:
                 item.add_marker(needs_interpreter)

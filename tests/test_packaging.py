@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.xdist_group("wheel")
 
@@ -69,3 +72,52 @@ def test_the_wheel_works_from_another_folder(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
     assert "gemma4-31b" in done.stdout
+
+
+def core_distributions() -> set[str]:
+    """What ``pip install flashpte`` installs without an extra: the dependencies, and theirs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pending, found = [Requirement(line) for line in project["dependencies"]], set()
+    while pending:
+        requirement = pending.pop()
+        if requirement.name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            known = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue  # a build of PyTorch for CPUs has no CUDA packages
+        found.add(requirement.name)
+        pending += [Requirement(line) for line in known.requires or ()]
+    return found
+
+
+def test_passes_and_kernels_import_where_the_core_alone_is_installed(wheel, tmp_path):
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
+    subprocess.run(command, check=True)
+    for name in core_distributions():
+        files = metadata.distribution(name).files or ()
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(metadata.distribution(name).locate_file(top))
+    code = """
+import importlib.util, sys
+sys.path.insert(0, sys.argv[1])
+absent = ["executorch", "transformers", "safetensors", "rich"]
+assert not [name for name in absent if importlib.util.find_spec(name)], "the environment is not empty"
+import torch, flashpte.kernels, flashpte.passes
+q, k, v = (torch.zeros(1, 4, 20, 16) for _ in range(3))
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+program, report = flashpte.passes.replace_sdpa(torch.export.export(Attention(), (q, k, v)))
+print([node.op for node in report.nodes])
+from flashpte.export.cli import main
+sys.exit(main(["--list-targets"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code, site], capture_output=True, text=True
+    )
+    assert done.stdout == "['flashpte::sdpa_prefill']\n", done.stderr
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install 'flashpte[export]'"), done.stderr

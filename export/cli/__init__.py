@@ -1,6 +1,36 @@
 """The command lines ``export-model`` and ``run-model``."""
 
-from flashpte.export.cli.export_model import main
-from flashpte.export.cli.run_model import main as run_main
+from __future__ import annotations
 
-__all__ = ["main", "run_main"]
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+EXTRA = ("executorch", "transformers", "safetensors", "rich")
+"""Packages of the extra ``flashpte[export]`` which every command needs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``export-model``; see :func:`flashpte.export.cli.export_model.main`."""
+    if _lacks_extra("export-model"):
+        return 1
+    from flashpte.export.cli.export_model import main as export_model
+
+    return export_model(argv)
+
+
+def run_main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``run-model``; see :func:`flashpte.export.cli.run_model.main`."""
+    if _lacks_extra("run-model"):
+        return 1
+    from flashpte.export.cli.run_model import main as run_model
+
+    return run_model(argv)
+
+
+def _lacks_extra(program: str) -> bool:
+    """Says in one line what to install, where the core alone is installed."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{program}: error: {', '.join(missing)} not found: pip install 'flashpte[export]'", file=sys.stderr)
+    return bool(missing)

@@ -10,32 +10,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashpte.kernels.hopper.work import EACH_UP_TO, start_of
+from flashpte.kernels.hopper.schedule import EACH_UP_TO, start_of
 
 
 @gluon.jit
-def _masked(
-    s,
-    start,
-    mask,
-    kv_len,
-    S_LAYOUT: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    MASK: gl.constexpr,
-    TERMS: gl.constexpr,
-    INDEX_TERM: gl.constexpr,
-):
+def _masked(s, start, mask, kv_len, VISIBLE: gl.constexpr):
     """Scores ``[64, N]`` with -inf where a row does not see a key, or with a float mask added."""
     # Positions of the rows and what belongs to the kind of mask: see consumer.
     m, mask_rows, stride_mn, side_stride, values_ptr, values_stride, index_lower, index_upper = mask
-    n = start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S_LAYOUT))
+    MASK: gl.constexpr = VISIBLE[1]
+    INDEX_TERM: gl.constexpr = VISIBLE[3]
+    n = start + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
     in_range = (n < kv_len)[None, :]
     visible = in_range
-    if CAUSAL:
+    if VISIBLE[0]:
         visible = visible & (n[None, :] <= m[:, None])
     if MASK == 3:
-        for term in gl.static_range(TERMS):
+        for term in gl.static_range(VISIBLE[2]):
             if INDEX_TERM and term == 0:
                 visible = visible & (n[None, :] >= index_lower[:, None]) & (n[None, :] <= index_upper[:, None])
             else:
@@ -74,15 +65,7 @@ def _lane_sums(x):
 
 
 @gluon.jit
-def _softmax(
-    s,
-    row_max,
-    row_sum,
-    qk_scale,
-    ACC_LAYOUT: gl.constexpr,
-    EXP2_SCALE: gl.constexpr,
-    dtype: gl.constexpr,
-):
+def _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT: gl.constexpr, EXP2_SCALE: gl.constexpr, dtype: gl.constexpr):
     """One step of the online softmax, as ``primitives.online_softmax``; scores get their scale here unless EXP2_SCALE.
 
     A positive scale commutes with the maximum, so that scaling, subtracting and nothing else is one instruction.
@@ -109,35 +92,29 @@ def _step(
     step,
     n_steps,
     state,  # acc, p, row_max, row_sum
-    q_smem,
-    k_smem,
-    v_smem,
-    barriers,
+    smem,  # q, k, v, barriers
     mask,
     visited,  # of partial tiles: see start_of
     kv_len,
     qk_scale,
-    S_LAYOUT: gl.constexpr,
-    ACC_LAYOUT: gl.constexpr,
-    BLOCK_N: gl.constexpr,
     MAP_BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
     EDGE: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    MASK: gl.constexpr,
-    TERMS: gl.constexpr,
-    INDEX_TERM: gl.constexpr,
+    VISIBLE: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
 ):
     """Scores and softmax of tile ``step`` beside ``P V`` of the tile before it."""
     acc, p, row_max, row_sum = state
+    q_smem, k_smem, v_smem, barriers = smem
     _, k_full, v_full, k_empty, v_empty = barriers
-    dtype: gl.constexpr = k_smem.dtype
+    S_LAYOUT: gl.constexpr = row_max.type.layout.parent
+    ACC_LAYOUT: gl.constexpr = acc.type.layout
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
     slot = step % STAGES
     previous = (step - 1) % V_STAGES
     if EDGE:
-        start = start_of(visited, step, n_steps, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+        start = start_of(visited, step, n_steps, VISIBLE[1] != 0, MAP_BLOCK_N, BLOCK_N)
     # Copies but those by TMA write shared memory as ordinary stores do, matrix instructions read it by another proxy.
     fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -148,8 +125,8 @@ def _step(
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if EDGE:
-        s = _masked(s, start, mask, kv_len, S_LAYOUT, BLOCK_N, CAUSAL, MASK, TERMS, INDEX_TERM)
-    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
+        s = _masked(s, start, mask, kv_len, VISIBLE)
+    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, k_smem.dtype)
     # What the next step waits for, waited for here: the branches keep ptxas from moving the wait for P V above the
     # exponentials, which would undo the overlap.
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
@@ -176,23 +153,16 @@ def _eight_in_a_row(x):
 
 
 @gluon.jit
-def _store_result(
-    acc,
-    row_sum,
-    first_row,
-    n_rows,
-    v_width,
-    out,
-    PACK: gl.constexpr,
-    WIDE_STORES: gl.constexpr,
-    ROWS_ALIGNED: gl.constexpr,
-):
+def _store_result(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: gl.constexpr):
     """Stores ``acc / row_sum`` as 64 rows of the result; a row that saw nothing is 0, whatever it did not see.
 
     With ``WIDE_STORES`` lanes that share a row exchange their columns first, so that each stores 16 bytes, and four of
     them 64, in one go. That takes 4 KB of shared memory.
     """
+    first_row, n_rows = rows
     out_ptr, stride_om, stride_oh, stride_od = out
+    WIDE_STORES: gl.constexpr = STORES[3]
+    ROWS_ALIGNED: gl.constexpr = STORES[4]
     total = gl.convert_layout(row_sum, gl.SliceLayout(1, acc.type.layout))
     weight = 1.0 / gl.where(total == 0.0, 1.0, total)
     acc = gl.where((total == 0.0)[:, None], 0.0, acc * weight[:, None])
@@ -212,7 +182,7 @@ def _store_result(
 
 
 @gluon.jit
-def _store_partial(acc, row_max, row_sum, row, first_row, n_rows, partial, WIDTH: gl.constexpr, STATS: gl.constexpr):
+def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constexpr):
     """Stores what a split computed for 64 rows: the accumulator as float16, and for each row maximum, sum and units.
 
     Columns are stored in the order in which the threads of a row hold them, so that each stores 16 bytes and exchanges
@@ -220,7 +190,10 @@ def _store_partial(acc, row_max, row_sum, row, first_row, n_rows, partial, WIDTH
     largest value changes no bit of the others; it is 2^14 to 2^15 units, infinities aside. They go down to 2^-120, so
     that neither they nor their inverses overflow.
     """
+    first_row, n_rows = rows
     acc_ptr, stats_ptr, unit_at = partial
+    WIDTH: gl.constexpr = STORES[1]
+    STATS: gl.constexpr = STORES[2]
     BLOCK_DV: gl.constexpr = acc.shape[1]
     ACC_LAYOUT: gl.constexpr = acc.type.layout
     # Without the sign numbers are ordered as their bits are, and adding 1 to the exponent of what is no number carries
@@ -250,34 +223,26 @@ def consumer(
     rows,  # first_row, n_rows
     visit,  # which keys: see keys_of_tile
     tiles,  # the list of the map's row
-    out,  # out_ptr, stride_om, stride_oh, stride_od
-    partial,  # acc_ptr, stats_ptr: of the first row of the tile's head; and which number is the unit
+    results,  # out: out_ptr, stride_om, stride_oh, stride_od; partial: acc_ptr, stats_ptr, which number is the unit
     mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
-    q_smem,
-    k_smem,
-    v_smem,
-    barriers,
-    kv_len,
-    qk_scale,
-    v_width,
+    smem,  # q, k, v, barriers
+    limits,  # kv_len, qk_scale, v_width
     PACK: gl.constexpr,
-    SINGLE_SPLIT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    STATS: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    MAP_BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    MASK: gl.constexpr,
-    TERMS: gl.constexpr,
-    INDEX_TERM: gl.constexpr,
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
+    VISIBLE: gl.constexpr,  # CAUSAL, MASK, TERMS, INDEX_TERM
     EXP2_SCALE: gl.constexpr,
-    WIDE_STORES: gl.constexpr,
-    ROWS_ALIGNED: gl.constexpr,
+    STORES: gl.constexpr,  # SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED
 ):
-    """Attention of 64 query rows, by one warp group."""
+    """Attention of 64 query rows, by one warp group. Partial results are those of the tile's head."""
+    q_smem, k_smem, v_smem, barriers = smem
+    kv_len, qk_scale, v_width = limits
+    out, partial = results
+    BLOCK_N: gl.constexpr = k_smem.shape[1]
+    BLOCK_DV: gl.constexpr = v_smem.shape[2]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    V_STAGES: gl.constexpr = v_smem.shape[0]
+    MASK: gl.constexpr = VISIBLE[1]
+    MAP_BLOCK_N: gl.constexpr = MAP[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -296,7 +261,7 @@ def consumer(
     mask_rows = mask_ptr + (safe_row // PACK).to(gl.int64) * stride_mm
     if PACK > 1:
         mask_rows += (safe_row % PACK).to(gl.int64) * stride_mh
-    if MASK == 3 and INDEX_TERM:
+    if MASK == 3 and VISIBLE[3]:
         # In 32 bits, which hold every index of a key: what they cut off changes nothing.
         lower = gl.load(mask_rows)
         upper = gl.load(mask_rows + side_stride)
@@ -322,7 +287,7 @@ def consumer(
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if n_full == 0:
-        s = _masked(s, start, seen, kv_len, S_LAYOUT, BLOCK_N, CAUSAL, MASK, TERMS, INDEX_TERM)
+        s = _masked(s, start, seen, kv_len, VISIBLE)
     p, _, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
     mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1, pred=n_steps > 1)
     mbarrier.wait(v_full.index(0), 0)
@@ -330,55 +295,11 @@ def consumer(
     full_end = gl.maximum(n_full, 1)
     for step in range(1, full_end):
         state = _step(
-            step,
-            n_steps,
-            state,
-            q_smem,
-            k_smem,
-            v_smem,
-            barriers,
-            seen,
-            visited,
-            kv_len,
-            qk_scale,
-            S_LAYOUT,
-            ACC_LAYOUT,
-            BLOCK_N,
-            MAP_BLOCK_N,
-            STAGES,
-            V_STAGES,
-            False,
-            CAUSAL,
-            MASK,
-            TERMS,
-            INDEX_TERM,
-            EXP2_SCALE,
+            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, False, VISIBLE, EXP2_SCALE
         )
     for step in range(full_end, n_steps):
         state = _step(
-            step,
-            n_steps,
-            state,
-            q_smem,
-            k_smem,
-            v_smem,
-            barriers,
-            seen,
-            visited,
-            kv_len,
-            qk_scale,
-            S_LAYOUT,
-            ACC_LAYOUT,
-            BLOCK_N,
-            MAP_BLOCK_N,
-            STAGES,
-            V_STAGES,
-            True,
-            CAUSAL,
-            MASK,
-            TERMS,
-            INDEX_TERM,
-            EXP2_SCALE,
+            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, True, VISIBLE, EXP2_SCALE
         )
     acc, p, row_max, row_sum = state
     fence_async_shared()
@@ -387,9 +308,9 @@ def consumer(
     # What storing takes is waited for, so that it is not computed, and spilled, before the loops.
     acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
 
-    if SINGLE_SPLIT:  # noqa: SIM114 (known when compiling; the other is not)
-        _store_result(acc, row_sum, first_row, n_rows, v_width, out, PACK, WIDE_STORES, ROWS_ALIGNED)
+    if STORES[0]:  # noqa: SIM114 (known when compiling; the other is not)
+        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
     elif active == 1:
-        _store_result(acc, row_sum, first_row, n_rows, v_width, out, PACK, WIDE_STORES, ROWS_ALIGNED)
+        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
     else:
-        _store_partial(acc, row_max, row_sum, row, first_row, n_rows, partial, WIDTH, STATS)
+        _store_partial(acc, row_max, row_sum, row, rows, partial, STORES)

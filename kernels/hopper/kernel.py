@@ -9,79 +9,35 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.consume import consumer
 from flashpte.kernels.hopper.produce import producer
-from flashpte.kernels.hopper.work import EACH_UP_TO, keys_of_tile, place
+from flashpte.kernels.hopper.schedule import EACH_UP_TO, keys_of_tile, place
 from flashpte.kernels.primitives import wait_for_earlier_kernels
 
 
 @gluon.jit
 def _hopper_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # of intervals, their bounds
-    interval_values_ptr,
-    tiles_ptr,
-    counts_ptr,
-    out_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
     acc_ptr,  # float16 [B, heads, num_splits, L_q * PACK, WIDTH]
     stats_ptr,  # float32 [B, heads, num_splits, L_q * PACK, STATS]: running maximum and sum, units of the accumulator
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    stride_ob,
-    stride_oh,
-    stride_om,
-    stride_od,
-    stride_tb,  # of the tile map, in rows of tiles
-    stride_th,
-    n_key_tiles,
-    stride_bs,  # of the intervals: bounds per side, values per batch entry and term
-    stride_ib,
-    stride_it,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
+    stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
     heads,  # H_q / PACK
-    q_len,
-    kv_len,
+    q_len, kv_len,
     scale,  # positive
     short_splits,
     # Inductor writes the parameters out where only Triton's language is known.
-    GROUP: tl.constexpr,
-    PACK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STATS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MAP_BLOCK_M: tl.constexpr,
-    MAP_BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    TERMS: tl.constexpr,
-    INDEX_TERM: tl.constexpr,
-    SHARE_ROWS: tl.constexpr,
-    TMA: tl.constexpr,
-    SINGLE_SPLIT: tl.constexpr,
-    LONG_KEYS: tl.constexpr,
-    EXP2_SCALE: tl.constexpr,
-    STAGES: tl.constexpr,
-    V_STAGES: tl.constexpr,
-    CONSUMER_REGISTERS: tl.constexpr,
-    PRODUCER_REGISTERS: tl.constexpr,
-    WIDE_STORES: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WIDTH: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr,
+    SHARE_ROWS: tl.constexpr, TMA: tl.constexpr, SINGLE_SPLIT: tl.constexpr, LONG_KEYS: tl.constexpr,
+    EXP2_SCALE: tl.constexpr, STAGES: tl.constexpr, V_STAGES: tl.constexpr,
+    CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, WIDE_STORES: tl.constexpr,
     ROWS_ALIGNED: tl.constexpr,  # of the result, to 16 bytes
     DEPENDENT: tl.constexpr,
-):
+):  # fmt: skip
+    """Attention of one tile of rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     BLOCK_M: gl.constexpr = 64 if SHARE_ROWS else 128
     COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV  # of V, of one program
     V_SLICES: gl.constexpr = (V_HEAD_DIM + COLUMNS - 1) // COLUMNS
@@ -161,96 +117,34 @@ def _hopper_kernel(
     # What the second consumer has of its own: rows, or columns of V.
     MORE_ROWS: gl.constexpr = 0 if SHARE_ROWS else 64
     MORE_COLUMNS: gl.constexpr = BLOCK_DV if SHARE_ROWS else 0
+    VISIBLE: gl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
+    STORES: gl.constexpr = (SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED)
+    COPIED: gl.constexpr = (HEAD_DIM, V_HEAD_DIM % BLOCK_DV != 0, SHARE_ROWS)
+    MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N)
+    # Of the first consumer, then of the second.
+    rows_0 = (first_row, n_rows)
+    out_0 = (out_ptr, stride_om, stride_oh, stride_od)
+    results_0 = (out_0, (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV))
+    limits_0 = (kv_len, qk_scale, v_width)
+    rows_1 = (first_row + MORE_ROWS, n_rows)
+    out_1 = (out_ptr + MORE_COLUMNS * stride_od, stride_om, stride_oh, stride_od)
+    results_1 = (out_1, (acc_ptr + MORE_COLUMNS, stats_ptr, 2 + (dv_first + MORE_COLUMNS) // BLOCK_DV))
+    limits_1 = (kv_len, qk_scale, v_width - MORE_COLUMNS)
+    smem_0, smem_1 = (q0, k_smem, v0, barriers), (q1, k_smem, v1, barriers)
+    query = (q_ptr, stride_qh, stride_qm, n_rows)
+    keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
+    copies = (q0, q1, k_smem, v0, v1)
     gl.warp_specialize(
         [
             (
                 consumer,
-                (
-                    (first_row, n_rows),
-                    visit,
-                    tiles,
-                    (out_ptr, stride_om, stride_oh, stride_od),
-                    (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV),
-                    mask,
-                    q0,
-                    k_smem,
-                    v0,
-                    barriers,
-                    kv_len,
-                    qk_scale,
-                    v_width,
-                    PACK,
-                    SINGLE_SPLIT,
-                    WIDTH,
-                    STATS,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    MAP_BLOCK_N,
-                    STAGES,
-                    V_STAGES,
-                    CAUSAL,
-                    MASK,
-                    TERMS,
-                    INDEX_TERM,
-                    EXP2_SCALE,
-                    WIDE_STORES,
-                    ROWS_ALIGNED,
-                ),
+                (rows_0, visit, tiles, results_0, mask, smem_0, limits_0, PACK, MAP, VISIBLE, EXP2_SCALE, STORES),
             ),
             (
                 consumer,
-                (
-                    (first_row + MORE_ROWS, n_rows),
-                    visit,
-                    tiles,
-                    (out_ptr + MORE_COLUMNS * stride_od, stride_om, stride_oh, stride_od),
-                    (acc_ptr + MORE_COLUMNS, stats_ptr, 2 + (dv_first + MORE_COLUMNS) // BLOCK_DV),
-                    mask,
-                    q1,
-                    k_smem,
-                    v1,
-                    barriers,
-                    kv_len,
-                    qk_scale,
-                    v_width - MORE_COLUMNS,
-                    PACK,
-                    SINGLE_SPLIT,
-                    WIDTH,
-                    STATS,
-                    BLOCK_DV,
-                    BLOCK_N,
-                    MAP_BLOCK_N,
-                    STAGES,
-                    V_STAGES,
-                    CAUSAL,
-                    MASK,
-                    TERMS,
-                    INDEX_TERM,
-                    EXP2_SCALE,
-                    WIDE_STORES,
-                    ROWS_ALIGNED,
-                ),
+                (rows_1, visit, tiles, results_1, mask, smem_1, limits_1, PACK, MAP, VISIBLE, EXP2_SCALE, STORES),
             ),
-            (
-                producer,
-                (
-                    first_row,
-                    visit,
-                    tiles,
-                    (q_ptr, stride_qh, stride_qm, n_rows),
-                    (k_ptr, stride_kn, v_ptr, stride_vn, kv_len),
-                    (q0, q1, k_smem, v0, v1),
-                    barriers,
-                    v_width,
-                    PACK,
-                    HEAD_DIM,
-                    V_HEAD_DIM % BLOCK_DV != 0,
-                    MAP_BLOCK_N,
-                    MASK != 0,
-                    SHARE_ROWS,
-                    TMA,
-                ),
-            ),
+            (producer, (first_row, visit, tiles, query, keys, copies, barriers, v_width, PACK, COPIED, MAP, TMA)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

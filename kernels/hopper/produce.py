@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flashpte.kernels.hopper.work import FIRST_TILES, start_of
+from flashpte.kernels.hopper.schedule import FIRST_TILES, start_of
 
 # Triton 3.9 has another name for it, and for a tile's copy 3.8.
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -60,11 +60,8 @@ def _copy_tiles(
     given,  # visited (tiles, first_step, full_base, partial_base, n_full, n_listed), keys, smem, barriers, v_width
     maps,  # of keys and values, with TMA
     TMA: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    CHECK_DV: gl.constexpr,
-    MAP_BLOCK_N: gl.constexpr,
-    MAPPED: gl.constexpr,
-    SHARE_ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,  # HEAD_DIM, CHECK_DV, SHARE_ROWS
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
 ):
     """Copies tiles of keys and values, each as soon as its slot is free; returns the first key of the tile behind."""
     visited, keys, smem, barriers, v_width = given
@@ -73,6 +70,8 @@ def _copy_tiles(
     _, k_full, v_full, k_empty, v_empty = barriers
     tiles, first_step, full_base, partial_base, n_full, n_listed = visited
     k_map, v_map = maps
+    HEAD_DIM: gl.constexpr = COLUMNS[0]
+    CHECK_DV: gl.constexpr = COLUMNS[1]
     STAGES: gl.constexpr = k_smem.shape[0]
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     BLOCK_D: gl.constexpr = k_smem.shape[2]
@@ -84,7 +83,7 @@ def _copy_tiles(
     for step in range(steps[0], steps[1]):
         # Read ahead: the copies would wait for it.
         base = gl.where(step + 1 < n_full, full_base, partial_base)
-        after = start_of((tiles, first_step, base), step + 1, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+        after = start_of((tiles, first_step, base), step + 1, n_listed, MAP[0], MAP[1], BLOCK_N)
         slot = step % STAGES
         mbarrier.wait(k_empty.index(slot), ((step // STAGES) & 1) ^ 1)
         if TMA:
@@ -98,7 +97,7 @@ def _copy_tiles(
             _copy_by_map(v_map, start, v_full.index(v_slot), v0_smem.index(v_slot))
         else:
             _copy_rows(v0_smem.index(v_slot), v_ptr, stride_vn, start, kv_len, dv, v_width, BLOCK_N, CHECK_DV)
-            if SHARE_ROWS:
+            if COLUMNS[2]:
                 more, width = v_ptr + BLOCK_DV, v_width - BLOCK_DV
                 _copy_rows(v1_smem.index(v_slot), more, stride_vn, start, kv_len, dv, width, BLOCK_N, CHECK_DV)
             async_copy.mbarrier_arrive(v_full.index(v_slot), increment_count=False)
@@ -117,11 +116,8 @@ def producer(
     barriers,  # q_full, k_full, v_full, k_empty, v_empty
     v_width,
     PACK: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    CHECK_DV: gl.constexpr,
-    MAP_BLOCK_N: gl.constexpr,
-    MAPPED: gl.constexpr,
-    SHARE_ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,  # HEAD_DIM, CHECK_DV, SHARE_ROWS
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
     TMA: gl.constexpr,
 ):
     """Copies the query rows once, then every visited tile of keys and values.
@@ -136,23 +132,24 @@ def producer(
     first_step, n_full, n_listed, full_base, partial_base, _ = visit
     BLOCK_N: gl.constexpr = k_smem.shape[1]
     BLOCK_D: gl.constexpr = k_smem.shape[2]
+    HEAD_DIM: gl.constexpr = COLUMNS[0]
     CHECK_D: gl.constexpr = BLOCK_D != HEAD_DIM
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
     n_steps = n_listed
-    if MAPPED:
+    if MAP[0]:
         # Where there is nothing to see, one tile of it is looked at.
         n_steps = gl.maximum(n_listed, 1)
     base = gl.where(n_full > 0, full_base, partial_base)
-    start = start_of((tiles, first_step, base), 0, n_listed, MAPPED, MAP_BLOCK_N, BLOCK_N)
+    start = start_of((tiles, first_step, base), 0, n_listed, MAP[0], MAP[1], BLOCK_N)
     _copy_query(q0, q_ptr, stride_qm, stride_qh, first_row, n_rows, d, HEAD_DIM, PACK, CHECK_D)
-    if not SHARE_ROWS:
+    if not COLUMNS[2]:
         _copy_query(q1, q_ptr, stride_qm, stride_qh, first_row + 64, n_rows, d, HEAD_DIM, PACK, CHECK_D)
     async_copy.mbarrier_arrive(barriers[0], increment_count=False)
     visited = (tiles, first_step, full_base, partial_base, n_full, n_listed)
     given = (visited, keys, smem, barriers, v_width)
     n_first = gl.minimum(n_steps, FIRST_TILES) if TMA else n_steps
     steps, maps = (0, n_first), (k_ptr, v_ptr)
-    start = _copy_tiles(steps, start, given, maps, False, HEAD_DIM, CHECK_DV, MAP_BLOCK_N, MAPPED, SHARE_ROWS)
+    start = _copy_tiles(steps, start, given, maps, False, COLUMNS, MAP)
     if TMA:
         # Beyond the context and the columns they read zeros.
         K_TILE: gl.constexpr = [BLOCK_N, BLOCK_D]
@@ -160,4 +157,4 @@ def producer(
         k_map = tma.make_tensor_descriptor(k_ptr, [kv_len, HEAD_DIM], [stride_kn, 1], K_TILE, k_smem.index(0).layout)
         v_map = tma.make_tensor_descriptor(v_ptr, [kv_len, v_width], [stride_vn, 1], V_TILE, v_smem.index(0).layout)
         rest, maps = (n_first, n_steps), (k_map, v_map)
-        _copy_tiles(rest, start, given, maps, True, HEAD_DIM, CHECK_DV, MAP_BLOCK_N, MAPPED, SHARE_ROWS)
+        _copy_tiles(rest, start, given, maps, True, COLUMNS, MAP)

@@ -142,6 +142,9 @@ class HopperConfig:
             raise ValueError("the kernel for Hopper does not copy by tensor maps where warp groups share rows")
 
 
+Config = SplitKConfig | TiledConfig | HopperConfig
+
+
 @dataclasses.dataclass(frozen=True)
 class CombineConfig:
     """Tiles of the kernel that combines splits: a step of its one warp adds ``block_s``, in ``block_dv`` columns."""

@@ -240,16 +240,14 @@ def test_results_do_not_depend_on_the_tiles():
         tuning.SplitKConfig(64, 32, 100, 4, 3),
         *HOPPER_TILES_OF_FEW_ROWS,
     ):
-        check(
-            p, split_k.launch_split_k(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config)
-        )
+        check(p, split_k.launch_split_k(p.call(), config=config))
     for config in (
         tuning.TiledConfig(128, 64, 8, 2, 64, 1),
         tuning.TiledConfig(16, 16, 4, 1, 16, 1),
         tuning.TiledConfig(64, 128, 4, 3, 64, 1),
         *HOPPER_TILES,
     ):
-        check(p, tiled.launch_tiled(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
+        check(p, tiled.launch_tiled(p.call(), config=config))
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 16, 300])
@@ -270,7 +268,7 @@ def test_every_tile_of_the_table(q_len, head_dim):
     launch = split_k.launch_split_k if q_len <= 16 else tiled.launch_tiled
     assert tiles
     for config in tiles.values():
-        check(p, launch(p.query, p.key, p.value, p.mask, None, None, False, p.scale, (0, 2, 1, 3), config))
+        check(p, launch(p.call(), config=config))
 
 
 @pytest.mark.parametrize("head_dim", [128, 256, 512])
@@ -301,7 +299,7 @@ def test_wide_stores(head_dim, dim_order, poisoned_memory):
     p = build(Case(300, 700, batch=2, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
     width, registers = tuning.padded_head_dim(head_dim), tuning.hopper_registers(head_dim)
     config = tuning.HopperConfig(64, width, 2, *registers, wide_stores=True)
-    check(p, tiled.launch_tiled(p.query, p.key, p.value, None, None, None, False, p.scale, dim_order, config))
+    check(p, tiled.launch_tiled(p.call(dim_order), config=config))
 
 
 def steps_in_a_graph(op, rows: int, buffer: int, form: str):

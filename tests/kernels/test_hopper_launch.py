@@ -7,6 +7,7 @@ import torch
 from triton.runtime import _allocation
 
 from flashpte.kernels import combine, split_k, tiled, tuning
+from flashpte.kernels.call import AttentionCall
 from flashpte.kernels.hopper import launch as hopper_launch
 from flashpte.kernels.launch import launch_with_scratch
 
@@ -34,7 +35,7 @@ def attend(launch, batch, heads, q_len, head_dim=64, width=None, kv_len=4096, ca
         return wide[..., :head_dim]
 
     query, key, value = tensor(heads * group, q_len), tensor(heads, kv_len), tensor(heads, kv_len)
-    launch(query, key, value, None, None, None, causal, 0.1, (0, 2, 1, 3), config)
+    launch(AttentionCall(query, key, value, 0.1, causal), config=config)
 
 
 def test_a_batch_of_windows_fits_in_the_grid(launches):

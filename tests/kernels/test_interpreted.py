@@ -13,16 +13,17 @@ from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, 
 from mutants import mutant
 
 from flashpte.kernels import combine, split_k, tile_map, tiled, tuning
+from flashpte.kernels.call import NO_MAP, NO_SPLIT_K_MAP, AttentionCall, GivenMap, Launch, MapTiling, Partials
 from flashpte.kernels.dispatch import launch_dispatch
 from flashpte.kernels.intervals import launch_interval_map
-from flashpte.kernels.launch import attention_shape
+from flashpte.kernels.mask import kernel_mask
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
 
 def run(launcher, case: Case, config=None):
     p = build(case)
-    return p, launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, config)
+    return p, launcher(p.call(case.dim_order), config=config)
 
 
 SPLIT_K_CASES = [
@@ -76,9 +77,7 @@ def test_tiled_matches_the_float64_answer(case):
 
 def run_intervals(launcher, case: Case, kind: str, config=None):
     p, intervals = with_intervals(case, kind)
-    order = case.dim_order
-    out = launcher(p.query, p.key, p.value, None, None, None, False, p.scale, order, config, intervals=intervals)
-    return p, out
+    return p, launcher(p.call(case.dim_order, intervals), config=config)
 
 
 @pytest.mark.parametrize("kind", INTERVAL_MASKS)
@@ -101,7 +100,7 @@ def test_tiled_with_intervals(kind):
 def test_split_k_with_the_tiles_of_a_dynamic_length(q_len, mask):
     case = Case(q_len, 130, batch=2, heads_q=6, heads_kv=2, head_dim=16, mask=mask)
     p = build(case)
-    shape = dataclasses.replace(attention_shape(p.query, p.key, p.value, p.mask), q_len=None)
+    shape = dataclasses.replace(p.call().shape(), q_len=None)
     check(*run(split_k.launch_split_k, case, tuning.choose_split_k(shape, tuning.limits("sm_90"))))
 
 
@@ -114,8 +113,9 @@ def test_tile_map_is_its_reference(q_len, row_tiles, mask):
     filler = True if p.mask.dtype == torch.bool else float("nan")
     around = torch.full([size + 2 for size in p.mask.shape], filler, dtype=p.mask.dtype)
     inside = around[tuple(slice(1, size + 1) for size in p.mask.shape)].copy_(p.mask)
-    expected = tile_map.tile_map_reference(p.mask, q_len, 300, 16, 64, 2, row_tiles)
-    tiles, counts = tile_map.launch_tile_map(inside, q_len, 300, 16, 64, 2, row_tiles)
+    tiling = MapTiling(16, 64, 2, row_tiles)
+    expected = tile_map.tile_map_reference(p.mask, q_len, 300, tiling)
+    tiles, counts = tile_map.launch_tile_map(inside, q_len, 300, tiling)
     assert torch.equal(counts, expected[1])
     listed = torch.arange(tiles.shape[-1]) < counts[..., :2].sum(-1, keepdim=True)
     assert torch.equal(tiles[listed], expected[0][listed])
@@ -175,7 +175,7 @@ def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim)
     config = tuning.HopperConfig(16, 64, 2, share_rows=True, num_splits=splits, short_splits=splits)
     heads_kv, q_len, group, width = 2, 3, 2, -(-v_head_dim // 128) * 128
     out = torch.full((1, heads_kv * group, q_len, v_head_dim), float("nan"), dtype=torch.float16)
-    partials = combine.Partials.make(out, config, heads_kv * splits * q_len * group)
+    partials = Partials.make(out, config, heads_kv * splits * q_len * group)
     rows = (heads_kv, splits, q_len * group)
     torch.manual_seed(0)
     row_max, row_sum = torch.randn(rows) * 9, torch.rand(rows) + 0.5
@@ -184,8 +184,9 @@ def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim)
     stored = torch.randint(-(2**14), 2**14, (*rows, width)).to(torch.float16)
     partials.acc.copy_(stored.flatten(0, 2))
     partials.stats.copy_(torch.cat([row_max[..., None], row_sum[..., None], unit], -1).flatten(0, 2))
-    constants = {"MAP_BLOCK_M": 16, "MAP_BLOCK_N": 64, "CAUSAL": False, "MASK": 0, "EXP2_SCALE": 1.0}
-    combine.launch_combine(partials, out, (0, 0), out, heads_kv, kv_len, config, splits, 1, constants)
+    call = AttentionCall(out, out[:, ::group], out[:, ::group], 1.0)
+    mask = kernel_mask(call, NO_SPLIT_K_MAP, MapTiling(16, 64))
+    combine.launch_combine(mask, Launch(config, out, partials, splits), heads_kv, kv_len)
 
     active = max(1, min(splits, -(-kv_len // 16)))
     if active == 1:
@@ -222,10 +223,11 @@ def test_dispatch_takes_one_kernel(monkeypatch, q_len, mask, mapped):
     case = Case(q_len, 190, batch=2, head_dim=16, mask=mask)
     counted = {module: CountedTiles(monkeypatch, module) for module in (split_k, tiled)}
     p = build(case)
-    maps = (None,) * 4
+    given = NO_MAP
     if mapped and p.mask is not None:
-        maps = (*tile_map.launch_tile_map(p.mask, q_len, 190, *tuning.tiled_map_block(16, 16), 1), None, None)
-    check(p, launch_dispatch(p.query, p.key, p.value, p.mask, *maps, p.is_causal, p.scale, case.dim_order))
+        tiling = MapTiling(*tuning.tiled_map_block(16, 16))
+        given = GivenMap(*tile_map.launch_tile_map(p.mask, q_len, 190, tiling), None)
+    check(p, launch_dispatch(p.call(case.dim_order), given))
     used = [module for module, tiles in counted.items() if tiles.visited]
     assert used == [split_k if q_len <= 16 else tiled]
 
@@ -284,7 +286,7 @@ def test_interval_map_equals_its_reference():
     for kind in INTERVAL_MASKS:
         for tile in ((16, 64), (128, 128), (32, 16)):
             _, intervals = with_intervals(Case(200, 1100, batch=2), kind)
-            tiles, counts = launch_interval_map(intervals, 1100, *tile)
+            tiles, counts = launch_interval_map(intervals, 1100, MapTiling(*tile))
             expected = torch.ops.flashpte.interval_map(intervals.bounds, intervals.values, 1100, *tile)
             assert torch.equal(counts, expected[1])
             listed = torch.arange(tiles.shape[-1]) < counts[..., :2].sum(-1, keepdim=True)
@@ -396,4 +398,4 @@ def test_float16_scores_that_bridge_the_masks_minimum():
     mask[..., 128:] = torch.finfo(torch.float16).min
     problem = Problem(query, key, value, mask, False, 1.0)
     for launcher in (split_k.launch_split_k, tiled.launch_tiled):
-        check(problem, launcher(query, key, value, mask, None, None, False, 1.0, (0, 2, 1, 3)))
+        check(problem, launcher(problem.call()))

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flashpte.kernels import split_k, tiled, tuning
+from flashpte.kernels.call import AttentionCall
 from flashpte.kernels.intervals import Intervals
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
@@ -62,7 +63,8 @@ def runs_mask(shape, per_batch: bool, per_head: bool, kind: str, generator) -> t
 
 def launch(launcher, query, key, value, mask, config, intervals=None):
     """A launcher's result, ``[B, H, L_q, D]`` memory."""
-    return launcher(query, key, value, mask, None, None, False, 0.25, (0, 1, 2, 3), config, intervals=intervals)
+    call = AttentionCall(query, key, value, 0.25, False, (0, 1, 2, 3), mask, intervals)
+    return launcher(call, config=config)
 
 
 @EXAMPLES

@@ -13,6 +13,7 @@ import torch
 from compile_only import Compiled, compiling_for
 
 from flashpte.kernels import tuning
+from flashpte.kernels.call import AttentionCall
 from flashpte.kernels.intervals import Intervals
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
@@ -96,7 +97,7 @@ def compiled(arch: str, head_dim: int, call: Call, mask: str) -> list[Compiled]:
     key, value = (torch.empty(1, HEADS_KV, call.keys, head_dim, dtype=torch.bfloat16) for _ in range(2))
     dense, intervals = masks(call.q_len, call.keys)[mask]
     with compiling_for(arch) as kernels:
-        call.launch(query, key, value, dense, None, None, False, 0.1, (0, 2, 1, 3), intervals=intervals)
+        call.launch(AttentionCall(query, key, value, 0.1, mask=dense, intervals=intervals))
     return kernels
 
 

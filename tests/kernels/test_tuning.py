@@ -154,8 +154,7 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
         problem, intervals = build(dataclasses.replace(case, mask=mask)), None
     launcher = launch_split_k if q_len <= 16 else launch_tiled
     with compiling_for(arch) as compiled:
-        p = problem
-        launcher(p.query, p.key, p.value, p.mask, None, None, p.is_causal, p.scale, case.dim_order, intervals=intervals)
+        launcher(problem.call(case.dim_order, intervals))
     main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel"))
     assert (main.name == "_hopper_kernel") == (arch == "sm_90" and q_len * group > 16)
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block

@@ -8,6 +8,7 @@ import math
 import torch
 
 from flashpte.kernels import attention_reference
+from flashpte.kernels.call import AttentionCall
 from flashpte.kernels.intervals import Intervals
 
 MASKS = (
@@ -81,6 +82,15 @@ class Problem:
     mask: torch.Tensor | None
     is_causal: bool
     scale: float
+
+    def call(
+        self, dim_order: tuple[int, ...] = (0, 2, 1, 3), intervals: Intervals | None = None, **changes
+    ) -> AttentionCall:
+        """As launchers take it; with ``intervals`` instead of the mask, where there are any."""
+        mask = self.mask if intervals is None else None
+        causal = self.is_causal and intervals is None
+        call = AttentionCall(self.query, self.key, self.value, self.scale, causal, dim_order, mask, intervals)
+        return dataclasses.replace(call, **changes)
 
 
 def positions(case: Case) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from flashpte.kernels import tuning
+from flashpte.kernels.call import AttentionCall, GivenMap
 from flashpte.kernels.intervals import Intervals
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
@@ -114,8 +115,13 @@ def launcher(inputs: Inputs) -> Callable[[Any, Config], torch.Tensor]:
     """Calls the kernel for one set of inputs with a given tile."""
     tile_map, intervals = map_makers(inputs)[POSITIONS](), Intervals(inputs.bounds, None)
     launch = launch_tiled if inputs.case.prefills else launch_split_k
-    given = (None, *tile_map, False, inputs.case.shape.scale, DIM_ORDER)
-    return lambda s, config: launch(*s, *given, config=config, intervals=intervals)
+    given = GivenMap(*tile_map, None if inputs.case.prefills else tuning.SPLIT_K_MAP_BLOCK_N)
+
+    def call(tensors: Any, config: Config) -> torch.Tensor:
+        attention = AttentionCall(*tensors, inputs.case.shape.scale, dim_order=DIM_ORDER, intervals=intervals)
+        return launch(attention, given, config=config)
+
+    return call
 
 
 def compile_part(inputs: Inputs, i: int, n: int) -> None:

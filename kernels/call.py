@@ -1,0 +1,179 @@
+"""What launchers take: an attention call, the tile map that comes with it, and one launch of a kernel for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import broadcast_stride, cdiv, empty_output, exponent_scale, static_int, with_unit_stride
+
+if TYPE_CHECKING:
+    from flashpte.kernels.intervals import Intervals
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention.
+
+    Attributes:
+        query, key, value: ``[B, H_q, L_q, D]``, ``[B, H_kv, L_kv, D]``, ``[B, H_kv, L_kv, D_v]``.
+        scale: factor of the scores.
+        is_causal: top-left aligned.
+        dim_order: memory order of the result's dimensions, outermost first.
+        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
+        intervals: a mask in another form, instead of ``mask``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    is_causal: bool = False
+    dim_order: Sequence[int] = (0, 2, 1, 3)
+    mask: torch.Tensor | None = None
+    intervals: Intervals | None = None
+
+    # Sizes; some may be symbolic.
+    batch = property(lambda self: self.query.shape[0])
+    heads_q = property(lambda self: self.query.shape[1])
+    heads_kv = property(lambda self: self.key.shape[1])
+    group = property(lambda self: self.heads_q // self.heads_kv, doc="Query heads per key/value head.")
+    q_len = property(lambda self: self.query.shape[2])
+    kv_len = property(lambda self: self.key.shape[2])
+    head_dim = property(lambda self: self.query.shape[3])
+    v_head_dim = property(lambda self: self.value.shape[3])
+
+    @property
+    def exp2_scale(self) -> float:
+        """The kernels' ``EXP2_SCALE``."""
+        return exponent_scale(self.query.dtype, self.mask)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of every attention kernel."""
+        return {"GROUP": self.group, "HEAD_DIM": self.head_dim, "V_HEAD_DIM": self.v_head_dim}
+
+    @property
+    def tile_constants(self) -> dict[str, int]:
+        """Constants of Triton's kernels: the columns of their tiles, and whether scores are summed in float64."""
+        widths = [tuning.padded_head_dim(dim) for dim in (self.head_dim, self.v_head_dim)]
+        return {"BLOCK_D": widths[0], "BLOCK_DV": widths[1], "EXACT": self.query.dtype == torch.float32}
+
+    @property
+    def strides(self) -> list[int]:
+        """Strides of query, key and value per batch entry, head and row."""
+        return [broadcast_stride(tensor, d) for tensor in (self.query, self.key, self.value) for d in range(3)]
+
+    def shape(self) -> tuning.AttentionShape:
+        """What a tile choice is made from."""
+        return tuning.AttentionShape(
+            batch=static_int(self.batch),
+            heads_q=self.heads_q,
+            heads_kv=self.heads_kv,
+            q_len=static_int(self.q_len),
+            kv_len=static_int(self.kv_len),
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+            dtype=self.query.dtype,
+            mask_itemsize=0 if self.mask is None else self.mask.dtype.itemsize,
+        )
+
+    def with_unit_strides(self) -> AttentionCall:
+        """The same call; query, key and value are copied where their last dimension is not contiguous."""
+        query, key, value = map(with_unit_stride, (self.query, self.key, self.value))
+        return dataclasses.replace(self, query=query, key=key, value=value)
+
+    def empty_output(self) -> torch.Tensor:
+        """Memory for the result."""
+        return empty_output(self.query, self.v_head_dim, self.dim_order)
+
+
+class GivenMap(NamedTuple):
+    """A tile map that a call is given, or ``None`` twice.
+
+    Attributes:
+        tiles, counts: as ``flashpte::tile_map`` returns them.
+        block_n: keys per tile of a map for the split-K kernels; ``None`` for the tiled kernel's.
+    """
+
+    tiles: torch.Tensor | None
+    counts: torch.Tensor | None
+    block_n: int | None
+
+
+NO_MAP = GivenMap(None, None, None)
+NO_SPLIT_K_MAP = GivenMap(None, None, tuning.SPLIT_K_MAP_BLOCK_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapTiling:
+    """How a mask is cut into the tiles of a map; see ``flashpte::tile_map``."""
+
+    block_m: int
+    block_n: int
+    head_group: int = 1
+    row_tiles: int | None = None
+
+    def rows(self, q_len: int) -> int:
+        """Rows of tiles."""
+        return cdiv(q_len, self.block_m) if self.row_tiles is None else self.row_tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Partials:
+    """Where splits store what they computed: ``acc [rows, width]`` and ``stats [rows, numbers]``.
+
+    There is a row for each row of each split. Where there is one split, which stores nothing here, both are the result.
+    """
+
+    acc: torch.Tensor
+    stats: torch.Tensor
+    width: int
+    numbers: int
+
+    @classmethod
+    def make(cls, out: torch.Tensor, config: tuning.Config, rows: int | torch.SymInt | None) -> Partials:
+        """For the kernel of ``config`` and the result ``out [B, H_q, L_q, D_v]``; ``None`` rows for one split."""
+        width, numbers, dtype = out.shape[3], 2, torch.float32
+        if isinstance(config, tuning.HopperConfig):
+            width = cdiv(width, config.columns) * config.columns
+            numbers, dtype = 2 + width // config.block_dv, torch.float16
+        if rows is None:
+            return cls(out, out, width, numbers)
+        stats = out.new_empty((rows, numbers), dtype=torch.float32)
+        return cls(out.new_empty((rows, width), dtype=dtype), stats, width, numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One launch of an attention kernel, and of the kernel that combines its splits.
+
+    Attributes:
+        config: the kernel's tiles.
+        out: ``[B, H_q, L_q, D_v]``, written.
+        partials: written if there are several splits.
+        num_splits: into how many splits the keys are cut; may be symbolic.
+        enabled: 0 or 1, may be symbolic: with 0, no program is launched at run time.
+    """
+
+    config: tuning.Config
+    out: torch.Tensor
+    partials: Partials
+    num_splits: int | torch.SymInt = 1
+    enabled: int | torch.SymInt = 1
+
+
+class Destination(NamedTuple):
+    """Where a launcher writes its result.
+
+    Attributes:
+        out: ``[B, H_q, L_q, D_v]``.
+        enabled: as in :class:`Launch`.
+    """
+
+    out: torch.Tensor
+    enabled: int | torch.SymInt

@@ -1,0 +1,69 @@
+"""The tiers: which cases of a wide grid are marked ``sweep``, for ``make test-sweep``, and which tests ``slow``.
+
+A grid crosses shapes, archs or masks with each other, and most of its cases repeat what others show. Those that stay
+cover every value of every axis, and each case in which a fault was once found. Sweep after a change of a kernel, of a
+table of tiles, or of a proof.
+"""
+
+from __future__ import annotations
+
+import re
+
+KEPT = {
+    # Cubins of every tile: the arch that has a kernel of its own, and the two ends of the others.
+    "test_resources.py::test_no_spills_but_those_listed_and_no_more_shared_memory_than_there_is": (
+        r"sm_90-(64|128|256|512)-(decode|verify 16|prefill)-positions|sm_90-(256|512)-verify 5-positions"
+        r"|sm_90-320-|sm_90-192-verify of many|sm_90-128-prefill-tensor|sm_90-256-verify 16-tensor"
+        r"|sm_80-(128|256)-(verify 16|prefill)-positions|sm_8[69]-512-prefill-positions|sm_120-512-decode-positions"
+    ),
+    "test_tuning.py::test_choices_compile_within_the_shared_memory_of_their_arch": r"(256|512)-.*-(sm_86|sm_90)",
+    # Interpreted kernels: a second a program of a launch.
+    "test_interpreted.py::test_dispatch_takes_one_kernel": (
+        r"(True|False)-(bool_head|float_min_rows|is_causal)-(5|17)|True-(none|bool_context|bool_batch)-(16|40)"
+        r"|True-none-1"
+    ),
+    "test_interpreted.py::test_split_k_does_not_depend_on_its_tiles": (
+        r"16-16-True-(2|7)|16-64-False-3|32-32-True-(1|40)"
+    ),
+    "test_interpreted.py::test_tiled_with_intervals": r"gapped|ring|documents|batch|empty",
+    "test_interpreted.py::test_split_k_with_intervals": r"\[5-|1-causal",
+    "test_interpreted.py::test_split_k_with_the_tiles_of_a_dynamic_length": r"-5\]|bool_head-16|none-1\]",
+    "test_interpreted.py::test_split_k_does_not_depend_on_what_edges_weigh": r"ring|documents-2|empty-7",
+    "test_interpreted.py::test_tiled_does_not_depend_on_its_tiles": r"32-128|128-64",
+    # Rewritten programs.
+    "test_mask_structure.py::test_proven_masks_are_computed_from_positions": r"5-False-False|40-True-True",
+    "test_forms.py::test_ranks": r"-(5|40)-(True|False)",
+    # Processes of their own.
+    "test_endings.py::test_a_signal_in_the_middle": r"2-130|15-143",
+}
+"""By the end of the test's id without its case, a regular expression that finds the cases which stay."""
+
+SLOW = (
+    "tests/kernels/test_resources.py",
+    "tests/kernels/test_tuning.py::test_choices_compile",
+    "tests/export/check/",
+    "tests/export/cli/test_draft.py",
+    "tests/export/cli/test_endings.py",
+    "tests/export/cli/test_export_model.py",
+    "tests/export/models/test_build.py",
+    "tests/export/models/test_equivalence.py",
+    "tests/export/models/test_methods.py",
+    "tests/export/speculative/test_lossless.py",
+    "tests/export/state/",
+    "tests/benchmarks/test_measure.py",
+    "tests/passes/test_dispatch.py",
+    "tests/passes/test_mask_idioms.py",
+    "tests/passes/test_mask_structure.py",
+    "tests/passes/test_mask_traps.py",
+    "tests/passes/test_models.py",
+    "tests/passes/test_random_masks.py",
+    "tests/passes/test_written_attention.py",
+    "tests/test_packaging.py",
+)
+"""How the ids of tests begin which are marked ``slow``: ``make test-fast`` leaves them out."""
+
+
+def is_swept(test: str, case: str) -> bool:
+    """Whether a case is left to ``make test-sweep``."""
+    kept = next((pattern for name, pattern in KEPT.items() if test.endswith(name)), None)
+    return kept is not None and re.search(kept, case) is None
