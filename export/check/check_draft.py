@@ -77,7 +77,6 @@ def check_draft(
     reference: EagerModel,
     tokens: Sequence[int],
     features: torch.Tensor,
-    dtype: torch.dtype,
 ) -> tuple[list[Comparison], Agreement, list[str]]:
     """Runs ``draft_decode`` through its whole cache and compares with the plain drafts of two eager models.
 
@@ -89,7 +88,6 @@ def check_draft(
         reference: the same in a wider dtype.
         tokens: N tokens of a sequence.
         features: [N, C], the features of their positions, in the program's dtype.
-        dtype: the program's.
 
     Returns:
         Comparisons of features, keys and values; how the proposals agree; and what could not be compared.
@@ -106,7 +104,7 @@ def check_draft(
     for step in steps:
         inputs = (
             torch.tensor([following[step.start : step.end]]),
-            features[None, step.start : step.end].to(dtype),
+            features[None, step.start : step.end],
             torch.arange(step.start, step.end),
         )
         proposal, feature = program.run(DRAFT_DECODE, *inputs)
@@ -118,10 +116,12 @@ def check_draft(
     actual = torch.stack(after)
     worst = int((actual.double() - truth.features.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
     where = f"at position {rows[worst]} ({steps[worst].count} rows from {steps[worst].start})"
-    found = [compare("draft_decode features", where, actual, truth.features, yardstick.features, dtype)]
-    states, missing = compare_states(program, [truth.held], [yardstick.held], dtype, part=DRAFT_PART)
+    found = [
+        compare("draft_decode features", where, actual, truth.features, yardstick.features, yardstick.features.dtype)
+    ]
+    states, missing = compare_states(program, [truth.held], [yardstick.held], part=DRAFT_PART)
     found += states
-    allowed = compare("", "", yardstick.logits, truth.logits, yardstick.logits, dtype).max_allowed
+    allowed = compare("", "", yardstick.logits, truth.logits, yardstick.logits, yardstick.logits.dtype).max_allowed
     # which token of the draft's vocabulary was meant: its ids may be others than the target's
     meant = [reference.draft.to_draft_id(proposal) for proposal in proposals]
     return found, judge(torch.tensor(meant), truth.logits, 2 * allowed), missing

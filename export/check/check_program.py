@@ -135,7 +135,6 @@ def check_program(
     own: EagerModel,
     reference: EagerModel,
     *,
-    dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
     model_weights: Mapping[str, torch.Tensor] | None = None,
     computed: Mapping[str, torch.Tensor] | None = None,
@@ -147,7 +146,6 @@ def check_program(
         program: what is checked; its buffers are written to and reset.
         own: the eager model in the program's dtype, the yardstick; with the draft of a program that has one.
         reference: the same in a wider dtype, the truth.
-        dtype: the program's.
         weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
         model_weights: what they should be, by FQN, see :func:`named_weights`.
         computed: buffers that the model computes, see :func:`computed_buffers`.
@@ -175,20 +173,20 @@ def check_program(
     rows = sorted({position for step, logits, _ in results for position in _rows(step, logits)})
     tell("evaluating the eager model")
     expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
-    comparisons = _compare_logits(results, rows, expected, yardstick, dtype)
-    comparisons += _compare_features(results, expected, yardstick, dtype)
-    found, missing = compare_states(program, expected.states, yardstick.states, dtype)
+    comparisons = _compare_logits(results, rows, expected, yardstick)
+    comparisons += _compare_features(results, expected, yardstick)
+    found, missing = compare_states(program, expected.states, yardstick.states)
     comparisons += found
     proposals = None
     if DRAFT_DECODE in program.signatures and yardstick.features is not None:
         tell("walking with the draft")
-        found, proposals, absent = check_draft(program, own, reference, tokens[:end], yardstick.features, dtype)
+        found, proposals, absent = check_draft(program, own, reference, tokens[:end], yardstick.features)
         comparisons += found
         missing += absent
     agreement = None
     if model.limits.decode:
         tell("following a greedy sequence")
-        teacher, agreement = _follow_greedy(model, own, reference, tokens, dtype)
+        teacher, agreement = _follow_greedy(model, own, reference, tokens)
         comparisons.append(teacher)
     model.reset()
     missing += undescribed_buffers(program)
@@ -265,7 +263,6 @@ def _compare_logits(
     rows: Sequence[int],
     expected: Evaluation,
     yardstick: Evaluation,
-    dtype: torch.dtype,
 ) -> list[Comparison]:
     at = {position: index for index, position in enumerate(rows)}
     comparisons = []
@@ -277,7 +274,8 @@ def _compare_logits(
         position = rows[indices[_worst_row(actual, truth)]]
         where = next(s for s, logits in mine if position in _rows(s, logits))
         name = f"at position {position} ({where.count} tokens from {where.start})"
-        comparisons.append(compare(f"{method} logits", name, actual, truth, yardstick.logits[indices], dtype))
+        allowed = yardstick.logits[indices]
+        comparisons.append(compare(f"{method} logits", name, actual, truth, allowed, allowed.dtype))
     return comparisons
 
 
@@ -288,9 +286,7 @@ def _worst_row(actual: torch.Tensor, truth: torch.Tensor) -> int:
     return int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
 
 
-def _compare_features(
-    results: Results, expected: Evaluation, yardstick: Evaluation, dtype: torch.dtype
-) -> list[Comparison]:
+def _compare_features(results: Results, expected: Evaluation, yardstick: Evaluation) -> list[Comparison]:
     """What the target's methods hand to the draft, by method;."""
     if expected.features is None or yardstick.features is None:
         return []
@@ -303,7 +299,8 @@ def _compare_features(
         rows = [row for step, _ in mine for row in range(step.start, step.end)]
         actual, truth = torch.cat([features for _, features in mine]), expected.features[rows]
         where = f"at position {rows[_worst_row(actual, truth)]}"
-        comparisons.append(compare(f"{method} features", where, actual, truth, yardstick.features[rows], dtype))
+        allowed = yardstick.features[rows]
+        comparisons.append(compare(f"{method} features", where, actual, truth, allowed, allowed.dtype))
     return comparisons
 
 
@@ -312,7 +309,6 @@ def _follow_greedy(
     own: EagerModel,
     reference: EagerModel,
     tokens: Sequence[int],
-    dtype: torch.dtype,
 ) -> tuple[Comparison, Agreement]:
     length = model.limits.max_seq_len
     window = min((rules.most_back for rules in model.program.states if rules.most_back is not None), default=None)
@@ -327,7 +323,7 @@ def _follow_greedy(
     actual = torch.cat([row[0, -1:].cpu() for row in logits])
     sequence, rows = prompt + forced[:-1], list(range(len(prompt) - 1, len(prompt) - 1 + count))
     truth, yardstick = (eager.evaluate(sequence, rows).logits for eager in (reference, own))
-    return judge_greedy(actual, truth, yardstick, dtype)
+    return judge_greedy(actual, truth, yardstick, yardstick.dtype)
 
 
 def judge_greedy(

@@ -18,7 +18,6 @@ def compare_states(
     program: RunsMethods,
     expected: Sequence[Held],
     yardstick: Sequence[Held],
-    dtype: torch.dtype,
     *,
     part: str = TARGET_PART,
 ) -> tuple[list[Comparison], list[str]]:
@@ -27,8 +26,7 @@ def compare_states(
     Args:
         program: what is checked, after a sequence.
         expected: what the layers of the reference hold.
-        yardstick: what those of the eager model in the program's dtype hold.
-        dtype: the program's; a state of another one is judged by its own.
+        yardstick: what those of the eager model in the program's dtypes hold.
         part: ``target`` or ``draft``.
 
     Returns:
@@ -51,7 +49,7 @@ def compare_states(
             else:
                 held, chosen = _held(rules, buffer, truth[name])
                 group = f"draft {name}" if part == DRAFT_PART else f"{rules.kind} {name}"
-                judged = buffer.dtype if buffer.is_floating_point() else dtype
+                judged = buffer.dtype if buffer.is_floating_point() else own[name].dtype
                 found = compare(group, f"in layer {index}", held, truth[name][chosen], own[name][chosen], judged)
                 groups.setdefault(group, []).append(found)
     if not groups:

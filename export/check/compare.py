@@ -87,7 +87,7 @@ def compare(
         actual: the program's.
         reference: of the wider dtype, same shape.
         own: the eager model's in the program's dtype, same shape.
-        dtype: the program's.
+        dtype: the program's, which says how far apart neighbouring numbers are.
     """
     if actual.shape != reference.shape or not actual.numel():
         shapes = f"{where} of shape {list(actual.shape)}, the model's is {list(reference.shape)}"

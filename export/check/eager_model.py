@@ -129,8 +129,9 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
     """
     from flashpte.export.models.build import cut_layers
     from flashpte.export.models.registry import get_target
-    from flashpte.export.weights.random import fill_random
-    from flashpte.export.weights.safetensors import Checkpoint, load_checkpoint
+    from flashpte.export.weights.random import RandomWeights
+    from flashpte.export.weights.recipe import WeightSource, fill_weights, plan_weights, read_recipe
+    from flashpte.export.weights.safetensors import Checkpoint, check_tensors
 
     described = manifest.get("model")
     if not isinstance(described, dict) or not isinstance(described.get("config"), dict) or "target" not in manifest:
@@ -154,12 +155,16 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
     if kept < total:
         cut_layers(model, kept)
     dtype = read_dtype(described["dtype"])
+    source: WeightSource
     if checkpoint is not None:
-        load_checkpoint(Checkpoint(checkpoint), model, total, dtype)
+        source = opened = Checkpoint(checkpoint)
+        check_tensors(opened, model, total)
     elif isinstance(weights, dict) and isinstance(weights.get("random_seed"), int):
-        fill_random(model, dtype, weights["random_seed"])
+        source = RandomWeights(model, dtype, weights["random_seed"])
     else:
         raise ProgramError(Option("check"), ": the manifest does not say where its weights came from")
+    recipe = read_recipe(manifest.get("weight_formats"), described["dtype"])
+    fill_weights(model, plan_weights(model, recipe), source)
     untyped: Any = model
     untyped.set_attn_implementation("sdpa")
     return model.eval()
@@ -186,15 +191,16 @@ def reference_dtype(dtype: torch.dtype) -> torch.dtype:
 def eager_pair(
     model: nn.Module, draft: DraftPlan | None = None, layer_state: LayerStateOf | None = None
 ) -> tuple[EagerModel, EagerModel]:
-    """The model in its own dtype, and in the wider one that is the reference; on the GPU where both fit.
+    """The model as it is, and in the wider dtype that is the reference; on the GPU where both fit.
 
     Args:
         model: the target.
         draft: a draft with its weights, which both get a copy of.
         layer_state: what a decoder layer remembers; ``None`` for Hugging Face attention.
     """
-    own = next(model.parameters()).dtype
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    weights = model.state_dict().values()
+    own = max((t.dtype for t in weights if t.is_floating_point()), key=lambda dtype: dtype.itemsize)
+    size = sum(t.numel() * t.element_size() for t in weights)
     wider = reference_dtype(own)
     device = "cpu"
     if torch.cuda.is_available():

@@ -65,7 +65,6 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
         program,
         own,
         reference,
-        dtype=next(model.parameters()).dtype,
         weights=getattr(program, "weights", None),
         model_weights=named_weights(model, draft),
         computed=computed_buffers(model, draft),

@@ -181,7 +181,7 @@ def attention_of(layer: nn.Module) -> LayerState:
         ExportError: its query heads cannot be grouped over its key heads.
     """
     attn = _untyped(layer).self_attn
-    heads, kv_heads = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+    heads, kv_heads = (linear.out_features // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
     if heads % kv_heads:
         raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
     return attention_state(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None))

@@ -62,6 +62,9 @@ class TargetSpec:
         min_forward: fewest tokens that one forward may hold; more than 1 rules out ``decode``.
         max_forward: most tokens that one forward may hold, beside the sliding window, which always bounds it (the ring
             of keys is twice the window); ``None`` for no bound of the target's own.
+        weight_formats: which weights are stored in another format than the export's dtype: pairs of a regular
+            expression for the whole name (``model.layers.0.mlp.up_proj.weight``) and the name of a format; the first
+            match counts.
         layer_state: what a decoder layer remembers between calls; ``None`` for layers of Hugging Face attention.
     """
 
@@ -76,6 +79,7 @@ class TargetSpec:
     taps: Callable[[int], tuple[int, ...]] = default_taps
     min_forward: int = 1
     max_forward: int | None = None
+    weight_formats: tuple[tuple[str, str], ...] = ()
     layer_state: Callable[[nn.Module], LayerState] | None = None
 
 

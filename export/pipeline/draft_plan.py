@@ -9,6 +9,7 @@ import torch
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.options import DEFAULT_CHAIN, ExportOptions, check_options
+from flashpte.export.files.dtypes import dtype_name
 from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.eagle3 import Draft, build_draft, layer_config
 from flashpte.export.models.eagle3_config import DraftConfig
@@ -18,12 +19,13 @@ from flashpte.export.weights.draft import (
     EMBEDDING,
     HEAD,
     DraftFiles,
+    DraftWeights,
+    RandomDraftWeights,
     check_draft_tensors,
-    fill_random_draft,
-    fill_uninitialised_draft,
-    load_draft,
+    draft_recipe,
     open_draft,
 )
+from flashpte.export.weights.recipe import WeightSource, fill_weights, plan_weights
 
 RANDOM_VOCAB_SIZE = 32_000
 """Draft vocabulary of a random draft, as published ones have; half the target's where that is smaller."""
@@ -44,15 +46,21 @@ class DraftPlan(Draft):
     def load_weights(self, dtype: torch.dtype, seed: int | None) -> None:
         """Gives the draft its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
         if self.files is not None:
-            load_draft(self.files, self.fusion, self.head, self.target_vocab_size, dtype)
+            self._fill(dtype, DraftWeights(self.files, self.target_vocab_size))
         elif seed is not None:
-            fill_random_draft(self.fusion, self.head, self.target_vocab_size, dtype, seed)
+            parts = (self.fusion, self.head)
+            self._fill(dtype, RandomDraftWeights(parts, self.target_vocab_size, dtype, seed))
         else:
             self.fill_uninitialised(dtype)
 
     def fill_uninitialised(self, dtype: torch.dtype) -> None:
         """Memory for every weight without touching it."""
-        fill_uninitialised_draft(self.fusion, self.head, dtype)
+        self._fill(dtype, None)
+
+    def _fill(self, dtype: torch.dtype, source: WeightSource | None) -> None:
+        for part in (self.fusion, self.head):
+            recipe = draft_recipe(dtype_name(dtype))
+            fill_weights(part, plan_weights(part, recipe), source)
 
     def manifest(self) -> dict[str, Any]:
         """What manifest.json says about the draft."""

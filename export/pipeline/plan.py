@@ -33,6 +33,8 @@ from flashpte.export.weights.checkpoint_folder import (
     read_token_ids,
     tokenizer_files,
 )
+from flashpte.export.weights.random import RandomWeights
+from flashpte.export.weights.recipe import PlannedWeight, Recipe, WeightSource, plan_weights
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
@@ -50,7 +52,10 @@ class ExportPlan:
         total_layers: layers before ``options.layers`` cut them.
         max_seq_len: positions that the caches hold.
         methods: the methods to export.
-        checkpoint: the opened checkpoint, its tensors checked against the model by name and shape.
+        recipe: which format each weight gets.
+        weights: the model's weights, each with its format.
+        source: where they come from: an opened checkpoint, its tensors checked against the model by name and shape, or
+            a seed; ``None`` for an export that can only be traced.
         draft: the draft head, likewise; ``None`` without one.
     """
 
@@ -61,12 +66,14 @@ class ExportPlan:
     total_layers: int
     max_seq_len: int
     methods: tuple[MethodSpec, ...]
-    checkpoint: Checkpoint | None
+    recipe: Recipe
+    weights: tuple[PlannedWeight, ...]
+    source: WeightSource | None
     draft: DraftPlan | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of weights, caches and logits."""
+        """Dtype of activations, and of what has no other: weights without a rule of their own, caches, logits."""
         return DTYPES[self.options.dtype]
 
     @property
@@ -105,7 +112,7 @@ class ExportPlan:
         """What manifest.json says about the model; holds no path, so equal exports have equal manifests."""
         options = self.options
         weights: Any = None
-        if self.checkpoint is not None:
+        if options.checkpoint is not None:
             weights = "checkpoint"
         elif options.random_seed is not None:
             weights = {"random_seed": options.random_seed}
@@ -121,6 +128,7 @@ class ExportPlan:
                 "config": dict(self.config),
             },
             "weights": weights,
+            "weight_formats": self.recipe.to_dict(),
             "states": [rules.to_dict() for rules in self.states],
             "tokenizer": [path.name for path in self.extra_files],
         }
@@ -152,10 +160,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     check_verify_window(spec, options, window, bound, reason)
     caches = facts.states if draft is None else (*facts.states, draft.head.attention)
     check_cache_size(caches, max_seq_len, DTYPES[options.dtype])
-    checkpoint = None
+    source: WeightSource | None = None
     if options.checkpoint is not None:
-        checkpoint = Checkpoint(options.checkpoint)
+        source = checkpoint = Checkpoint(options.checkpoint)
         check_tensors(checkpoint, model, total_layers)
+    elif options.random_seed is not None:
+        source = RandomWeights(model, DTYPES[options.dtype], options.random_seed)
+    recipe = Recipe(options.dtype, spec.weight_formats)
+    weights = plan_weights(model, recipe)
     methods = plan_methods(
         chunk,
         window,
@@ -164,7 +176,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         decode=spec.min_forward == 1 and (draft is None or options.with_decode),
         draft=draft is not None,
     )
-    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, checkpoint, draft)
+    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, recipe, weights, source, draft)
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:

@@ -20,8 +20,7 @@ from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
 from flashpte.export.pipeline.plan import ExportPlan
 from flashpte.export.state.model_state import ModelState
-from flashpte.export.weights.random import fill_random, fill_uninitialised
-from flashpte.export.weights.safetensors import load_checkpoint
+from flashpte.export.weights.recipe import fill_weights
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
@@ -32,12 +31,7 @@ Progress = Callable[[str], None]
 
 def load_weights(plan: ExportPlan) -> None:
     """Gives the plan's model its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
-    if plan.checkpoint is not None:
-        load_checkpoint(plan.checkpoint, plan.model, plan.total_layers, plan.dtype)
-    elif plan.options.random_seed is not None:
-        fill_random(plan.model, plan.dtype, plan.options.random_seed)
-    else:
-        fill_uninitialised(plan.model, plan.dtype)
+    fill_weights(plan.model, plan.weights, plan.source)
     if plan.draft is not None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 
@@ -58,7 +52,7 @@ def export_programs(
     """
     report = progress or (lambda stage: None)
     if trace_only:
-        fill_uninitialised(plan.model, plan.dtype)
+        fill_weights(plan.model, plan.weights, None)
         if plan.draft is not None:
             plan.draft.fill_uninitialised(plan.dtype)
     else:

@@ -132,6 +132,7 @@ class LanguageModel:
         self.features: torch.Tensor | None = None
         self._rollback = Rollback((rules for rules in program.states if rules.part == TARGET_PART), program.buffers)
         self._fed: list[int] = []  # the token at each position
+        self._furthest = 0  # one behind the last position that was ever fed
 
     def call(self, method: str, tokens: Sequence[int]) -> torch.Tensor:
         """Runs a method on tokens at the current position.
@@ -153,6 +154,7 @@ class LanguageModel:
         logits, *others = self.program.run(method, ids, torch.arange(self.position, end, dtype=torch.int64))
         self.features = others[0] if others else None
         self.position = end
+        self._furthest = max(self._furthest, end)
         return logits
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -189,7 +191,7 @@ class LanguageModel:
         self.program.reset()
         self._rollback.forget()
         self._fed.clear()
-        self.position = 0
+        self.position = self._furthest = 0
 
     def move_back(self, position: int) -> None:
         """Goes back to an earlier position, as after rejected drafts: later tokens are written over.
@@ -197,15 +199,22 @@ class LanguageModel:
         A state that goes back by a snapshot is put back to one, and the tokens from there on are fed again.
 
         Raises:
-            UsageError: it is not an earlier one.
+            UsageError: it is not an earlier one, or a state does not go back so far.
             ProgramError: no methods take the tokens that have to be fed again.
         """
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot go to position {position} from {self.position}")
         if position == self.position:
             return
+        most = self._rollback.most_back
+        if most is not None and 0 < position < self._furthest - most:  # position 0 begins anew
+            raise UsageError(
+                f"cannot go back to position {position}: {self._furthest} were fed, and a layer goes back by {most} at "
+                "most"
+            )
         if not self._rollback.needed:
             self.position = position
+            self._furthest = self._furthest if position else 0
             return
         again = self._fed[:position]
         for start in (*self._rollback.kept_before(position), 0):

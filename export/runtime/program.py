@@ -56,7 +56,7 @@ class Program:
         self.signatures = dict(signatures)
         self.buffers = dict(buffers)
         self.manifest = manifest
-        self.states = read_states(manifest.get("states", ()))
+        self.states = read_states(manifest)
         self.constants: Mapping[str, Any] = manifest["constant_methods"]
         self.device = device
         self.weights = None if weights is None else dict(weights)
@@ -93,6 +93,7 @@ class Program:
         opened = read_folder(folder, unverified=unverified)
         check_torch(opened)
         check_gpu(opened)  # before minutes of reading
+        read_states(opened.manifest)
         if not unverified:
             opened = verify_files(opened, tell)
         return load(opened, cuda_graphs=cuda_graphs, progress=tell)

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from flashpte.export.common.errors import ProgramError
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,19 +49,45 @@ class StateRules:
         return {**dataclasses.asdict(self), "buffers": dict(self.buffers)}
 
 
-def read_states(entries: Any) -> tuple[StateRules, ...]:
-    """The rules that a manifest's ``states`` hold.
+def read_states(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
+    """The rules in a manifest's ``states``; for one that is older than they are, those of its KV caches.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: an entry is not as ``export-model`` writes it, or asks for what
-            this version does not know.
+        ProgramError: an entry is not as ``export-model`` writes it, or asks for what this version does not know.
     """
-    rules = tuple(StateRules(**entry) for entry in entries)
+    if "states" not in manifest:
+        return _states_by_name(manifest)
+    try:
+        rules = tuple(StateRules(**entry) for entry in manifest["states"])
+        for rule in rules:
+            dict(rule.buffers)
+    except (TypeError, ValueError) as error:
+        raise ProgramError(f"manifest.json: cannot read its states ({error!r})") from error
     for rule in rules:
         if rule.goes_back not in ("position", "snapshot") or rule.compared not in ("positions", "last"):
-            raise ValueError(f"state {rule.kind!r}: goes back by {rule.goes_back!r}, compared by {rule.compared!r}")
-        dict(rule.buffers)
+            raise ProgramError(
+                f"manifest.json: state {rule.kind!r} goes back by {rule.goes_back!r} and is compared by "
+                f"{rule.compared!r}, which this flashpte does not know"
+            )
     return rules
+
+
+def _states_by_name(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
+    """Version 1 knew caches alone, full ones and rings, and nothing but their names says what they hold."""
+    methods = manifest.get("methods", {}).values()
+    buffers = {name: entry for method in methods for name, entry in method.get("buffers", {}).items()}
+    model = manifest.get("model") or {}
+    window, length, rules = model.get("sliding_window"), model.get("max_seq_len"), []
+    for part, cache in ((TARGET_PART, "kv_cache"), (DRAFT_PART, "draft_cache")):
+        for layer in range(len(buffers)):
+            names = {"keys": f"{cache}.k_{layer}", "values": f"{cache}.v_{layer}"}
+            if not set(names.values()) <= buffers.keys():
+                break
+            ring = window is not None and buffers[names["keys"]]["shape"][2] < length
+            rules.append(
+                StateRules("sliding" if ring else "full", names, most_back=window if ring else None, part=part)
+            )
+    return tuple(rules)
 
 
 class LayerState(Protocol):

@@ -21,6 +21,7 @@ class Rollback:
 
     Attributes:
         needed: whether a state goes back by snapshots alone.
+        most_back: by how many positions every state goes back; ``None`` for no limit.
         fed_twice: whether every state takes a token again at its own position.
     """
 
@@ -28,6 +29,7 @@ class Rollback:
         states = tuple(states)
         by_snapshot = [rules for rules in states if rules.goes_back == "snapshot"]
         self.needed = bool(by_snapshot)
+        self.most_back = min((rules.most_back for rules in states if rules.most_back is not None), default=None)
         self.fed_twice = all(rules.fed_twice for rules in states)
         names = [fqn for rules in by_snapshot for fqn in rules.buffers.values()]
         self._buffers = {fqn: (buffers or {})[fqn] for fqn in names}

@@ -8,6 +8,7 @@ d + d2t[d]. ``t2d`` bool [V] marks the target tokens that the draft knows; nothi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from flashpte.export.common.errors import ExportError, Option
 from flashpte.export.models.eagle3_config import DraftConfig, parse_draft_config
 from flashpte.export.weights.checkpoint_folder import CONFIG_FILE, read_json
 from flashpte.export.weights.random import random_tensor, tensor_generator
+from flashpte.export.weights.recipe import Recipe
 from flashpte.export.weights.safetensors import FLOAT_DTYPES, Checkpoint
 
 EMBEDDING, HEAD, MAP, MARKS = "embed_tokens.weight", "lm_head.weight", "d2t", "t2d"
@@ -142,45 +144,38 @@ def check_draft_tensors(files: DraftFiles, fusion: nn.Module, head: nn.Module) -
             raise ExportError(f"tensor {name} in {found.file} has no place in the draft that its config.json describes")
 
 
-def load_draft(
-    files: DraftFiles, fusion: nn.Module, head: nn.Module, target_vocab_size: int, dtype: torch.dtype
-) -> None:
-    """Puts a checkpoint's tensors, cast to ``dtype``, in the place of the modules' weights; ``d2t`` stays int64.
-
-    Raises:
-        ExportError: see :func:`check_draft_tensors` and :meth:`DraftFiles.vocabulary_map`.
-    """
-    check_draft_tensors(files, fusion, head)
-    for part in (fusion, head):
-        weights = {}
-        for name in part.state_dict():
-            if name == MAP:
-                weights[name] = files.vocabulary_map(target_vocab_size)
-            else:
-                weights[name] = files.checkpoint.read(stored_name(name, files)).to(dtype)
-        part.load_state_dict(weights, assign=True)
+def draft_recipe(dtype: str) -> Recipe:
+    """Formats of a draft's weights: its floats have the target's dtype, the vocabulary's map stays whole numbers."""
+    return Recipe(dtype, ((MAP, "int64"),))
 
 
-def fill_random_draft(
-    fusion: nn.Module, head: nn.Module, target_vocab_size: int, dtype: torch.dtype, seed: int
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class DraftWeights:
+    """The weights of a draft's folder by the names that the modules have them under."""
+
+    files: DraftFiles
+    target_vocab_size: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight; ``d2t`` checked, see :meth:`DraftFiles.vocabulary_map`."""
+        if name == MAP:
+            offsets = self.files.vocabulary_map(self.target_vocab_size)
+            assert offsets is not None  # without a map the modules have no such weight
+            return offsets
+        return self.files.checkpoint.read(stored_name(name, self.files))
+
+
+class RandomDraftWeights:
     """Random weights, the same for the same seed, and a random map into the target's vocabulary."""
-    for part in (fusion, head):
-        weights = {}
-        for name, tensor in part.state_dict().items():
-            if name == MAP:
-                order = torch.randperm(target_vocab_size, generator=tensor_generator(seed, f"draft.{name}"))
-                weights[name] = order[: len(tensor)].sort().values - torch.arange(len(tensor))
-            else:
-                weights[name] = random_tensor(f"draft.{name}", tensor.shape, dtype, seed)
-        part.load_state_dict(weights, assign=True)
 
+    def __init__(self, parts: Sequence[nn.Module], target_vocab_size: int, dtype: torch.dtype, seed: int):
+        self._shapes = {name: tensor.shape for part in parts for name, tensor in part.state_dict().items()}
+        self._target_vocab_size, self._dtype, self._seed = target_vocab_size, dtype, seed
 
-def fill_uninitialised_draft(fusion: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
-    """Memory for every weight without touching it: enough to trace, not to run."""
-    for part in (fusion, head):
-        weights = {
-            name: torch.empty(tensor.shape, dtype=torch.int64 if name == MAP else dtype)
-            for name, tensor in part.state_dict().items()
-        }
-        part.load_state_dict(weights, assign=True)
+    def read(self, name: str) -> torch.Tensor:
+        """A weight by its name in the modules."""
+        unique, shape = f"draft.{name}", self._shapes[name]
+        if name != MAP:
+            return random_tensor(unique, shape, self._dtype, self._seed)
+        order = torch.randperm(self._target_vocab_size, generator=tensor_generator(self._seed, unique))
+        return order[: shape[0]].sort().values - torch.arange(shape[0])

@@ -38,11 +38,11 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
     return tensor.uniform_(-bound, bound, generator=generator)
 
 
-def fill_random(model: nn.Module, dtype: torch.dtype, seed: int) -> None:
-    """Gives every parameter and persistent buffer of a model on the meta device random values of ``dtype``.
+class RandomWeights:
+    """Random values of a dtype for every parameter and persistent buffer of a dense model on the meta device.
 
-    Three groups are then scaled so that rounding moves the logits by little, as in a trained model, and a program can
-    be compared with another one of the same dtype. All factors are powers of two.
+    Three groups are scaled so that rounding moves the logits by little, as in a trained model, and a program can be
+    compared with another one of the same dtype. All factors are powers of two.
 
     * Norms of queries and keys: attention scores have a deviation near one. Without, a model whose scores are not
       divided by sqrt(D) attends to one key, and rounding chooses which.
@@ -50,15 +50,35 @@ def fill_random(model: nn.Module, dtype: torch.dtype, seed: int) -> None:
     * An output projection of its own leans towards the embedding of the token before: the greedy continuation walks
       through the vocabulary, its first choice ahead of the second by more than rounding moves.
     """
-    weights = {name: random_tensor(name, t.shape, dtype, seed) for name, t in model.state_dict().items()}
-    for name, module in model.named_modules():
-        factor = _score_norm_factor(module)
-        for norm in ("q_norm.weight", "k_norm.weight"):
-            if f"{name}.{norm}" in weights:
-                weights[f"{name}.{norm}"] *= factor
-    if not is_tied(model):
-        _align_head(model, weights)
-    model.load_state_dict(weights, assign=True)
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, seed: int):
+        self._dtype, self._seed = dtype, seed
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._factors: dict[str, float] = {}
+        for name, module in model.named_modules():
+            factor = _score_norm_factor(module)
+            self._factors |= {f"{name}.{norm}": factor for norm in ("q_norm.weight", "k_norm.weight")}
+        self._head: str | None = None
+        self._embedding: str | None = None
+        if not is_tied(model):
+            untyped: Any = model
+            embedding = untyped.get_input_embeddings()
+            names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+            self._embedding, self._head = names[id(embedding.weight)], names[id(untyped.lm_head.weight)]
+            if not hasattr(embedding, "embed_scale"):
+                # 1 / the deviation that random_tensor gives
+                self._factors[self._embedding] = 2.0 ** round(math.log2(math.sqrt(embedding.weight.shape[-1])))
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight by its name in the model."""
+        tensor = self._drawn(name)
+        if name == self._head and self._embedding is not None:
+            tensor += _HEAD_LEAN * self._drawn(self._embedding).roll(1, 0)
+        factor = self._factors.get(name, 1.0)
+        return tensor if factor == 1.0 else tensor.mul_(factor)
+
+    def _drawn(self, name: str) -> torch.Tensor:
+        return random_tensor(name, self._shapes[name], self._dtype, self._seed)
 
 
 def _score_norm_factor(attention: Any) -> float:
@@ -67,19 +87,3 @@ def _score_norm_factor(attention: Any) -> float:
         return 1.0
     deviation = attention.scaling * math.sqrt(attention.head_dim)
     return float(2.0 ** min(0, round(-math.log2(deviation) / 2)))
-
-
-def _align_head(model: Any, weights: dict[str, torch.Tensor]) -> None:
-    embedding = model.get_input_embeddings()
-    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    rows, head = weights[names[id(embedding.weight)]], weights[names[id(model.lm_head.weight)]]
-    unit = 2.0 ** round(math.log2(math.sqrt(rows.shape[-1])))  # 1 / the deviation that random_tensor gives
-    head += _HEAD_LEAN * rows.roll(1, 0)
-    if not hasattr(embedding, "embed_scale"):
-        rows *= unit
-
-
-def fill_uninitialised(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives every weight memory without touching it: enough to trace a model of any size, not to run it."""
-    weights = {name: torch.empty(t.shape, dtype=dtype) for name, t in model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)

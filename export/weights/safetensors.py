@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder: safetensors files, mapped into memory and handed to a model tensor by tensor.
+"""Weights of a Hugging Face folder: safetensors files, mapped into memory and handed out tensor by tensor.
 
 A mapped tensor is read from disk when it is first used, so a model that is larger than memory can be opened. Names are
 brought to those of a text-only checkpoint (``model.layers.N....``, ``lm_head.weight``) first; what belongs to vision or
@@ -135,16 +135,13 @@ class Checkpoint:
             raise ExportError(f"cannot read tensor {stored.name} from {stored.file}: {error}") from error
 
 
-def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -> tuple[str, ...]:
+def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -> None:
     """Compares a checkpoint's headers with a model and names the first difference.
 
     Args:
         checkpoint: the opened folder.
         model: the model that the folder's config describes, perhaps cut to its first layers.
         total_layers: how many layers the config describes; tensors of cut layers are not asked for.
-
-    Returns:
-        The names to load, in the model's order.
 
     Raises:
         ExportError: a tensor is missing, unexpected, of another shape, or of a dtype that is not a plain float.
@@ -174,7 +171,6 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -
             raise ExportError(
                 f"tensor {stored.name} in {stored.file} has no place in the model that config.json describes"
             )
-    return tuple(wanted)
 
 
 def _check_head(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -191,13 +187,3 @@ def _check_head(checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, t
         raise ExportError(
             f"{checkpoint.folder} holds an {HEAD} of its own, but config.json says {tie}: true; set it to false"
         )
-
-
-def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, total_layers: int, dtype: torch.dtype) -> None:
-    """Puts a checkpoint's tensors in the place of a model's weights, cast to ``dtype`` one at a time.
-
-    Raises:
-        ExportError: see :func:`check_tensors`.
-    """
-    names = check_tensors(checkpoint, model, total_layers)
-    model.load_state_dict({name: checkpoint.read(name).to(dtype) for name in names}, assign=True)

@@ -50,6 +50,7 @@ SLOW = (
     "tests/export/models/test_methods.py",
     "tests/export/speculative/test_lossless.py",
     "tests/export/state/",
+    "tests/export/weights/test_recipe.py",
     "tests/benchmarks/test_measure.py",
     "tests/passes/test_dispatch.py",
     "tests/passes/test_mask_idioms.py",

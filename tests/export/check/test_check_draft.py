@@ -16,7 +16,8 @@ from flashpte.export.check.eager_draft import eager_draft, rebuild_draft
 from flashpte.export.check.eager_model import EagerModel, Evaluation, eager_pair, rebuild
 from flashpte.export.models.eagle3 import build_draft
 from flashpte.export.runtime import ProgramError
-from flashpte.export.weights.draft import load_draft, open_draft
+from flashpte.export.weights.draft import DraftWeights, draft_recipe, open_draft
+from flashpte.export.weights.recipe import fill_weights, plan_weights
 
 pytestmark = pytest.mark.xdist_group("check draft")
 
@@ -53,7 +54,7 @@ def remember(function):
 
 def check(program, plan, rebuilt, **options):
     _, _, own, reference = rebuilt
-    return check_program(program, own, reference, dtype=plan.dtype, **options)
+    return check_program(program, own, reference, **options)
 
 
 def failed(report):
@@ -197,7 +198,8 @@ def test_the_reference_is_eagle3_as_plain_maths(tmp_path):
     tensors = draft_tensors(config, target_hidden=48)
     files = open_draft(write_draft(tmp_path, config, tensors))
     fusion, head = build_draft(files.config, 3, 48, own_embedding=False, own_head=True, own_map=True)
-    load_draft(files, fusion, head, 96, torch.float32)
+    for part in (fusion, head):
+        fill_weights(part, plan_weights(part, draft_recipe("float32")), DraftWeights(files, 96))
     embedding = torch.randn(96, 48, generator=torch.Generator().manual_seed(0))
 
     plan = SimpleNamespace(taps=(0, 1, 2), fusion=fusion, head=head)

@@ -47,7 +47,7 @@ def _remember(function):
 
 def check(program, plan, eager, **options):
     _, own, reference = eager
-    return check_program(program, own, reference, dtype=plan.dtype, **options)
+    return check_program(program, own, reference, **options)
 
 
 def failed(report):

@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from flashpte.export.common.errors import UsageError
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.language_model import CacheFullError, LanguageModel, Limits, plan_chunks, read_limits
+from flashpte.export.state.layer_state import StateRules
 
 
 class Recorder:
     """A program that remembers its calls and answers with the last token and position."""
 
-    def __init__(self, methods, length=64):
+    def __init__(self, methods, length=64, states=()):
         self.signatures = signatures(methods)
         self.constants = {"get_max_seq_len": length, "get_vocab_size": 512}
-        self.buffers, self.states = {}, ()
-        self.buffers = {}
+        self.buffers, self.states = {}, states
         self.calls = []
 
     def run(self, method, *inputs):
@@ -107,6 +107,24 @@ def test_positions_follow_each_other():
     assert model.position == 8
     with pytest.raises(UsageError, match="cannot go to position 9 from 8"):
         model.move_back(9)
+
+
+def test_a_state_says_how_far_it_goes_back():
+    states = (StateRules("full", {}), StateRules("sliding", {}, most_back=4), StateRules("sliding", {}, most_back=5))
+    model = LanguageModel(Recorder({"prefill": (2, 8), "decode": (1, 1)}, states=states))
+    model.prefill(range(20))
+    with pytest.raises(UsageError, match="cannot go back to position 15: 20 were fed, and a layer goes back by 4"):
+        model.move_back(15)
+    model.move_back(16)
+    model.decode(1)
+    with pytest.raises(UsageError, match="position 15"):  # what is behind position 20 is still in the ring
+        model.move_back(15)
+    model.prefill(range(8))
+    model.move_back(21)
+    model.move_back(0)  # a new sequence writes over everything before it is read
+    model.prefill(range(8))
+    model.move_back(4)
+    assert model.position == 4
 
 
 def test_nothing_runs_when_it_would_not_fit():

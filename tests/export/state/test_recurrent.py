@@ -38,7 +38,7 @@ class ExportedProgram:
         self.signatures = signatures(ranges, plan.facts.vocab_size, plan.dtype, size)
         self.constants = plan.constant_methods
         # through the manifest's JSON: the runtime reads nothing else
-        self.states = read_states(plan.manifest()["states"]) if states is None else states
+        self.states = read_states(plan.manifest()) if states is None else states
         self._programs = SharedPrograms(programs)  # they start full of 3.0
         self.buffers = self._programs.caches
         self.weights = {name: value for program in programs.values() for name, value in program.state_dict.items()}
@@ -206,7 +206,6 @@ def checked(plan, program):
         program,
         own,
         reference,
-        dtype=plan.dtype,
         weights=program.weights,
         model_weights=named_weights(plan.model),
     )

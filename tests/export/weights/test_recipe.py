@@ -1,0 +1,168 @@
+"""Formats of weights: a recipe gives each name one, and loader, programs, manifest and check follow it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from eager_program import EagerProgram
+from shared_programs import SharedPrograms
+from toy_int4 import ToyInt4
+
+from flashpte.export.check.check_program import check_program, named_weights
+from flashpte.export.check.eager_model import eager_pair, rebuild
+from flashpte.export.common.errors import ExportError
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.models import registry
+from flashpte.export.models.gemma4 import TARGET as GEMMA4
+from flashpte.export.pipeline import export_programs, load_weights, plan_export
+from flashpte.export.weights.formats import FORMATS, Dense
+from flashpte.export.weights.random import RandomWeights
+from flashpte.export.weights.recipe import Recipe, read_recipe
+
+NORMS = r".*norm\.weight"
+DOWN = r"model\.layers\.\d+\.mlp\.down_proj\.weight"
+QUERY = r"model\.layers\.1\.self_attn\.q_proj\.weight"
+RULES = ((NORMS, "float32"), (DOWN, "toy-int4"), (QUERY, "toy-int4"))
+
+
+@pytest.fixture(autouse=True)
+def _mixed_target(monkeypatch):
+    """The small Gemma 4 with norms in float32 and some linear layers in 4 bits."""
+    monkeypatch.setitem(FORMATS, "toy-int4", ToyInt4(torch.bfloat16))
+    known = registry._builtin_targets()
+    mixed = dataclasses.replace(GEMMA4, name="mixed", weight_formats=RULES)
+    monkeypatch.setattr(registry, "_builtin_targets", lambda: {**known, "mixed": mixed})
+
+
+def planned(target="mixed", **options):
+    return plan_export(ExportOptions(target, small=True, random_seed=3, layers=2, max_seq_len=64, **options))
+
+
+def loaded(**options):
+    plan = planned(**options)
+    load_weights(plan)
+    return plan
+
+
+def test_each_weight_is_held_in_its_format():
+    plain, mixed = loaded(target="gemma4-31b").model.state_dict(), loaded().model.state_dict()
+    assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16}
+    quantised = [name for name in plain if re.fullmatch(f"{DOWN}|{QUERY}", name)]
+    assert len(quantised) == 3
+    for name, tensor in plain.items():
+        if name in quantised:
+            path = name.removesuffix(".weight")
+            packed, scale = mixed[f"{path}.packed"], mixed[f"{path}.scale"]
+            values = torch.stack((packed & 15, packed >> 4), -1).flatten(1).float() - 8
+            assert ((values * scale.float() - tensor.float()).abs() <= 0.51 * scale.float()).all()
+        else:
+            expected = torch.float32 if re.fullmatch(NORMS, name) else torch.bfloat16
+            assert mixed[name].dtype == expected
+            assert torch.equal(mixed[name], tensor.to(expected))
+
+
+def test_programs_hold_the_formats_tensors_and_compute_with_them():
+    plan = planned(verify_window=4)
+    programs = export_programs(plan)
+    held = programs["decode"].state_dict
+    assert held["model.model.layers.0.mlp.down_proj.packed"].dtype == torch.uint8
+    assert "model.model.layers.0.mlp.down_proj.weight" not in held
+    assert held["model.model.norm.weight"].dtype == torch.float32
+    tokens, positions = torch.tensor([[5, 9, 2, 33]]), torch.arange(4)
+    found = SharedPrograms(programs).run("target_verify", tokens, positions)
+    expected = EagerProgram(plan).run("target_verify", tokens, positions)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_program_can_be_traced_without_weights():
+    plan = planned(verify_window=4)
+    export_programs(plan, trace_only=True)
+    assert plan.model.state_dict()["model.layers.0.mlp.down_proj.packed"].dtype == torch.uint8
+    load_weights(plan)  # and loaded afterwards
+    expected = loaded(verify_window=4).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in plan.model.state_dict().items())
+
+
+def checked(plan, change=lambda weights: None):
+    model = rebuild(json.loads(json.dumps(plan.manifest())), None)
+    weights = {name: tensor.clone() for name, tensor in named_weights(plan.model).items()}
+    change(weights)
+    return check_program(EagerProgram(plan), *eager_pair(model), weights=weights, model_weights=named_weights(model))
+
+
+def test_check_rebuilds_the_formats_from_the_manifest():
+    report = checked(loaded(verify_window=4))
+    assert report.passed, report.lines()
+    assert report.weights_equal == len(planned().model.state_dict())
+
+
+def test_check_is_red_when_a_packed_weight_differs_or_is_absent():
+    name = "model.model.layers.1.mlp.down_proj.packed"
+    plan = loaded(verify_window=4)
+    report = checked(plan, lambda weights: weights[name].view(-1)[7].bitwise_xor_(16))
+    assert (report.passed, report.weights_different) == (False, (name,))
+    report = checked(plan, lambda weights: weights.pop(name))
+    assert not report.passed
+    assert f"{name}: the program has no tensor of this name" in report.not_compared
+
+
+def test_check_is_red_when_a_format_was_lost():
+    """A float32 norm that the program holds in bfloat16 is not the model's, though its values are."""
+    name = "model.model.norm.weight"
+    report = checked(loaded(verify_window=4), lambda weights: weights.update({name: weights[name].bfloat16()}))
+    assert not report.passed
+    assert any(line.startswith(f"{name}: the program has bfloat16") for line in report.not_compared)
+
+
+def test_the_first_rule_that_matches_the_whole_name_counts():
+    recipe = Recipe("bfloat16", ((r"a\.weight", "float16"), (r"a.*", "float32")))
+    assert [recipe.format_of(name) for name in ("a.weight", "a.weights", "b.a.weight")] == [
+        "float16",
+        "float32",
+        "bfloat16",
+    ]
+
+
+def test_a_manifest_without_formats_has_one_dtype():
+    assert read_recipe(None, "float16") == Recipe("float16")
+    recipe = Recipe("bfloat16", RULES)
+    assert read_recipe(json.loads(json.dumps(recipe.to_dict())), "float16") == recipe
+
+
+@pytest.mark.parametrize("entry", [{}, {"default": "bfloat16"}, 7, {"default": "bfloat16", "rules": [1]}])
+def test_a_broken_recipe_in_a_manifest(entry):
+    with pytest.raises(ExportError, match="cannot read the manifest's weight_formats"):
+        read_recipe(entry, "float16")
+
+
+def test_what_no_recipe_may_say():
+    with pytest.raises(ExportError, match="unknown weight format 'int3'; known: bfloat16"):
+        Recipe("bfloat16", (("a", "int3"),))
+    with pytest.raises(ExportError, match=r"'\(' is not a regular expression"):
+        Recipe("bfloat16", (("(", "float16"),))
+
+
+def test_a_format_refuses_what_it_cannot_hold(monkeypatch):
+    target = dataclasses.replace(GEMMA4, name="mixed", weight_formats=((NORMS, "toy-int4"),))
+    monkeypatch.setattr(registry, "_builtin_targets", lambda: {"mixed": target})
+    with pytest.raises(ExportError, match=r"norm\.weight: toy-int4 holds linear layers"):
+        planned()
+
+
+def test_dense_casts_and_says_so():
+    weight = torch.arange(6.0).reshape(2, 3)
+    (name, encoded), *_ = Dense(torch.float16).encode("w", weight).items()
+    assert (name, encoded.dtype) == ("w", torch.float16)
+    assert Dense(torch.float16).stored("w", weight.shape) == {"w": ((2, 3), torch.float16)}
+
+
+def test_random_weights_are_read_one_by_one_in_any_order():
+    plan = planned(target="gemma4-31b")
+    source = RandomWeights(planned(target="gemma4-31b").model, torch.bfloat16, 3)
+    load_weights(plan)
+    for name, tensor in reversed(plan.model.state_dict().items()):
+        assert torch.equal(source.read(name), tensor)
