@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from attention_cases import Problem, check
@@ -15,9 +18,30 @@ from flashpte.kernels.intervals import Intervals
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
 
 POWERS = st.sampled_from([16, 32, 64])
-EXAMPLES = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+
+
+def examples(**strategies):
+    """A property at 8 examples; as a second test, which only ``make test-sweep`` runs, at 100."""
+
+    def test(check):
+        def at(count):
+            chosen = settings(
+                max_examples=count,
+                deadline=None,
+                derandomize=True,
+                suppress_health_check=[HealthCheck.function_scoped_fixture],
+            )
+            return chosen(given(**strategies)(copied(check)))
+
+        sys.modules[__name__].__dict__[f"{check.__name__}_at_length"] = pytest.mark.sweep(at(100))
+        return at(8)
+
+    return test
+
+
+def copied(check):
+    """Hypothesis keeps what it knows at the function: each test has one of its own."""
+    return types.FunctionType(check.__code__, check.__globals__, check.__name__, check.__defaults__, check.__closure__)
 
 
 @st.composite
@@ -67,8 +91,7 @@ def launch(launcher, query, key, value, mask, config, intervals=None):
     return launcher(call, config=config)
 
 
-@EXAMPLES
-@given(
+@examples(
     shape=sizes(16),
     form=st.tuples(st.booleans(), st.booleans(), st.sampled_from(["bool", "inf", "min"])),
     config=st.builds(
@@ -84,8 +107,7 @@ def test_split_k_with_random_masks(shape, form, config):
     )
 
 
-@EXAMPLES
-@given(
+@examples(
     shape=sizes(150),
     form=st.tuples(st.booleans(), st.booleans(), st.sampled_from(["bool", "inf", "min"])),
     block_m=st.sampled_from([16, 64, 128]),
@@ -99,8 +121,7 @@ def test_tiled_with_random_masks(shape, form, block_m, block_n):
     check(Problem(query, key, value, mask, False, 0.25), launch(tiled.launch_tiled, query, key, value, mask, config))
 
 
-@EXAMPLES
-@given(shape=sizes(60), terms=st.integers(1, 3), index_term=st.booleans(), spread=st.integers(1, 300))
+@examples(shape=sizes(60), terms=st.integers(1, 3), index_term=st.booleans(), spread=st.integers(1, 300))
 def test_random_intervals(shape, terms, index_term, spread):
     batch, _, _, q_len, kv_len, seed = shape
     generator = torch.Generator().manual_seed(seed)
