@@ -141,16 +141,16 @@ def _outcomes(rewrite: Rewrite, run: Run) -> list[Outcome]:
         for node in scope.graph.nodes
         if node.op == "call_function" and (match := rewrite.match(node, scope)) is not None
     ]
-    outcomes, changed = [], []
+    outcomes = []
     for scope, match in matches:
         decision = rewrite.decide(match, scope)
         outcome = outcome_of(rewrite.node_of(match), decision)
         if not isinstance(decision, Refusal):
             outcome = dataclasses.replace(outcome, result=rewrite.apply(match, decision, scope))
-            changed.append(scope)
+            scope.changed = True
         outcomes.append(outcome)
     for scope in scopes:
-        if scope in changed:
+        if scope.changed:
             eliminate_dead_code(scope.graph, run.kept, scope.dropped)
             scope.graph.lint()
             scope.module.recompile()

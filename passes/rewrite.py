@@ -72,11 +72,13 @@ class Scope:
         module: the graph's module: the program's, or a branch or region in it.
         run: the run that it is part of.
         dropped: nodes that go with what was rewritten, though they count as impure.
+        changed: whether a match in it was rewritten.
     """
 
     module: GraphModule
     run: Run
     dropped: set[Node] = dataclasses.field(default_factory=set)
+    changed: bool = False
     _state: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property

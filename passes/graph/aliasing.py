@@ -20,13 +20,6 @@ from flashpte.passes.graph.values import aten_target, is_edge
 # An in-place operator by its schema, which changes what autograd knows, and no number.
 _WRITE_NOTHING = {torch.ops.aten.detach_.default}
 
-# Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
-# follow it.
-REGION_BODY = {
-    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
-    torch.ops.higher_order.wrap_with_autocast: 4,
-}
-
 
 def storage_base(node: Node) -> Node:
     """The node that made the memory ``node`` may be a view of: followed back through whatever may alias."""

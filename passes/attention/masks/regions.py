@@ -17,10 +17,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from flashpte.passes.attention.call import SdpaCall, find_sdpa
-from flashpte.passes.graph.aliasing import REGION_BODY, Writes, computed_from, is_in_place, storage_base
+from flashpte.passes.graph.aliasing import Writes, computed_from, is_in_place, storage_base
 from flashpte.passes.graph.constants import Constant
 from flashpte.passes.graph.dead_code import eliminate_dead_code
 from flashpte.passes.graph.values import aten_target
+
+# Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
+# follow it.
+REGION_BODY = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
 
 
 @dataclasses.dataclass
