@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 EXTRA = ("executorch", "transformers", "safetensors", "rich")
-"""Packages of the extra ``flashpte[export]`` which every command needs."""
+"""Packages of the extra ``flashpte[export]`` that every command needs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def run_main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lacks_extra(program: str) -> bool:
-    """Says in one line what to install, where the core alone is installed."""
+    """Whether packages of the extra are missing; if so, prints one line that says what to install."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         print(f"{program}: error: {', '.join(missing)} not found: pip install 'flashpte[export]'", file=sys.stderr)

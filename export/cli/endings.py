@@ -1,4 +1,4 @@
-"""How a command line ends: exit codes, one line for every error, and no noise of the libraries it uses."""
+"""How a command ends: exit codes, one line for each error, and no noise from the libraries it uses."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def report_errors(
     state: Callable[[], str] = lambda: "",
     nothing_done: str = "",
 ) -> int:
-    """Calls ``body`` and turns whatever ends it into an exit code and at most one line on stderr.
+    """Calls ``body`` and turns any exception into an exit code and one line on stderr.
 
     Args:
-        program: name of the command, begins the line.
+        program: name of the command; the line begins with it.
         body: returns the exit code when nothing goes wrong.
-        verbose: print the traceback of an error as well.
-        state: called after an error; what has been done all the same, "" for nothing.
-        nothing_done: said after an interruption when ``state`` has nothing to say.
+        verbose: also print the traceback of an error.
+        state: called after an error; returns what was completed despite it, "" for nothing.
+        nothing_done: printed after an interruption when ``state`` returns "".
 
     Returns:
-        1 after an error, 2 after a :class:`UsageError`, 130 after Ctrl-C, 128 and the signal's number after SIGTERM and
-        SIGHUP.
+        The code that ``body`` returned; 1 after an error, 2 after a :class:`UsageError`, 130 after Ctrl-C, 128 plus the
+        signal's number after SIGTERM and SIGHUP.
     """
 
     def fail(message: str, code: int) -> int:
@@ -59,20 +59,24 @@ def report_errors(
         what = "interrupted" if number == signal.SIGINT else "terminated"
         print("; ".join(filter(None, (f"{program}: {what}", state() or nothing_done))), file=sys.stderr)
         return 128 + number
-    except Exception as error:  # the door of the program: whatever it is, the user gets one line and an exit code
+    except Exception as error:  # the outermost handler: the user gets one line and an exit code for any error
         hint = "" if verbose else " (run again with -v for the traceback)"
         return fail(f"unexpected {type(error).__name__}: {error}{hint}", EXIT_FAILED)
 
 
 @contextlib.contextmanager
 def stdout_may_close(out: TextIO | None = None) -> Iterator[None]:
-    """A reader that went away (``| head``) is no error; a full disk behind stdout (``out``) is."""
+    """Ignores a reader that closed the pipe (``| head``); raises when writing to ``out`` (stdout) fails otherwise.
+
+    Raises:
+        ExportError: the result cannot be written, as on a full disk.
+    """
     out = out or sys.stdout
     try:
         yield
         out.flush()
     except OSError as error:
-        # Python flushes once more when it exits, and would complain.
+        # Python flushes again at exit and would print an error.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -81,13 +85,13 @@ def stdout_may_close(out: TextIO | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries(verbose: bool) -> Iterator[None]:
-    """Keeps the libraries' warnings and prints away: stdout is for results, stderr for progress and errors."""
+    """Hides warnings and prints of libraries: stdout is for results, stderr for progress and errors."""
     if verbose:
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # some log the traceback of an error that is reported in one line anyway
+    logging.disable(logging.CRITICAL)  # some libraries log tracebacks of errors that are reported in one line anyway
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

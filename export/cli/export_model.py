@@ -1,4 +1,4 @@
-"""``export-model``: arguments in, files and a routing table out, one line on stderr when something is wrong."""
+"""``export-model``: writes an export's files and prints its routing table; an error is one line on stderr."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``None`` for those of the process.
 
     Returns:
-        0 when done, 1 after a failure, 2 for wrong options, 130 after Ctrl-C, 128 and the signal's number after SIGTERM
-        and SIGHUP. Every error is one line on stderr.
+        0 when done, 1 after a failure, 2 for wrong options, 130 after Ctrl-C, 128 plus the signal's number after
+        SIGTERM and SIGHUP. Every error is one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "-v" in arguments or "--verbose" in arguments
@@ -59,7 +59,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
 
 
 def _watch(output: Path | None) -> Callable[[], str]:
-    """Returns a function that says whether an export has since been put at ``output``, "" if not."""
+    """Returns a function that says that an export has been written to ``output`` since this call; "" if not."""
 
     def identity() -> tuple[int, int] | None:
         try:
@@ -69,7 +69,7 @@ def _watch(output: Path | None) -> Callable[[], str]:
         return None if found is None else (found.st_dev, found.st_ino)
 
     def is_complete() -> str:
-        # Another folder than before; the manifest tells it from one that somebody else made meanwhile.
+        # The folder is a new one; a manifest in it means that it is an export and not made by another program.
         replaced = output is not None and identity() != before and (output / "manifest.json").is_file()
         return f"{output} is complete" if replaced else ""
 
@@ -83,7 +83,7 @@ def _print_targets() -> None:
 
 def _export(args: argparse.Namespace, options: ExportOptions) -> int:
     with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose):
-        # torch and transformers load here, after every check that can do without them
+        # torch and transformers load here, after all checks that do not need them
         from flashpte.export.lowering.cross_compile import find_arch
         from flashpte.export.lowering.preflight import check_surroundings
         from flashpte.export.pipeline import export_model, plan_export, preview_routing

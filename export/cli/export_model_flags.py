@@ -1,4 +1,4 @@
-"""The flags of ``export-model`` and the checks that need neither torch nor the model."""
+"""The flags of ``export-model``, and checks of them that need neither torch nor the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ No GPU is needed: the program is compiled for the architecture that --arch names
 
 _EPILOG = """\
 examples:
-  # the architecture of Gemma 4 31B at a size that exports in two or three minutes, random weights
+  # a small model with Gemma 4 31B's architecture and random weights; exports in two or three minutes
   export-model --target gemma4-31b --small --random-weights --output-dir out
 
   # a checkpoint, for an A100, with a method that verifies 4 speculative tokens in one call
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify-window",
         type=int,
         metavar="M",
-        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: not there)",
+        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: no target_verify)",
     )
     methods.add_argument(
         "--method",
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--draft",
         type=nonempty_path,
         metavar="DIR",
-        help="folder of an EAGLE-3 draft head, of SafeAILab/SpecForge or vLLM speculators: config.json and safetensors",
+        help="folder of an EAGLE-3 draft head from SafeAILab/SpecForge or vLLM speculators: config.json, safetensors",
     )
     draft.add_argument(
         "--chain",
@@ -127,7 +127,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"tokens that the draft proposes at a time ({CHAIN_RANGE[0]}..{CHAIN_RANGE[1]}; default with --draft: "
         f"{DEFAULT_CHAIN}); target_verify takes K + 1. With --random-weights and no --draft, a random draft is made",
     )
-    draft.add_argument("--with-decode", action="store_true", help="keep decode, which a draft makes needless")
+    draft.add_argument(
+        "--with-decode", action="store_true", help="keep decode, which decoding with a draft does not need"
+    )
 
     lowering = parser.add_argument_group("lowering")
     lowering.add_argument("--arch", metavar="SM", help="sm_80, sm_90, ... (default: the local GPU's, else sm_90)")
@@ -169,7 +171,7 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
 
     Raises:
         UsageError: flags are missing, out of range or in conflict.
-        ExportError: a path that must exist does not, or one that must be written cannot be.
+        ExportError: an input path does not exist, or an output path cannot be written.
     """
     if args.target is None:
         raise UsageError("no target: give --target NAME, see --list-targets")
@@ -205,7 +207,7 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
 
 
 def _check_flags(args: argparse.Namespace, options: ExportOptions) -> None:
-    """What belongs to the command line alone."""
+    """Checks flags that only the command line has."""
     for first, second, why in (
         ("--dry-run", "--no-replace", "a dry run shows what the replacement does"),
         ("--verbose", "--quiet", "they are opposites"),
@@ -230,7 +232,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
         try:
             if path is not None:
                 path.stat()
-        except OSError as error:  # a name that is too long, a folder that may not be entered
+        except OSError as error:  # the name is too long, or a folder on the path denies access
             if not isinstance(error, FileNotFoundError | NotADirectoryError):
                 raise ExportError(f"{flag} {path} cannot be read: {error.strerror}") from error
     if args.checkpoint is not None:
@@ -247,10 +249,10 @@ def _check_inputs(args: argparse.Namespace) -> None:
 
 
 def check_output_dir(path: Path) -> None:
-    """Finds out now, not after minutes of work, whether the output folder can be made.
+    """Checks that the output folder can be made, before minutes of work.
 
     Raises:
-        ExportError: it is a file, or the nearest folder that exists does not take a new entry.
+        ExportError: the path is a file, or the nearest existing parent does not allow a new entry.
     """
     try:
         if path.exists() and not path.is_dir():
@@ -259,14 +261,14 @@ def check_output_dir(path: Path) -> None:
     except OSError as error:
         raise ExportError(f"--output-dir {path} cannot be made: {error.strerror}") from error
     try:
-        # trying is the only answer that also holds for read-only mounts and for root
+        # only trying gives the right answer on read-only mounts and for root
         tempfile.TemporaryDirectory(prefix=".export-model-", dir=parent).cleanup()
     except OSError as error:
         raise ExportError(f"--output-dir {path} cannot be made in {parent}: {error.strerror}") from error
 
 
 def _check_overlaps(args: argparse.Namespace) -> None:
-    """The output folder is replaced as a whole, and the report's file too: neither may hold an input."""
+    """Refuses an input inside the output folder or at the report's path, because an export replaces both."""
     paths = {
         flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
         for flag in ("--output-dir", "--report", "--checkpoint", "--config", "--draft")

@@ -1,4 +1,4 @@
-"""Options in the words of a command line."""
+"""Spells options as command-line flags."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _TAKES = {"checkpoint": "DIR", "config": "FILE", "draft": "DIR", "verify_window"
 
 
 def flag_name(field: str) -> str:
-    """The flag that sets a field of the options: ``--max-seq-len``."""
+    """The flag that sets a field of ``ExportOptions``: ``--max-seq-len`` for ``max_seq_len``."""
     return _FLAGS.get(field, f"--{field.replace('_', '-')}")
 
 
 def spell_flag(option: Option) -> str:
-    """``--max-seq-len 1``; for an option to be given, what it takes: ``--checkpoint DIR``."""
+    """The flag and its value (``--max-seq-len 1``); for a wanted option, its placeholder (``--checkpoint DIR``)."""
     shown = _TAKES.get(option.name) if option.wanted else option.value
     return flag_name(option.name) if shown is None else f"{flag_name(option.name)} {shown}"

@@ -1,4 +1,4 @@
-"""What the argument parsers of the command lines share."""
+"""What the argument parsers of both commands share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashpte.export.common.errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag as an exception: one line, where argparse prints its whole usage as well."""
+    """Raises an error of one line for a wrong flag; argparse would also print its usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises :class:`UsageError`; suggests the flag that an unknown one resembles."""
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def new_parser(prog: str, description: str, epilog: str) -> Parser:
-    """A parser whose texts are printed as they are, and whose flags must be written out."""
+    """A parser that prints its texts unwrapped and accepts no abbreviated flags."""
     return Parser(
         prog=prog,
         description=description,
@@ -41,10 +41,10 @@ def add_verbosity(group: argparse._ArgumentGroup) -> None:
 
 
 def check_least(flags: Iterable[tuple[str, int | None, int]]) -> None:
-    """Checks ``(flag, value, least)`` of each flag that was given.
+    """Checks the lower bound of each flag that was given: ``flags`` holds ``(flag, value, least)``.
 
     Raises:
-        UsageError: a value is below the least.
+        UsageError: a value is below ``least``.
     """
     for flag, value, least in flags:
         if value is not None and value < least:
@@ -52,7 +52,7 @@ def check_least(flags: Iterable[tuple[str, int | None, int]]) -> None:
 
 
 def nonempty_path(text: str) -> Path:
-    """A path argument; an empty one is more likely an unset shell variable than the current folder."""
+    """Converts a path argument; refuses "", which is more likely an unset shell variable than the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)

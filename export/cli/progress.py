@@ -1,4 +1,4 @@
-"""Progress on stderr: the stage at work and the time since the start."""
+"""Progress on stderr: the current stage and the time since the start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class StageLog:
-    """Shows stages as they begin: a spinner with a clock on a terminal, a line for each stage elsewhere.
+    """Shows each stage as it begins: on a terminal a spinner with a clock, elsewhere one line per stage.
 
     Use it as a context manager and call it with the name of each stage.
     """
@@ -42,7 +42,7 @@ class StageLog:
         return self
 
     def __call__(self, stage: str) -> None:
-        """A stage begins, unless the process was asked to end and something swallowed that."""
+        """Starts a stage; first raises again a termination request that something swallowed."""
         raise_what_was_swallowed()
         self._show(stage)
 
@@ -50,7 +50,7 @@ class StageLog:
         if self._quiet:
             return
         if self._bar is None:
-            with contextlib.suppress(OSError):  # a reader that went away does not end an export
+            with contextlib.suppress(OSError):  # a closed pipe does not end an export
                 print(f"[{time.monotonic() - self._start:7.1f} s] {stage}", file=sys.stderr, flush=True)
         elif self._task is None:
             self._task = self._bar.add_task(stage, total=None)
@@ -58,7 +58,7 @@ class StageLog:
             self._bar.update(self._task, description=stage)
 
     def stop(self) -> None:
-        """Takes the spinner away, before somebody else writes to the terminal."""
+        """Removes the spinner before other code writes to the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._quiet = None, True

@@ -1,4 +1,4 @@
-"""The file of ``--report``: a plain file appears complete or not at all, a pipe or device is written to."""
+"""Writes the ``--report`` file: a plain file appears complete or not at all; a pipe or device is written directly."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def check_report_path(path: Path) -> None:
-    """Finds out whether ``--report`` can be written, without leaving anything there.
+    """Checks that ``--report`` can be written, and leaves no file behind.
 
     Raises:
-        ExportError: it cannot.
+        ExportError: it cannot be written.
     """
     try:
         if path.is_dir():
@@ -39,7 +39,7 @@ def check_report_path(path: Path) -> None:
 
 
 def write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, RoutingReport]) -> None:
-    """Writes what the manifest says about the model, and the routing of every attention node by method.
+    """Writes the manifest's entries on the model, and the routing of every attention node by method, as JSON.
 
     Raises:
         ExportError: the file cannot be written.
@@ -56,7 +56,7 @@ def write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, Rou
 
 
 def _is_special(path: Path) -> bool:
-    """A pipe, a terminal, /dev/null: something that a file must not take the place of."""
+    """Whether the path is a pipe, a terminal or a device such as /dev/null, which must not be replaced by a file."""
     return path.exists() and not path.is_file()
 
 

@@ -1,4 +1,4 @@
-"""``run-model``: a folder of export-model in, text, a verdict or a profile out."""
+"""``run-model``: runs an export and prints text, a check's verdict or a profile."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``None`` for those of the process.
 
     Returns:
-        0 when done, 1 after a failure or a check that found something wrong, 2 for wrong options, 130 after Ctrl-C, 128
-        and the signal's number after SIGTERM and SIGHUP. Every error is one line on stderr.
+        0 when done, 1 after a failure or a failed check, 2 for wrong options, 130 after Ctrl-C, 128 plus the signal's
+        number after SIGTERM and SIGHUP. Every error is one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "-v" in arguments or "--verbose" in arguments
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = sys.stdout
         with StageLog(quiet=args.quiet) as progress, quiet_libraries(args.verbose), stdout_may_close(out):
             return _TASKS[options.task](options, progress, out)
-        return EXIT_OK  # whoever read the output has gone
+        return EXIT_OK  # the reader of stdout closed the pipe
 
     with raise_on_termination():
         return report_errors("run-model", run, verbose=verbose)
@@ -90,7 +90,7 @@ def _profile(options: RunOptions, progress: StageLog, out: TextIO) -> int:
 
 
 def open_program(options: RunOptions, progress: Callable[[str], None]) -> RunsMethods:
-    """Loads the program; tests put another in its place."""
+    """Loads the program; tests replace this function."""
     from flashpte.export.runtime.program import Program
 
     return Program.open(

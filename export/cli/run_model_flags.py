@@ -1,4 +1,4 @@
-"""The flags of ``run-model`` and the checks that need neither torch nor the model."""
+"""The flags of ``run-model``, and checks of them that need neither torch nor the model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from flashpte.export.common.options import DEFAULT_CONTEXTS, DEFAULT_PROFILE_PRE
 DEFAULT_NEW_TOKENS = 128
 
 _DESCRIPTION = """\
-Run what export-model wrote on this machine's GPU, without ExecuTorch's runtime: generate text, check the program
-against the model it came from, or measure where its time goes."""
+Run a program that export-model wrote on this machine's GPU, without ExecuTorch's runtime: generate text, check the
+program against the model it came from, or measure where its time goes."""
 
 _EPILOG = """\
 examples:
@@ -26,7 +26,7 @@ examples:
   # without a tokenizer
   run-model out --prompt-ids 2,105,9731 --max-new-tokens 16
 
-  # a program with a draft, beside plain decode if it has it, and beside what the draft could give at most and at least
+  # with a draft: also time plain decode, if exported, and rounds that accept exactly 0, 2 or 4 proposals
   run-model out --prompt "The capital of France is" --force-accept 0,2,4
 
   # is the program right? every method against the Hugging Face model; exit code 1 if not
@@ -51,20 +51,20 @@ class RunOptions:
         model_dir: folder that export-model wrote.
         task: what to do.
         prompt: text to continue.
-        prompt_ids: tokens to continue, in the place of a text.
+        prompt_ids: tokens to continue, instead of a text.
         max_new_tokens: most tokens to generate.
-        temperature: 0 for the most likely token each time.
-        seed: of the choices at a temperature above 0.
+        temperature: 0 takes the most likely token each time.
+        seed: seed of sampling at a temperature above 0.
         chat: put the prompt into the tokenizer's chat template.
-        ignore_eos: go on after a token that ends a text.
-        force_accept: with a draft, also measure this many accepted proposals in every round, each in a run of its own.
+        ignore_eos: do not stop at a token that ends a text.
+        force_accept: with a draft, also measure rounds that accept exactly this many proposals; one run per number.
         cuda_graph: run methods of static shape as CUDA graphs.
-        unverified: run files whose hash is not the manifest's.
+        unverified: run files whose hash differs from the manifest's.
         checkpoint: Hugging Face folder that was exported, for a check.
         draft: folder of the draft that was exported, for a check.
-        contexts: positions before the measured calls.
-        prefill: tokens of the measured prefill.
-        plot: where to draw the profile.
+        contexts: tokens in the cache before the measured calls; ``None`` for the defaults that fit.
+        prefill: tokens of the measured prefill; ``None`` for the default, or what fits.
+        plot: file to draw the profile to.
         json: print JSON.
     """
 
@@ -110,33 +110,35 @@ def build_run_parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, metavar="N", help=f"most tokens to generate (default: {DEFAULT_NEW_TOKENS})"
     )
     text.add_argument("--temperature", type=float, metavar="T", help="0 takes the most likely token (default: 0)")
-    text.add_argument("--seed", type=int, metavar="S", help="of the choices with --temperature (default: 0)")
+    text.add_argument("--seed", type=int, metavar="S", help="seed of sampling with --temperature (default: 0)")
     text.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    text.add_argument("--ignore-eos", action="store_true", help="go on after a token that ends a text")
+    text.add_argument("--ignore-eos", action="store_true", help="do not stop at a token that ends a text")
 
     text.add_argument(
         "--force-accept",
         type=_numbers,
         metavar="N,N",
-        help="programs with a draft: measure also what N accepted proposals in every round would give",
+        help="with a draft, also measure rounds that accept exactly N proposals, one run for each N",
     )
 
     check = parser.add_argument_group("check")
     check.add_argument(
-        "--check", action="store_true", help="compare every method with the eager Hugging Face model; 1 if it is wrong"
+        "--check",
+        action="store_true",
+        help="compare every method with the eager Hugging Face model; exit code 1 if the program is wrong",
     )
     check.add_argument(
         "--checkpoint",
         type=nonempty_path,
         metavar="DIR",
-        help="the folder that was exported, unless weights are random",
+        help="the folder that was exported; not for random weights",
     )
 
     check.add_argument(
         "--draft",
         type=nonempty_path,
         metavar="DIR",
-        help="the draft's folder that was exported, unless there is none or it is random",
+        help="the draft folder that was exported; not for a random draft",
     )
 
     profile = parser.add_argument_group("profile")
@@ -161,9 +163,9 @@ def build_run_parser() -> argparse.ArgumentParser:
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="methods of static shape run as CUDA graphs (default: yes)",
+        help="run methods of static shape as CUDA graphs (default: yes)",
     )
-    run.add_argument("--unverified", action="store_true", help="run files whose hash is not the one in manifest.json")
+    run.add_argument("--unverified", action="store_true", help="run files whose hash differs from manifest.json")
     run.add_argument("--json", action="store_true", help="print JSON on stdout, nothing else")
     add_verbosity(run)
     return parser
@@ -174,7 +176,7 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
 
     Raises:
         UsageError: flags are missing, out of range or in conflict.
-        ExportError: a folder that must exist does not.
+        ExportError: a folder does not exist, is not a folder, or cannot be read.
     """
     task = _task(args)
     _check_belonging(args, task)

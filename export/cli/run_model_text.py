@@ -1,4 +1,4 @@
-"""The part of ``run-model`` that generates text: plainly, or with a draft where the program has one."""
+"""The part of ``run-model`` that generates text, with a draft where the program has one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from flashpte.export.runtime.text import StreamingText
 
 Opened = Callable[[], "tuple[RunsMethods, float]"]
-"""Loads the program; returns it and the seconds that took."""
+"""Loads the program; returns it and the load time in seconds."""
 
 
 class _Output:
-    """New tokens on their way out: as text where there is a tokenizer, as they come unless all goes into JSON."""
+    """Collects new tokens, as text where there is a tokenizer, and prints them as they arrive unless ``silent``."""
 
     def __init__(self, text: StreamingText | None, out: TextIO, *, silent: bool):
         self.pieces: list[str] = []
@@ -49,7 +49,7 @@ class _Output:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """A prompt to continue; ``load_s`` is what opening the program took."""
+    """A prompt to continue; ``load_s`` is the program's load time in seconds."""
 
     options: RunOptions
     progress: StageLog
@@ -64,8 +64,8 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
     """Continues the prompt and prints text and statistics, or one JSON document.
 
     Raises:
-        UsageError, ExportError: the prompt does not fit the program, or it failed; a full cache ends the text and
-            raises after everything was printed.
+        UsageError, ExportError: the prompt does not fit the program, or the program failed. A full cache ends the
+            text; the error is raised after everything was printed.
     """
     from flashpte.export.files.model_folder import read_folder
     from flashpte.export.runtime.generate import check_prompt
@@ -84,7 +84,7 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
         prompt = list(options.prompt_ids)
     else:
         prompt = encode_prompt(tokenizer, options.prompt or "", chat=options.chat)
-    # before the weights are read: what is wrong with the prompt
+    # check the prompt before reading the weights
     check_prompt(prompt, folder.constants.get("get_vocab_size"))
     drafted = has_draft(folder.signatures)
     if drafted:
@@ -152,7 +152,7 @@ def _speculate(job: _Job) -> tuple[tuple[int, ...], str, Any]:
 
     chosen: dict[str, Any] = {"temperature": job.options.temperature, "seed": job.options.seed}
     count, compares = job.options.max_new_tokens, DECODE in job.program.signatures or job.options.force_accept
-    if compares:  # kernels are loaded by their first call, which a comparison of rates must not count
+    if compares:  # a kernel's first call loads it, which a comparison of rates must not count
         job.progress("warming up")
         speculate(job.program, job.prompt, max_new_tokens=min(8, count), **chosen)
     _say_generating(job.options, job.progress)
