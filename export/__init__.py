@@ -1,1 +1,1 @@
-"""Exporting models: targets, weights, lowering to ``.pte`` and ``.pt2``, and the ``export-model`` command."""
+"""Exports models to ``.pte`` and ``.pt2``, and runs them: the ``export-model`` and ``run-model`` commands."""

@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify-window",
         type=int,
         metavar="M",
-        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: no target_verify)",
+        help="add target_verify, which takes M tokens (2..16) and returns the logits of all (default: left out)",
     )
     methods.add_argument(
         "--method",

@@ -1,1 +1,1 @@
-"""What every room may use: errors, options, signals. Nothing here imports torch."""
+"""Errors, options and signals that every room may use. Nothing here imports torch."""

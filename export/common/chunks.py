@@ -1,4 +1,4 @@
-"""Dividing a prompt into calls."""
+"""Divides a prompt into calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from __future__ import annotations
 def chunk_bounds(count: int, least: int, most: int, *, fed_twice: bool = False) -> list[tuple[int, int]] | None:
     """Bounds ``(start, end)`` of calls of ``least`` to ``most`` tokens that feed ``count`` tokens.
 
-    Calls take as many tokens as they may, from the front. What would be left for the last one and is too short is taken
-    from the one before. Where no such sizes add up, the last call begins within the one before, if tokens may be fed
-    twice.
+    Each call takes as many tokens as it may. A call gives up tokens where the next one would be shorter than ``least``.
+    Where no such sizes add up and ``fed_twice`` allows it, the last call feeds the last ``least`` tokens, some of them
+    again.
 
     Returns:
-        The bounds; ``None`` where no calls fit.
+        The bounds; ``None`` where no sizes add up.
     """
     calls = -(-count // most)
     if count < calls * least:

@@ -1,4 +1,4 @@
-"""The errors that a user meets; each carries one line that names the thing and what to do."""
+"""The errors that users see; each has one line that names the problem and what to do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option that an error's text speaks of. Python spells it ``max_seq_len=1``, a command line ``--max-seq-len 1``.
+    """An option in an error's text: ``max_seq_len=1`` from Python, ``--max-seq-len 1`` on a command line.
 
     Attributes:
         name: the field's name.
-        value: what was given; ``None`` to speak of the option alone.
-        wanted: the text asks for it, so that a command line adds what the flag takes.
+        value: the value given; ``None`` to name the option alone.
+        wanted: whether the text asks for the option; a command line then adds the flag's placeholder.
     """
 
     name: str
@@ -33,7 +33,7 @@ class ExportError(Exception):
     """The export cannot be done: a broken checkpoint, a full disk, an unsupported model. Exit code 1.
 
     Args:
-        *parts: the line in pieces, options as :class:`Option`.
+        *parts: the pieces of the line; options are :class:`Option` objects.
     """
 
     def __init__(self, *parts: str | Option):
@@ -44,7 +44,7 @@ class ExportError(Exception):
         return self.spelled(str)
 
     def spelled(self, spell: Callable[[Option], str]) -> str:
-        """The line, with options as ``spell`` writes them."""
+        """The line, with each option written by ``spell``."""
         return "".join(spell(part) if isinstance(part, Option) else str(part) for part in self.parts)
 
 

@@ -11,10 +11,10 @@ _NEW_OBJECTS = 100_000
 
 @contextlib.contextmanager
 def fewer_collections() -> Iterator[None]:
-    """Inside, Python looks for garbage after 100,000 new objects instead of 700.
+    """Inside, Python collects garbage after 100,000 new objects instead of 700.
 
-    Graphs and symbolic sizes are millions of objects that live long: looking through the young ones every time takes
-    5% to 10% of the time. Whoever asks for more, or has turned collecting off, is left alone.
+    Graphs and symbolic sizes are millions of long-lived objects; scanning the young ones that often takes 5% to 10% of
+    the time. A higher threshold, or collection turned off, is left as it is.
     """
     before = gc.get_threshold()
     if 0 < before[0] < _NEW_OBJECTS:

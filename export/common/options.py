@@ -1,4 +1,4 @@
-"""What to export, as one value; importing this needs no torch."""
+"""The options of an export; importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ DECODE = "decode"
 TARGET_VERIFY = "target_verify"
 DRAFT_DECODE = "draft_decode"
 TARGET_METHODS = (PREFILL, DECODE, TARGET_VERIFY)
-"""Methods of a language model, which a draft adds one to."""
+"""Methods of a language model; a draft adds one more."""
 METHOD_NAMES = (*TARGET_METHODS, DRAFT_DECODE)
 
 VERIFY_WINDOW_RANGE = (2, 16)
-"""Fewest and most tokens of one target_verify call; the most is what the mid-M kernel takes."""
+"""Fewest and most tokens of one target_verify call; the mid-M kernel takes at most 16."""
 
 CHAIN_RANGE = (VERIFY_WINDOW_RANGE[0] - 1, VERIFY_WINDOW_RANGE[1] - 1)
-"""Fewest and most tokens that a draft proposes at a time: target_verify takes one more."""
+"""Fewest and most tokens that a draft proposes at a time; target_verify takes one more."""
 
 DEFAULT_CHAIN = 4
-"""Length of the chain of a draft whose user names none."""
+"""Default chain length, in tokens, of an export with a draft."""
 
 DEFAULT_PREFILL_CHUNK = 2048
-"""Longest prefill of a model without a sliding window; one with a window takes at most the window."""
+"""Most tokens of one prefill call of a model without a sliding window; with one, the most is the window."""
 
 
 DEFAULT_CONTEXTS = (1024, 4096, 16384)
-"""Tokens in the cache before the calls that a profile measures."""
+"""Numbers of tokens in the cache before the calls that a profile measures."""
 
 DEFAULT_PROFILE_PREFILL = 2048
-"""Tokens of the prefill that a profile measures."""
+"""Number of tokens in the prefill that a profile measures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +49,22 @@ class ExportOptions:
         target: name of a target, see :mod:`flashpte.export.models.registry`.
         checkpoint: Hugging Face folder to read config, weights and tokenizer from.
         random_seed: seed of random weights, for an export without a checkpoint.
-        config: a ``config.json`` that describes the model, without a checkpoint.
-        small: take the target's small config.
-        layers: keep the first layers only.
+        config: a ``config.json`` that describes the model, for an export without a checkpoint.
+        small: use the target's small config.
+        layers: keep only this many layers, the first ones; ``None`` for all.
         dtype: one of :data:`DTYPE_NAMES`, for weights, caches and logits.
         max_seq_len: positions that the caches hold; ``None`` for the target's default.
         max_prefill_chunk: most tokens of one prefill call; ``None`` for the sliding window, or 2048 without one.
-        verify_window: M of ``target_verify``; ``None`` leaves that method out. A draft sets it to its chain plus one.
+        verify_window: M, tokens of one ``target_verify`` call; ``None`` leaves that method out. A draft sets it to its
+            chain plus one.
         method: export this method alone.
         attention: ``"flashpte"`` for the project's kernels; ``"executorch"`` leaves attention to ExecuTorch's own
             replacement and ``"math"`` decomposes it to plain arithmetic, for comparisons.
         draft: folder of an EAGLE-3 draft head; adds ``draft_decode``, and features to ``prefill`` and
             ``target_verify``.
-        chain: K, tokens that the draft proposes at a time; ``None`` for 4 with a draft. Without ``draft`` but with
-            ``random_seed``, a random draft that fits the target is made.
-        with_decode: keep ``decode`` beside a draft, which does not need it.
+        chain: K, tokens that the draft proposes at a time; ``None`` for 4 with a draft. With ``random_seed`` and no
+            ``draft``, it adds a random draft that fits the target.
+        with_decode: with a draft, also export ``decode``, which speculative decoding does not need.
         midm_sdpa: ``False`` leaves the attention of ``target_verify`` to plain arithmetic, for comparisons.
     """
 
@@ -91,10 +92,10 @@ class ExportOptions:
 
 
 def check_options(options: ExportOptions) -> None:
-    """Checks what can be known without the model: values out of range, options that conflict or need another.
+    """Checks the options as far as possible without the model.
 
     Raises:
-        UsageError: naming the options.
+        UsageError: a value is unknown or out of range, options conflict, or one needs another; the text names them.
     """
     if options.dtype not in DTYPE_NAMES:
         raise UsageError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPE_NAMES)}")

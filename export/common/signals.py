@@ -1,4 +1,4 @@
-"""Signals that end a process: raised as exceptions so that cleanup runs, and held back while files change places."""
+"""Signals that end a process: raised as exceptions so that cleanup runs, and held back while files are moved."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def raise_what_was_swallowed() -> None:
-    """Raises once more what a signal raised inside of :func:`raise_on_termination`, if the program still runs.
+    """Raises :class:`Terminated` again if a signal raised it in :func:`raise_on_termination` and it was swallowed.
 
-    The exception can come up anywhere, in a finalizer or a callback of a library's C++ too, where it is dropped.
+    The exception can arise anywhere, also in a finalizer or in a callback from a library's C++, which drop it.
     """
-    if _raised and not isinstance(sys.exception(), KeyboardInterrupt):  # that is on its way
+    if _raised and not isinstance(sys.exception(), KeyboardInterrupt):  # it is already propagating
         raise Terminated(_raised[0])
 
 
@@ -44,8 +44,8 @@ def raise_what_was_swallowed() -> None:
 def raise_on_termination() -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and SIGHUP raise :class:`Terminated`, so that cleanup runs.
 
-    A signal that is ignored (``nohup``) or handled by somebody else stays so. Python allows handlers in the main
-    thread only; in another one this does nothing.
+    Signals that are ignored (``nohup``) or have another handler keep it. Python allows handlers only in the main
+    thread; in any other thread this does nothing.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():

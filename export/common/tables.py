@@ -1,4 +1,4 @@
-"""Tables for people: columns of equal width, as lines of text."""
+"""Formats tables as lines of text with aligned columns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, ragged: bool = False) -> list[str]:
-    """The first column is aligned left, others right; with ``ragged`` the last one is as long as it is."""
+    """Aligns the first column left and the others right; with ``ragged`` the last column is not padded."""
     aligned = len(rows[0]) - ragged
     widths = [max(len(row[i]) for row in rows) for i in range(aligned)]
     return [
