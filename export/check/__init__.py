@@ -1,1 +1,1 @@
-"""``run-model --check``: a program against the eager Hugging Face model that it was exported from."""
+"""``run-model --check``: compares a program with the eager Hugging Face model that it was exported from."""

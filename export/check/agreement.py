@@ -1,4 +1,4 @@
-"""Choices of a program beside those of the reference: where one differs, the reference must have been undecided."""
+"""Compares a program's token choices with the reference's: they may differ only where the reference is undecided."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Choices beside the reference's, each after the same tokens, whatever the program chose before.
+    """Choices of a program and of the reference, each after the same tokens, whatever the program chose before.
+
+    A margin is the difference between the reference's two largest logits.
 
     Attributes:
-        tokens: how many choices.
-        agreeing: how many are the same.
-        tolerance: twice the error that the logits may have: a smaller margin between the reference's first and second
-            choice may turn.
-        above: choices whose margin is above the tolerance.
-        wrong: positions among those where the program chose another token; must be empty.
-        margins: the reference's margins, smallest, median and largest.
-        distinct: different tokens that the reference chose.
+        tokens: number of choices.
+        agreeing: number of choices that are the same.
+        tolerance: twice the error allowed in the logits; an error of that size can swap two choices with a smaller
+            margin.
+        above: number of choices with a margin above the tolerance.
+        wrong: indices of those choices where the program chose another token; must be empty.
+        margins: the reference's smallest, median and largest margin.
+        distinct: number of different tokens that the reference chose.
     """
 
     tokens: int
@@ -36,7 +38,7 @@ class Agreement:
         return not self.wrong
 
     def lines(self, what: str, tokens: str) -> list[str]:
-        """For people: ``what`` was followed, and what its tokens are called."""
+        """A report for people; ``what`` names the comparison, and ``tokens`` its tokens."""
         low, middle, high = self.margins
         lines = [
             f"{what}: {self.tokens} {tokens} ({self.distinct} distinct), argmax agrees at {self.agreeing}; "
@@ -49,7 +51,7 @@ class Agreement:
 
 
 def judge(chosen: torch.Tensor, truth: torch.Tensor, tolerance: float) -> Agreement:
-    """Compares choices int64 [N] with the reference's logits [N, V], V at least 2."""
+    """Compares ``chosen`` int64 [N] with the reference's logits ``truth`` [N, V]; V is at least 2."""
     top = truth.double().topk(2, -1)
     margins = top.values[:, 0] - top.values[:, 1]
     same = chosen == top.indices[:, 0]

@@ -1,4 +1,4 @@
-"""The part of ``run-model --check`` that looks at ``draft_decode``: its features, proposals, keys and values."""
+"""The part of ``run-model --check`` that checks ``draft_decode``: its features, proposals, keys and values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashpte.export.check.eager_model import EagerModel
     from flashpte.export.runtime.language_model import RunsMethods
 
-_STEPS = 24  # single rows in a run, as a chain makes them
+_STEPS = 24  # consecutive calls of one row, as a chain makes them
 _SEED = 2
 
 
@@ -31,17 +31,17 @@ class Rows:
 
     @property
     def end(self) -> int:
-        """The position behind its last row."""
+        """The position after its last row."""
         return self.start + self.count
 
 
 def plan_draft_walk(least: int, most: int, length: int) -> tuple[Rows, ...]:
-    """Calls that fill a draft's cache of ``length`` positions: many lengths, back as after rejections, to the last.
+    """Calls that fill a draft's cache: they have many lengths, step back as after rejections, and end at the last slot.
 
     Args:
         least: fewest rows of a call.
         most: most rows of a call.
-        length: positions.
+        length: number of positions in the cache.
     """
     steps: list[Rows] = []
     position = 0
@@ -58,7 +58,7 @@ def plan_draft_walk(least: int, most: int, length: int) -> tuple[Rows, ...]:
         if position + count > length // 2:
             continue
         add(count)
-        position -= count // 2 if count <= 16 else 0  # the chain before went further than what was accepted
+        position -= count // 2 if count <= 16 else 0  # step back over the part of the chain that was rejected
     for _ in range(min(_STEPS, (length - position) // 4)):
         add(1)
     while position < length - 2 * most:
@@ -78,19 +78,19 @@ def check_draft(
     tokens: Sequence[int],
     features: torch.Tensor,
 ) -> tuple[list[Comparison], Agreement, list[str]]:
-    """Runs ``draft_decode`` through its whole cache and compares with the plain drafts of two eager models.
+    """Runs ``draft_decode`` through its whole cache and compares it with the drafts of two eager models.
 
-    The drafts read the same features as the program, so what is compared is the draft alone.
+    The drafts read the same features as the program, so the comparison covers the draft alone.
 
     Args:
-        program: what is checked; the draft's cache is written to.
+        program: the program to check; its draft's cache is overwritten.
         own: the eager model in the program's dtype, with its draft.
-        reference: the same in a wider dtype.
+        reference: the same model in a wider dtype.
         tokens: N tokens of a sequence.
         features: [N, C], the features of their positions, in the program's dtype.
 
     Returns:
-        Comparisons of features, keys and values; how the proposals agree; and what could not be compared.
+        Comparisons of features, keys and values; the agreement of the proposals; and what could not be compared.
     """
     assert own.draft is not None
     assert reference.draft is not None
@@ -108,7 +108,7 @@ def check_draft(
             torch.arange(step.start, step.end),
         )
         proposal, feature = program.run(DRAFT_DECODE, *inputs)
-        program.synchronize()  # an error of the device belongs to this call
+        program.synchronize()  # report a device error at this call
         proposals.append(int(proposal))
         after.append(feature[0, -1].cpu())
     rows = [step.end - 1 for step in steps]
@@ -122,6 +122,6 @@ def check_draft(
     states, missing = compare_states(program, [truth.held], [yardstick.held], part=DRAFT_PART)
     found += states
     allowed = compare("", "", yardstick.logits, truth.logits, yardstick.logits, yardstick.logits.dtype).max_allowed
-    # which token of the draft's vocabulary was meant: its ids may be others than the target's
+    # proposals as ids of the draft's vocabulary, which may differ from the target's
     meant = [reference.draft.to_draft_id(proposal) for proposal in proposals]
     return found, judge(torch.tensor(meant), truth.logits, 2 * allowed), missing

@@ -1,9 +1,13 @@
-"""``run-model --check``: a program against the eager Hugging Face model it was exported from.
+"""``run-model --check``: compares a program with the eager Hugging Face model that it was exported from.
 
-Compared are the logits of every method along a walk through the whole cache, the states that the walk left (keys and
-values, or what else a layer remembers) by group of layers, the weights byte for byte, and the choices along a greedy
-sequence of the eager model. Logits alone would not do: attention that is a little wrong moves them by little, and keys
-of the layers above show it.
+The check compares:
+
+* the logits of every method, along a walk through the whole cache;
+* the states after the walk (keys and values, or whatever else a layer remembers), by group of layers;
+* the weights, byte for byte;
+* the choices along a greedy sequence of the eager model.
+
+Logits alone are not enough: slightly wrong attention moves them little, but shows in the keys of later layers.
 """
 
 from __future__ import annotations
@@ -34,16 +38,16 @@ _SEED = 1
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        comparisons: of each method's logits, each group of states.
-        agreement: along the greedy sequence; ``None`` without a decode method.
-        proposals: of the draft; ``None`` without one.
-        weights: what was found of the weights; ``None`` where the program's cannot be read.
-        missing: what was to be compared and was not, each with the reason.
+        comparisons: one for each method's logits, each method's features and each group of states.
+        agreement: of the choices along the greedy sequence; ``None`` without a decode method.
+        proposals: agreement of the draft's proposals; ``None`` without a draft.
+        weights: result of comparing the weights; ``None`` where the program's cannot be read.
+        missing: what should have been compared but was not, each with the reason.
         unchecked: methods that were not compared with anything.
-        calls: how many calls were made, by method.
+        calls: number of calls of each of the target's methods.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -56,30 +60,30 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether everything was looked at, and is within its bounds."""
+        """Whether everything was compared and is within its bounds."""
         agrees = all(found is None or found.passed for found in (self.agreement, self.proposals))
         compared = bool(self.comparisons) and not self.not_compared
         return all(c.passed for c in self.comparisons) and agrees and compared and not self.weights_different
 
     @property
     def weights_equal(self) -> int:
-        """Tensors that are the model's, byte for byte."""
+        """Number of tensors that equal the model's, byte for byte."""
         return 0 if self.weights is None else self.weights.equal
 
     @property
     def weights_different(self) -> tuple[str, ...]:
-        """Names of those that are not."""
+        """Names of tensors that differ from the model's."""
         return () if self.weights is None else self.weights.different
 
     @property
     def not_compared(self) -> tuple[str, ...]:
-        """What was compared with nothing, each with the reason: a check that looked at nothing has not passed."""
+        """Everything that was not compared, each with the reason; a check passes only if this is empty."""
         weights = () if self.weights is None else self.weights.missing
         methods = (f"method {name}: no eager model to compare it with" for name in self.unchecked)
         return (*self.missing, *weights, *methods)
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """The report as plain data, for JSON."""
         return {
             "passed": self.passed,
             "comparisons": [comparison.to_dict() for comparison in self.comparisons],
@@ -97,7 +101,7 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """For people: a table, the greedy sequence, and what is wrong."""
+        """The report for people: a table, the greedy sequence, the weights, and what is wrong."""
         rows: list[tuple[str, ...]] = [("", "max error", "allowed", "relative", "allowed", "values", "")]
         for c in self.comparisons:
             verdict = "ok" if c.passed else f"WRONG, worst {c.worst}"
@@ -140,19 +144,19 @@ def check_program(
     computed: Mapping[str, torch.Tensor] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
-    """Runs a program against eager models.
+    """Runs a program and compares it with two eager models.
 
     Args:
-        program: what is checked; its buffers are written to and reset.
-        own: the eager model in the program's dtype, the yardstick; with the draft of a program that has one.
-        reference: the same in a wider dtype, the truth.
-        weights: the program's tensors by FQN, to be compared with ``model_weights``; ``None``: they cannot be read.
-        model_weights: what they should be, by FQN, see :func:`named_weights`.
+        program: the program to check; its buffers are overwritten and reset.
+        own: the eager model in the program's dtype, the yardstick; has a draft if the program has one.
+        reference: the same model in a wider dtype, the truth.
+        weights: the program's tensors by FQN, to compare with ``model_weights``; ``None`` if they cannot be read.
+        model_weights: the model's weights by FQN, see :func:`named_weights`.
         computed: buffers that the model computes, see :func:`computed_buffers`.
         progress: called with a short line at each stage.
 
     Raises:
-        ProgramError: the program is no language model, or failed to run.
+        ProgramError: the program is not a language model, or failed to run.
     """
     tell = progress or (lambda stage: None)
     model = LanguageModel(program)
@@ -207,7 +211,7 @@ def check_program(
 def _missing(
     methods: Mapping[str, Any], yardstick: Evaluation, comparisons: Sequence[Comparison], proposals: Agreement | None
 ) -> list[str]:
-    """Results of methods that nothing was compared with."""
+    """Results of methods that were not compared, each with the reason."""
     compared = {comparison.what for comparison in comparisons}
     wanted = [(name, "logits") for name in TARGET_METHODS if name in methods]
     if yardstick.features is not None:
@@ -222,13 +226,13 @@ Results = list[tuple[Step, torch.Tensor, torch.Tensor | None]]  # logits [1 or M
 
 
 def named_weights(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
-    """The weights of a model and its draft by the FQNs that a program has them under."""
+    """The weights of a model and its draft, by their FQNs in a program."""
     parts = _parts(model, draft)
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
 
 
 def computed_buffers(model: nn.Module, draft: DraftPlan | None = None) -> dict[str, torch.Tensor]:
-    """The buffers that a model and its draft compute, which no checkpoint holds, by the FQNs of a program."""
+    """The buffers that a model and its draft compute and no checkpoint holds, by their FQNs in a program."""
     stored = named_weights(model, draft)
     parts = _parts(model, draft)
     found = {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_buffers()}
@@ -246,14 +250,14 @@ def _walk(model: LanguageModel, tokens: Sequence[int], steps: Sequence[Step]) ->
     for step in steps:
         model.move_back(step.start)
         logits = model.call(step.method, tokens[step.start : step.end])
-        model.program.synchronize()  # an error of the device belongs to this call
+        model.program.synchronize()  # report a device error at this call
         if step.compared:
             results.append((step, logits[0].cpu(), None if model.features is None else model.features[0].cpu()))
     return results
 
 
 def _rows(step: Step, logits: torch.Tensor) -> range:
-    """The positions whose logits a call returns: all of its tokens, which ``target_verify`` must, or the last."""
+    """The positions whose logits a call returns: those of all its tokens (``target_verify`` must) or of the last."""
     every = logits.shape[0] == step.count or step.method == TARGET_VERIFY
     return range(step.start if every else step.end - 1, step.end)
 
@@ -280,14 +284,14 @@ def _compare_logits(
 
 
 def _worst_row(actual: torch.Tensor, truth: torch.Tensor) -> int:
-    """Where the largest error of ``[N, C]`` is; the first row, where the shapes differ."""
+    """The row of ``[N, C]`` with the largest error; 0 where the shapes differ."""
     if actual.shape != truth.shape:
         return 0
     return int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
 
 
 def _compare_features(results: Results, expected: Evaluation, yardstick: Evaluation) -> list[Comparison]:
-    """What the target's methods hand to the draft, by method;."""
+    """Compares the features that the target's methods hand to the draft, by method."""
     if expected.features is None or yardstick.features is None:
         return []
     calls: dict[str, list[tuple[Step, torch.Tensor]]] = {}
@@ -329,6 +333,6 @@ def _follow_greedy(
 def judge_greedy(
     actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, dtype: torch.dtype
 ) -> tuple[Comparison, Agreement]:
-    """Compares logits [N, V] along a greedy sequence, and the choices they lead to."""
+    """Compares logits [N, V] along a greedy sequence, and the tokens that they choose."""
     comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
     return comparison, judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)

@@ -1,4 +1,4 @@
-"""The part of ``run-model --check`` that compares what layers remember, as the manifest's rules say."""
+"""The part of ``run-model --check`` that compares the layers' states, by the rules in the manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashpte.export.runtime.language_model import RunsMethods
 from flashpte.export.state.layer_state import DRAFT_PART, TARGET_PART, StateRules
 
 Held = Mapping[str, torch.Tensor]
-"""What one layer holds after a sequence, by the names of its rules, without the batch."""
+"""The tensors that one layer holds after a sequence, by the names in its rules, without the batch dimension."""
 
 
 def compare_states(
@@ -21,16 +21,17 @@ def compare_states(
     *,
     part: str = TARGET_PART,
 ) -> tuple[list[Comparison], list[str]]:
-    """Compares states layer by layer; each group is as bad as its worst layer.
+    """Compares states layer by layer; a group's result is that of its worst layer.
 
     Args:
-        program: what is checked, after a sequence.
-        expected: what the layers of the reference hold.
-        yardstick: what those of the eager model in the program's dtypes hold.
+        program: the program to check, after a sequence.
+        expected: what the reference's layers hold.
+        yardstick: what the layers of the eager model in the program's dtypes hold.
         part: ``target`` or ``draft``.
 
     Returns:
-        The groups; and states of the program or layers of the model that have no counterpart, with the reason.
+        One comparison per group; and the program's states and the model's layers without a counterpart, each with the
+        reason.
     """
     layers = [rules for rules in program.states if rules.part == part]
     groups: dict[str, list[Comparison]] = {}
@@ -58,13 +59,13 @@ def compare_states(
 
 
 def undescribed_buffers(program: RunsMethods) -> list[str]:
-    """Buffers that methods write to and no rule describes: a check cannot look at them."""
+    """Buffers that methods write to but no rule describes, so that they cannot be checked."""
     described = {fqn for rules in program.states for fqn in rules.buffers.values()}
     return [f"{fqn}: the manifest describes no state that holds it" for fqn in program.buffers if fqn not in described]
 
 
 def _held(rules: StateRules, buffer: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """The part of a buffer that can be compared, and where it is in what the model holds."""
+    """The part of a buffer that can be compared, and the matching part of what the model holds (``truth``)."""
     if rules.compared == "last":
         return buffer[0].cpu(), ()
     slots, length = buffer.shape[2], truth.shape[1]

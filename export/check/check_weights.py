@@ -1,4 +1,4 @@
-"""The part of ``run-model --check`` that compares weights byte for byte, and names those that it could not compare."""
+"""The part of ``run-model --check`` that compares weights byte for byte and names those that it cannot compare."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flashpte.export.common.options import DRAFT_DECODE
 
 @dataclasses.dataclass(frozen=True)
 class WeightsReport:
-    """What comparing a program's tensors with a model's found.
+    """The result of comparing a program's tensors with a model's.
 
     Attributes:
-        equal: tensors that are the model's, byte for byte.
-        different: names of those that are not.
-        missing: those of the model and of the program that were compared with nothing, each with the reason.
-        unused: those of the model that no exported method reads, so that there is nothing to compare them with.
+        equal: number of tensors that equal the model's, byte for byte.
+        different: names of tensors that differ.
+        missing: tensors of the model or of the program that were not compared, each with the reason.
+        unused: names of the model's tensors that no exported method reads, so that there is nothing to compare.
     """
 
     equal: int = 0
@@ -29,7 +29,7 @@ class WeightsReport:
 
 
 _LIFTED = re.compile(r"(.*\.)?_?lifted_tensor_\w+|(.*\.)?_tensor_constant\w*")
-"""Constants that tracing makes, such as the bound of a mask: no module has them under a name."""
+"""Constants that tracing makes, such as the bound of a mask; no module has a name for them."""
 
 
 def compare_weights(
@@ -39,16 +39,16 @@ def compare_weights(
     computed: Mapping[str, torch.Tensor] | None = None,
     states: Collection[str] = (),
 ) -> WeightsReport:
-    """Compares every tensor of a model, and every one of the program.
+    """Compares every tensor of a model and every tensor of the program.
 
-    A tensor that several names share needs to be found under one of them. Of the program, only states and constants
-    that tracing made need no counterpart in the model.
+    The program must have a tensor with several names under one of them. Each of the program's tensors needs a
+    counterpart in the model, except states and constants that tracing made.
 
     Args:
-        weights: the program's, by FQN.
-        model_weights: what they should be, by FQN; the program must have them.
+        weights: the program's tensors by FQN.
+        model_weights: the model's weights by FQN; the program must have them.
         computed: buffers that the model computes (RoPE's frequencies); the program has those that it reads.
-        states: the program's states, which are compared elsewhere.
+        states: names of the program's states, which are compared elsewhere.
     """
     computed = computed or {}
     equal, different, missing, found = 0, [], [], set()
@@ -78,7 +78,7 @@ def compare_weights(
 def weights_of_methods(
     model_weights: Mapping[str, torch.Tensor], methods: Mapping[str, object]
 ) -> dict[str, torch.Tensor]:
-    """Those of a model and its draft that some method uses: without ``draft_decode`` the draft's head is in none."""
+    """The weights that some method uses; without ``draft_decode`` no method uses the draft's head."""
     return {
         name: value for name, value in model_weights.items() if DRAFT_DECODE in methods or not name.startswith("draft.")
     }
@@ -89,7 +89,7 @@ def _describe(tensor: torch.Tensor) -> str:
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...]:
-    """The same for tensors that are one; an empty one is none but itself."""
+    """A key that is equal for tensors in the same memory; an empty tensor equals only itself."""
     if tensor.numel() == 0:
         return (id(tensor),)
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

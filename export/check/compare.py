@@ -1,13 +1,13 @@
-"""How far a program's tensors are from the reference, and how far they may be.
+"""Measures a program's errors against the reference and computes the allowed ones.
 
-The reference is the eager model in float32 (float64 for a float32 program). With ``e`` the error of the eager model in
-the program's own dtype against it, a program passes when
+The reference is the eager model in float32 (float64 for a float32 program). ``e`` is the error of the eager model in
+the program's own dtype against that reference. A program passes when
 
-* its largest error is at most ``max(2 * largest e, floor)``, where the floor is 2 ulp of the dtype at the largest
-  reference value (256 ulp for float32, whose sums a compiler orders in its own way), and
-* its root mean square error is at most ``max(2 * rms e, floor)``, the floor here at the rms of the reference.
+* its largest error is at most ``max(2 * largest e, floor)``; the floor is 2 ulp of the dtype at the largest reference
+  value (256 ulp for float32, because compilers reorder its sums); and
+* its root mean square error is at most ``max(2 * rms e, floor)``, with the floor taken at the rms of the reference.
 
-A NaN is an infinite error, and so is a tensor of another shape. Nothing, compared with nothing, does not pass.
+A NaN or another shape is an infinite error. A comparison of no values does not pass.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _FACTOR = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One group of tensors against the reference.
+    """One group of tensors compared with the reference.
 
     Attributes:
-        what: ``prefill logits``, ``sliding keys``.
+        what: name of the group, such as ``prefill logits`` or ``sliding keys``.
         worst: where the largest error is.
         max_error: largest absolute error.
-        max_allowed: the bound on it.
+        max_allowed: bound on ``max_error``.
         relative_error: rms error over the rms of the reference.
-        relative_allowed: the bound on it.
+        relative_allowed: bound on ``relative_error``.
         values: how many numbers were compared.
     """
 
@@ -46,17 +46,17 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """Whether there are values and both errors are within their bounds; a NaN is in none."""
+        """Whether there are values and both errors are within their bounds; a NaN never is."""
         return self.values > 0 and self.max_error <= self.max_allowed and self.relative_error <= self.relative_allowed
 
     @property
     def excess(self) -> float:
-        """How many times the tighter bound is used up; above 1 it failed."""
+        """The larger ratio of an error to its bound; above 1 the comparison fails."""
         ratios = (_ratio(self.max_error, self.max_allowed), _ratio(self.relative_error, self.relative_allowed))
         return max(ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """The comparison as plain data, for JSON."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
 
@@ -67,7 +67,7 @@ def _ratio(error: float, allowed: float) -> float:
 
 
 def ulp(dtype: torch.dtype, at: float) -> float:
-    """The distance of neighbouring numbers of a dtype at a magnitude."""
+    """The distance between neighboring numbers of ``dtype`` at the magnitude ``at``."""
     return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(at))) if at > 0 else 0.0
 
 
@@ -82,12 +82,12 @@ def compare(
     """Compares one tensor.
 
     Args:
-        what: name of the group it belongs to.
+        what: name of the tensor's group.
         where: which tensor of the group it is.
-        actual: the program's.
-        reference: of the wider dtype, same shape.
-        own: the eager model's in the program's dtype, same shape.
-        dtype: the program's, which says how far apart neighbouring numbers are.
+        actual: the program's tensor.
+        reference: the eager model's tensor in the wider dtype, same shape.
+        own: the eager model's tensor in the program's dtype, same shape.
+        dtype: the program's dtype, which sets the size of an ulp.
     """
     if actual.shape != reference.shape or not actual.numel():
         shapes = f"{where} of shape {list(actual.shape)}, the model's is {list(reference.shape)}"
@@ -115,6 +115,6 @@ def _rms(tensor: torch.Tensor) -> float:
 
 
 def worst(comparisons: list[Comparison]) -> Comparison:
-    """The one of a group that is furthest beyond, or closest to, its bounds, with the number of values of all."""
+    """The comparison of a group that is furthest beyond its bounds or closest to them, with all values counted."""
     chosen = max(comparisons, key=lambda comparison: (not comparison.passed, comparison.excess))
     return dataclasses.replace(chosen, values=sum(comparison.values for comparison in comparisons))

@@ -1,6 +1,6 @@
-"""The draft of an export as plain PyTorch: whole sequences, a causal mask, no cache; the reference of a check.
+"""The draft of an export in plain PyTorch, the reference of a check: whole sequences, a causal mask, no cache.
 
-It is built from the manifest and the draft's checkpoint, or the seed of a random one; no exported program takes part.
+It is built from the manifest and the draft's checkpoint or the seed of its random weights, without an exported program.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flashpte.export.state.model_state import StateView
 
 @dataclasses.dataclass(frozen=True)
 class DraftEvaluation:
-    """What a draft computes for N rows; all on the CPU.
+    """The results of a draft for N rows; all tensors are on the CPU.
 
     Attributes:
-        logits: [R, V_d], of the rows asked for, over the draft's vocabulary.
+        logits: [R, V_d], of the requested rows, over the draft's vocabulary.
         features: [R, C], the features after those rows.
-        held: what its layer holds after them: keys and values [H_kv, N, D], as the attention gets them.
+        held: keys and values [H_kv, N, D] of its layer, as the attention gets them.
     """
 
     logits: torch.Tensor
@@ -42,7 +42,7 @@ class EagerDraft:
     """A draft head that reads every row at once.
 
     Attributes:
-        taps: the target's hidden states that it fuses.
+        taps: indices of the target's hidden states that it fuses.
     """
 
     def __init__(self, fusion: FeatureFusion, head: DraftHead, taps: Sequence[int], embedding: torch.Tensor):
@@ -52,7 +52,7 @@ class EagerDraft:
         self._embedding = embedding if head.embed_tokens is None else head.embed_tokens.weight
 
     def fuse(self, taps: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Hidden states [1, T, C_t] by tap -> features [1, T, C]."""
+        """Fuses hidden states [1, T, C_t], by tap, to features [1, T, C]."""
         return self._fusion([taps[tap] for tap in self.taps])
 
     def to_draft_id(self, token: int) -> int:
@@ -67,9 +67,9 @@ class EagerDraft:
         """One forward over rows 0..N-1.
 
         Args:
-            tokens: N tokens, each the one after its row's position.
-            features: [N, C] of the rows' positions, of any float dtype.
-            rows: the rows whose results are wanted.
+            tokens: N tokens, each the one that follows its row's position.
+            features: [N, C], of the rows' positions, of any float dtype.
+            rows: the R rows whose results are returned.
         """
         head, table = self._head, self._embedding
         device, count = table.device, len(tokens)
@@ -93,7 +93,7 @@ class EagerDraft:
 
 
 class _Seen:
-    """In the place of a cache: keys and values [1, H_kv, N, D] of one call are all there is."""
+    """Stands for a cache: holds the keys and values [1, H_kv, N, D] of a single call."""
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, _layer: int, *_args: Any, **_kwargs: Any
@@ -106,7 +106,7 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
     """The draft that a manifest describes, with its weights in the dtype of the export, on the CPU.
 
     Args:
-        manifest: of an ``export-model`` folder.
+        manifest: the manifest of an ``export-model`` folder.
         model: the target, rebuilt from the same manifest.
         draft: the folder of the draft that was exported; ``None`` for a random one.
 
@@ -114,7 +114,7 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
         The draft, or ``None`` for a program without one.
 
     Raises:
-        ExportError: the folder is missing or another draft, or the manifest does not say enough.
+        ExportError: the folder is missing or holds another draft, or the manifest does not say enough.
     """
     from flashpte.export.models.build import attention_of, describe
     from flashpte.export.models.registry import get_target
@@ -141,7 +141,7 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
     options = ExportOptions(target, random_seed=seed if random else None, draft=draft, chain=described["chain"])
     spec = get_target(target)
     plan = plan_draft(options, spec, describe(model, spec.layer_state or attention_of))
-    assert plan is not None  # options with a chain ask for one
+    assert plan is not None  # options with a chain have a draft
     found = plan.manifest()
     different = sorted(name for name in {*found, *described} if found.get(name) != described.get(name))
     if different:
@@ -153,6 +153,6 @@ def rebuild_draft(manifest: Mapping[str, Any], model: nn.Module, draft: Path | N
 def eager_draft(plan: DraftPlan, embedding: torch.Tensor) -> EagerDraft:
     """A copy of a draft in the dtype and on the device of the target's embedding [V, C_t]."""
     fusion, head = copy.deepcopy(plan.fusion), copy.deepcopy(plan.head)
-    if next(fusion.parameters()).dtype != embedding.dtype:  # not for its own dtype: RoPE's frequencies stay float32
+    if next(fusion.parameters()).dtype != embedding.dtype:  # else no cast: RoPE's frequencies stay float32
         fusion, head = fusion.to(embedding.dtype), head.to(embedding.dtype)
     return EagerDraft(fusion, head, plan.taps, embedding)

@@ -1,7 +1,7 @@
-"""The eager Hugging Face model that an export came from: the reference of ``run-model --check``.
+"""The eager Hugging Face model that an export came from, the reference of ``run-model --check``.
 
-It is built from the config in the manifest and the checkpoint's weights, or the seed of random ones; no exported
-program, no cache and no attention of ours takes part.
+It is built from the config in the manifest and the checkpoint's weights or the seed of random ones. It uses no exported
+program, and neither cache nor attention of flashpte.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
 
 
 LayerStateOf = Callable[[nn.Module], "LayerState"]
-"""What a decoder layer remembers, see ``TargetSpec.layer_state``."""
+"""Returns the state of a decoder layer, see ``TargetSpec.layer_state``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What an eager model computes for one sequence of T tokens; all on the CPU.
+    """The results of an eager model for one sequence of T tokens; all tensors are on the CPU.
 
     Attributes:
-        logits: [R, V], of the rows asked for.
-        states: of each layer, what it holds after them, by the names of its rules: keys [H_kv, T, D], values.
-        features: [T, C], what a draft reads; ``None`` without one.
+        logits: [R, V], of the requested rows.
+        states: for each layer, what it holds after the sequence, by the names in its rules, such as keys and values
+            [H_kv, T, D].
+        features: [T, C], what a draft reads; ``None`` without a draft.
     """
 
     logits: torch.Tensor
@@ -48,12 +49,12 @@ class EagerModel:
 
     Args:
         model: the model.
-        device: where it runs.
-        draft: a draft that reads its hidden states, if there is one.
-        layer_state: what a decoder layer remembers.
+        device: the device that it runs on.
+        draft: a draft that reads its hidden states; ``None`` for none.
+        layer_state: returns a decoder layer's state; ``None`` for Hugging Face attention.
 
     Attributes:
-        draft: the draft beside it.
+        draft: the eager draft; ``None`` without one.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class EagerModel:
             self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
 
     def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
-        """One forward over a whole sequence; logits of the tokens at ``rows``, keys and values of all."""
+        """One forward over a whole sequence; returns the logits at ``rows`` and the states of all layers."""
         from flashpte.export.models.eagle3_methods import recorded_taps
 
         cache = self._cache()
@@ -106,7 +107,7 @@ class EagerModel:
         return Cache(layers=[state.reference() for state in self._states])
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The ``count`` most likely tokens that follow a prompt, each given the ones before."""
+        """Decodes ``count`` tokens greedily after a prompt."""
         cache, fed, tokens = self._cache(), list(prompt), []
         with torch.no_grad():
             for _ in range(count):
@@ -121,11 +122,11 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
     """The model that a manifest describes, in the dtype of the export, on the CPU.
 
     Args:
-        manifest: of an ``export-model`` folder.
+        manifest: the manifest of an ``export-model`` folder.
         checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
 
     Raises:
-        ExportError: the manifest does not say enough, or the checkpoint is missing or another one.
+        ExportError: the manifest does not say enough, or the checkpoint is missing or not the one exported.
     """
     from flashpte.export.models.build import cut_layers
     from flashpte.export.models.registry import get_target
@@ -184,19 +185,19 @@ def _check_same_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
 
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The wider dtype that a program's results are judged by: float32, or float64 for a float32 program."""
+    """The wider dtype of the reference: float32, or float64 for a float32 program."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def eager_pair(
     model: nn.Module, draft: DraftPlan | None = None, layer_state: LayerStateOf | None = None
 ) -> tuple[EagerModel, EagerModel]:
-    """The model as it is, and in the wider dtype that is the reference; on the GPU where both fit.
+    """The model in its own dtype and, as the reference, in the wider dtype; on the GPU if both fit.
 
     Args:
         model: the target.
-        draft: a draft with its weights, which both get a copy of.
-        layer_state: what a decoder layer remembers; ``None`` for Hugging Face attention.
+        draft: a draft with its weights; each model gets a copy. ``None`` for none.
+        layer_state: returns a decoder layer's state; ``None`` for Hugging Face attention.
     """
     weights = model.state_dict().values()
     own = max((t.dtype for t in weights if t.is_floating_point()), key=lambda dtype: dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Which calls ``run-model --check`` makes: every method, several lengths and positions, up to the last slot."""
+"""The calls that ``run-model --check`` makes: every method, at several lengths and positions, up to the last slot."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 from flashpte.export.common.options import DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.runtime.language_model import Limits, plan_chunks
 
-_MOST_COMPARED = 128  # calls per method; between them every call still runs
+_MOST_COMPARED = 128  # calls per method; the calls that are not compared run too
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One call: ``count`` tokens at position ``start``; ``compared`` when its logits are looked at."""
+    """One call: ``count`` tokens at position ``start``; its logits are checked if ``compared``."""
 
     method: str
     start: int
@@ -21,18 +21,19 @@ class Step:
 
     @property
     def end(self) -> int:
-        """The position behind its last token."""
+        """The position after its last token."""
         return self.start + self.count
 
 
 def plan_walk(limits: Limits) -> tuple[Step, ...]:
-    """A walk through one sequence that fills the cache.
+    """Plans calls along one sequence that fills the cache.
 
-    It starts with prefills of several lengths between decodes and verifies, goes back as after rejected drafts and
-    writes the same positions again, passes the sliding window, and ends at the last slot. Calls never skip a position.
+    The walk starts with prefills of several lengths between decodes and verifies. It steps back as after rejected
+    drafts and writes the same positions again, passes the sliding window, and ends at the last slot. No call skips a
+    position.
 
     Args:
-        limits: what the methods admit.
+        limits: the lengths that the methods take.
     """
     walk = _Walk(limits)
     walk.vary()
@@ -46,7 +47,7 @@ class _Walk:
         self.limits = limits
         self.steps: list[Step] = []
         self.position = 0
-        # The last positions are for the short methods.
+        # the last positions are left to the short methods
         self.tail = limits.max_seq_len - ((limits.verify or 0) + 2 * limits.decode)
 
     def add(self, method: str, count: int) -> bool:
@@ -57,7 +58,7 @@ class _Walk:
         return True
 
     def vary(self) -> None:
-        """Lengths from the shortest to the longest prefill, each followed by the other methods."""
+        """Adds prefills of lengths from the shortest to the longest, each followed by the other methods."""
         low, high = self.limits.prefill or (0, 0)
         sizes = [s for s in (low, 5, high, 17, high // 2 + 1, 7, high, low, high - 1) if low <= s <= high and s > 0]
         for size in sizes or [0] * 8:
@@ -74,12 +75,12 @@ class _Walk:
         verify = self.limits.verify
         if verify is not None:
             self.add(TARGET_VERIFY, verify)
-            # Half of the drafts are rejected, and the next call writes over them.
+            # half of the drafts count as rejected; the next call overwrites them
             self.position -= verify // 2
             self.add(DECODE, 1) if self.limits.decode else self.add(TARGET_VERIFY, verify)
 
     def stride(self) -> None:
-        """The shortest way to the last positions."""
+        """Goes to the last positions in the fewest calls."""
         left = self.tail - self.position
         if left <= 0:
             return
@@ -94,7 +95,7 @@ class _Walk:
                 self.add(TARGET_VERIFY, self.limits.verify)
 
     def finish(self) -> None:
-        """To the last slot, through every method that reaches it."""
+        """Goes to the last slot with every method that can reach it."""
         if self.limits.verify is not None:
             self.add(TARGET_VERIFY, self.limits.verify)
         while self.limits.decode and self.add(DECODE, 1):
@@ -109,7 +110,7 @@ class _Walk:
 
 
 def _thin(steps: list[Step]) -> tuple[Step, ...]:
-    """Compares the first half and the last quarter of what may be compared, and a regular choice of those between."""
+    """Marks at most 128 calls per method: the first 64, the last 32, and evenly spaced ones between."""
     chosen: set[int] = set()
     for method in {step.method for step in steps}:
         indices = [i for i, step in enumerate(steps) if step.method == method]
