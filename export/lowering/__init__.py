@@ -1,4 +1,4 @@
-"""Exported programs to ``.pte`` and ``.pt2`` files, on machines with or without a GPU."""
+"""Lowers exported programs to ``.pte`` and ``.pt2`` files, on machines with or without a GPU."""
 
 from flashpte.export.files.output_folder import OutputError, check_output_folder
 from flashpte.export.files.pte_contents import ContentsError, PteContents, inspect_pte

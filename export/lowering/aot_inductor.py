@@ -1,4 +1,4 @@
-"""One program to ``model.pt2``, a plain AOTInductor package that PyTorch loads without ExecuTorch."""
+"""Lowers one program to ``model.pt2``, a plain AOTInductor package that PyTorch loads without ExecuTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashpte.passes.graph.vmap import without_vmap
 
 
 def write_pt2(program: ExportedProgram, folder: Path) -> Path:
-    """Compiles ``program`` and writes ``model.pt2`` with its weights inside, once.
+    """Compiles ``program`` and writes ``model.pt2``, which holds the weights once.
 
     Must run inside :func:`~flashpte.export.lowering.cross_compile.cross_compile` with ``package="pt2"``.
     """
@@ -21,16 +21,16 @@ def write_pt2(program: ExportedProgram, folder: Path) -> Path:
     from torch.export.passes import move_to_device_pass
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # Metadata of nodes inside of a vmap cannot be copied.
+    # Metadata of nodes inside a vmap cannot be copied.
     program = move_to_device_pass(deepcopy_sharing_tensors(without_vmap(program), {}), "cuda")
     path = folder / PT2_NAME
     options: dict[str, Any] = {
-        "aot_inductor.embed_kernel_binary": True,  # else the package would refer to kernels by file name
+        "aot_inductor.embed_kernel_binary": True,  # otherwise the package names kernels by file
         "aot_inductor.emit_multi_arch_kernel": False,
     }
     if program.state_dict or program.constants:
-        # Inside the library, constants are limited to 2 GB when the program writes to a buffer. But a file of none is
-        # one that the loader cannot map.
+        # Constants inside the library are limited to 2 GB when the program writes to a buffer. Without constants there
+        # must be no file, because the loader cannot map an empty one.
         options |= {
             "aot_inductor.package_constants_in_so": False,
             "aot_inductor.package_constants_on_disk_format": "binary_blob",

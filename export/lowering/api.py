@@ -1,4 +1,4 @@
-"""The front door: exported programs in, a folder with a model and its manifest out."""
+"""The entry point of lowering: compiles exported programs and writes a folder with a model and its manifest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from flashpte.export.lowering.preflight import check_programs, check_request, ch
 from flashpte.export.lowering.prepare import unwrap_weights
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
 
-_SPARE_BYTES = 200_000_000  # code, caches and intermediate files, beside the weights
+_SPARE_BYTES = 200_000_000  # for code, caches and intermediate files, in addition to the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,11 @@ class LoweredModel:
     Attributes:
         folder: the output folder.
         model: ``model.pte`` or ``model.pt2``.
-        weights: ``aoti_cuda_blob.ptd``; ``None`` for a ``.pt2``, which holds its weights, or a model without any.
+        weights: ``aoti_cuda_blob.ptd``; ``None`` for a ``.pt2``, which holds its weights, or a model without weights.
         manifest_path: ``manifest.json``.
-        arch: architecture the kernels were compiled for.
+        arch: architecture that the kernels were compiled for.
         methods: names of the methods.
-        manifest: what ``manifest.json`` says.
+        manifest: contents of ``manifest.json``.
     """
 
     folder: Path
@@ -75,32 +75,32 @@ def lower(
     extra_files: Sequence[Path] = (),
     progress: Callable[[str], None] | None = None,
 ) -> LoweredModel:
-    """Compiles programs for a GPU that need not be there and writes them to a folder.
+    """Compiles programs for a GPU and writes them to a folder; this machine needs no GPU.
 
-    The same programs give the same bytes in any folder, with a GPU or without, where the same versions of PyTorch,
-    Triton, ExecuTorch and g++ are installed. Nothing is launched or timed. PyTorch, Triton and ExecuTorch are patched
-    while this runs and restored afterwards, so only one call may run at a time in a process. The programs are left as
-    they were.
+    The same programs give the same bytes in any folder, with a GPU or without, with the same versions of PyTorch,
+    Triton, ExecuTorch and g++. Nothing is launched or timed. PyTorch, Triton and ExecuTorch are patched during the call
+    and restored afterwards, so a process can run only one call at a time. The programs are not changed.
 
     Args:
-        programs: methods by name, ATen dialect (as ``torch.export.export`` gives them, or rewritten by
+        programs: methods by name, in the ATen dialect (as ``torch.export.export`` returns them, or rewritten by
             ``replace_sdpa``). Methods share weights and mutated buffers of the same name.
-        output_dir: folder to write. It appears when all is done; an earlier export there is replaced.
-        arch: ``sm_80``, ``sm_86``, ``sm_89``, ``sm_90``, ``sm_100`` or ``sm_120``; ``None`` for the local GPU's,
-            else sm_90. Kernels for sm_90 and later run on that architecture only.
+        output_dir: folder to write. It appears when all work is done and replaces an earlier export there.
+        arch: ``sm_80``, ``sm_86``, ``sm_89``, ``sm_90``, ``sm_100`` or ``sm_120``; ``None`` for the local GPU's
+            architecture, or sm_90 without a GPU. Kernels for sm_90 and later run on that architecture only.
         format: ``pte`` for ExecuTorch, ``pt2`` for a plain AOTInductor package (one method).
-        attention: what becomes of SDPA nodes left in the programs. ``flashpte`` and ``math``: plain matrix
+        attention: how to compile SDPA nodes left in the programs. ``flashpte`` and ``math``: plain matrix
             multiplies and a softmax. ``executorch``: ExecuTorch's own Triton kernels (``pte`` only).
         constant_methods: values for methods of the ``.pte`` that return a constant.
             ``get_mutable_buffer_metadata`` is added.
-        manifest: further entries for ``manifest.json``.
+        manifest: additional entries for ``manifest.json``.
         extra_files: files copied into the folder, such as a tokenizer.
         progress: called with a short line at each stage.
 
     Raises:
         UnknownArchError: ``arch`` is not in the table.
         UsageError: the arguments do not fit together.
-        ExportError: the output cannot be written, a tool is missing, or the result failed its check.
+        ExportError: the output cannot be written, a tool is missing, a program cannot be compiled
+            (:class:`LoweringError`), or the result failed its check.
     """
     output = Path(output_dir)
     target = find_arch(arch)
@@ -114,7 +114,7 @@ def lower(
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
     tell = progress or (lambda stage: None)
-    # Before compiling, which may set guards on dynamic sizes in the programs as well.
+    # Describe methods before compiling, which may set guards on the programs' dynamic sizes.
     methods = {name: describe_method(program) for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"
@@ -167,13 +167,13 @@ _ERROR_LINE = re.compile(r"\berror: |multiple definition|undefined reference|can
 
 
 class LoweringError(ExportError):
-    """A program could not be compiled; the cause holds the compiler's own error."""
+    """A program could not be compiled; ``__cause__`` is the compiler's own error."""
 
 
 @contextlib.contextmanager
 def _plain_errors(what: str, output: Path, package: str) -> Iterator[None]:
     """Turns an error of a compiler or of the disk into one line, with the original as its cause."""
-    handled = sys.exception()  # what the caller was handling already is no cause of ours
+    handled = sys.exception()  # an exception that the caller already handles is not a cause of ours
     try:
         yield
     except OutputError:
@@ -182,7 +182,7 @@ def _plain_errors(what: str, output: Path, package: str) -> Iterator[None]:
         chain = list(_chain(error, handled))
         if any(map(_is_full_disk, chain)):
             raise OutputError(f"disk full at {_full_folder(chain, output.absolute().parent)}") from error
-        for inner in chain:  # an error of ours that a compiler wrapped in one of its own
+        for inner in chain:  # one of our errors, wrapped by a compiler
             if isinstance(inner, ExportError):
                 if inner is error:
                     raise
@@ -193,7 +193,7 @@ def _plain_errors(what: str, output: Path, package: str) -> Iterator[None]:
 
 
 def _chain(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from, up to ``handled``."""
+    """An error and its causes, up to ``handled``."""
     seen: set[int] = {id(handled)}
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -213,21 +213,21 @@ def _is_full_disk(error: BaseException) -> bool:
 
 
 def _full_folder(chain: Sequence[BaseException], parent: Path) -> str:
-    """Which disk it was: compilers also write to the temporary folder. Files of ours are gone: name their place."""
+    """Names the disk that is full: that of the temporary folder, where compilers write, or of the output's parent."""
     said = " ".join(f"{error} {getattr(error, 'filename', '')}" for error in chain)
     temporary = tempfile.gettempdir()
     return temporary if str(parent) not in said and f"{temporary}/" in said else str(parent)
 
 
 def _summary(message: str) -> str:
-    """One line of a compiler's many: what its tools call an error, else how the message begins."""
+    """Shortens a compiler's message to one line: its lines that report errors, or else its first ones."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR_LINE.search(line)]
     return " ".join((errors or lines)[:3])[:400]
 
 
 def _weight_bytes(programs: Mapping[str, ExportedProgram]) -> int:
-    """Bytes of all parameters, buffers and constants, those that methods share counted once."""
+    """Bytes of all parameters, buffers and constants; those that methods share count once."""
     sizes: dict[str, int] = {}
     for program in programs.values():
         for name, value in {**program.state_dict, **program.constants}.items():

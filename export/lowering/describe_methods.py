@@ -1,4 +1,4 @@
-"""What the manifest says about a method: its inputs, outputs and the buffers that it writes to."""
+"""Describes a method for the manifest: its inputs, its outputs and the buffers that it writes to."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flashpte.export.lowering.mutated_buffers import mutated_buffers
 
 
 def describe_method(program: ExportedProgram) -> dict[str, Any]:
-    """A method's inputs and outputs, in calling order, with dtypes and shapes.
+    """Describes a method's inputs and outputs, in calling order, with dtypes and shapes.
 
-    A static size is a number; a dynamic one is ``[smallest, largest]``, with ``null`` for no upper bound, and equal
-    expressions in ``dynamic`` (by dimension) are equal sizes. ``buffers`` has dtype and shape of each mutable buffer,
-    and says so where one does not start as zeros.
+    A static size is a number. A dynamic size is ``[smallest, largest]``, with ``null`` for no upper bound; ``dynamic``
+    holds its expression by dimension, and equal expressions are equal sizes. ``buffers`` has the dtype and shape of
+    each mutable buffer, and ``starts_as_zeros: false`` for a buffer that does not start as zeros.
     """
     mutable = mutated_buffers([program])
     by_name = {node.name: node.meta.get("val") for node in program.graph.nodes}
@@ -67,12 +67,12 @@ def _describe_value(argument: Any, by_name: Mapping[str, Any], program: Exported
 def _describe_size(size: int | torch.SymInt, program: ExportedProgram) -> int | list[int | None]:
     if isinstance(size, int):
         return size
-    # What the program declares; tracing takes every dynamic size for at least 2, also where 1 is declared and works.
+    # Use the declared range: tracing assumes that every dynamic size is at least 2, also where 1 is declared and works.
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is None:
         bounds = size.node.shape_env.bound_sympy(size.node.expr)
     limits: list[int | None] = []
     for bound in (bounds.lower, bounds.upper):
-        # No bound at all is ``int_oo``, which says of itself that it is finite, or sympy's infinity.
+        # "No bound" is sympy's infinity or ``int_oo``, which claims to be finite.
         limits.append(int(bound) if bound.is_Integer and int(bound) < 2**62 else None)
     return limits

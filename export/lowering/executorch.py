@@ -1,4 +1,4 @@
-"""Programs to ``model.pte`` and ``aoti_cuda_blob.ptd``, through ExecuTorch's CUDA backend."""
+"""Lowers programs to ``model.pte`` and ``aoti_cuda_blob.ptd`` with ExecuTorch's CUDA backend."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ def write_pte(
     attention: Attention,
     constant_methods: Mapping[str, Any],
 ) -> list[Path]:
-    """Lowers all methods in one call, so that they share weights and buffers by FQN, and writes the files.
+    """Lowers all methods in one call and writes the files; methods share weights and buffers by FQN.
 
     Must run inside :func:`~flashpte.export.lowering.cross_compile.cross_compile`.
 
     Args:
         programs: methods by name.
-        folder: where ``model.pte`` and ``aoti_cuda_blob.ptd`` go (no ``.ptd`` when there are no weights).
+        folder: folder for ``model.pte`` and ``aoti_cuda_blob.ptd`` (no ``.ptd`` when there are no weights).
         attention: with ``executorch``, ExecuTorch's own Triton kernels replace SDPA nodes (and top-k).
         constant_methods: values of methods that return a constant.
+
+    Returns:
+        Paths of the files, sorted.
     """
     from executorch.backends.cuda.cuda_backend import CudaBackend
     from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
@@ -46,8 +49,8 @@ def write_pte(
     from executorch.exir.backend.compile_spec_schema import CompileSpec
 
     specs = [
-        # Pointwise and reduction kernels take the configuration Inductor's heuristics give, instead of compiling
-        # every candidate; matrix multiplies still choose among templates.
+        # Pointwise and reduction kernels use the configuration from Inductor's heuristics instead of compiling every
+        # candidate; matrix multiplies still choose among templates.
         CompileSpec("max_autotune", b"OFF"),
         CompileSpec("triton_kernel_mode", b"ON" if attention == "executorch" else b"OFF"),
     ]
@@ -57,9 +60,9 @@ def write_pte(
     edge = to_edge_transform_and_lower(
         {name: prepare_pte(program) for name, program in programs.items()},
         partitioner=partitioner,
-        # The CUDA backend takes ATen operators; dim-order variants of copies have no kernel in it.
-        # The verifier is for backends with a kernel for each operator. AOTInductor compiles any, and ExecuTorch's own
-        # CUDA exports turn it off: it refuses ``split``, ``sum`` and powers of a length.
+        # The CUDA backend takes ATen operators and has no kernels for dim-order variants of copies.
+        # The verifier is for backends with one kernel per operator, and refuses ``split``, ``sum`` and powers of a
+        # length. AOTInductor compiles any operator, and ExecuTorch's own CUDA exports turn the verifier off too.
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(constant_methods),
     )

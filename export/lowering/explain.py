@@ -1,4 +1,4 @@
-"""Says in one line what stands behind an error of a compiler, and what to write instead."""
+"""Explains a compiler's error in one line: its cause, and what to write instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """An error by its type or text, what it means for a program, and whether a ``.pt2`` can hold such a program."""
+    """A known error.
+
+    Attributes:
+        pattern: matches the error's type and text.
+        meaning: what the error means for a program; may use the pattern's named groups.
+        pt2: whether a ``.pt2`` can hold such a program.
+    """
 
     pattern: str
     meaning: str
@@ -47,7 +53,7 @@ _KNOWN = (
 
 
 def explain(errors: Iterable[BaseException], package: str) -> str | None:
-    """The meaning of the first error that is known; ``None`` where none is.
+    """The meaning of the first known error; ``None`` if no error is known.
 
     Args:
         errors: an error and its causes.
@@ -65,7 +71,7 @@ def explain(errors: Iterable[BaseException], package: str) -> str | None:
 
 
 def origin(error: BaseException) -> str:
-    """Where an error without a text was raised: the function and its file."""
+    """Names the function and file that raised an error without a text."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return "no message"

@@ -1,7 +1,7 @@
-"""Finds the buffers and inputs a program writes to.
+"""Finds the buffers and inputs that a program writes to.
 
-A program fresh from ``torch.export.export`` keeps in-place operators, and its signature names no mutated buffer
-before it is functionalised; one that was decomposed has them in its signature only.
+A program fresh from ``torch.export.export`` still has in-place operators, and its signature names no mutated buffers. A
+decomposed program names them in its signature only.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def mutated_buffers(programs: Iterable[ExportedProgram]) -> tuple[str, ...]:
 
 
 def mutated_inputs(program: ExportedProgram) -> tuple[str, ...]:
-    """Names of the user's inputs that a program writes to, sorted."""
+    """Names of the user inputs that a program writes to, sorted."""
     signature = program.graph_signature
     written = {node.name for node in written_placeholders(program.graph_module)}
     return tuple(sorted({*signature.user_inputs_to_mutate.values(), *(written & set(signature.user_inputs))}))
 
 
 def returned_buffers(program: ExportedProgram) -> tuple[str, ...]:
-    """FQNs of the buffers that a program writes to and also returns as they are (not a view of them), sorted."""
+    """FQNs of the buffers that a program writes to and also returns whole (not as views), sorted."""
     signature = program.graph_signature
     mutated = {*mutated_buffers([program])}
     found = {

@@ -1,4 +1,4 @@
-"""What can be refused before anything is compiled, each with one line that says what to change."""
+"""Refuses requests and programs before compiling, with one line that says what to change."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA
 from flashpte.export.lowering.mutated_buffers import mutated_inputs, returned_buffers
 from flashpte.export.lowering.shims import has_dtype
 
-# Matrix multiplies that become Triton templates, which have no float64.
+# Matrix multiplies that become Triton templates, which do not support float64.
 _MATMULS = frozenset({"mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "scaled_dot_product_attention"})
 
 
 def check_surroundings(output: Path, extra_files: Sequence[Path]) -> None:
-    """Checks what does not depend on the programs: the output folder, the tools, the files to copy.
+    """Checks what does not depend on the programs: the output folder, the tools and the files to copy.
 
     Raises:
-        UsageError: an extra file has the name of another file of the output.
-        ExportError: something is missing, cannot be read, or cannot be written.
+        UsageError: an extra file has the name of another output file.
+        ExportError: a file or tool is missing, a file cannot be read, the output folder cannot be written, or
+            ``TRITON_INTERPRET=1`` is set.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
@@ -73,7 +74,7 @@ def check_request(
         if len(programs) != 1:
             raise UsageError(
                 f"a .pt2 holds one method, {len(programs)} were given ({', '.join(programs)}): methods of a package "
-                "cannot share a KV cache; lower to .pte, or one method to each .pt2"
+                "cannot share a KV cache; lower to .pte, or lower each method to its own .pt2"
             )
         if attention == "executorch":
             raise UsageError("attention 'executorch' needs format 'pte': the kernels belong to ExecuTorch's backend")
@@ -111,17 +112,17 @@ def _check_constant(name: str, value: Any) -> None:
 
 
 def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> None:
-    """Refuses what ExecuTorch or its CUDA backend would refuse later, after minutes and in words of its own.
+    """Refuses programs that ExecuTorch or its CUDA backend would refuse minutes later with an obscure error.
 
     Raises:
         UsageError: two methods have different tensors of one name.
-        ExportError: a method does what no GPU, or a ``.pte``, can do.
+        ExportError: a method does something that no GPU kernel or no ``.pte`` supports.
     """
     for name, program in programs.items():
         for node in _unsigned_products(program):
             raise ExportError(
-                f"method {name} multiplies uint8 by int8 ({node}), which no GPU kernel takes: torchao writes that "
-                "for int8 activations on a CPU; quantise weights alone"
+                f"method {name} multiplies uint8 by int8 ({node}), which no GPU kernel takes: torchao writes this "
+                "product for int8 activations on a CPU; quantize only the weights"
             )
     if package != "pte":
         return
@@ -148,14 +149,14 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
 
 
 def _unsigned_products(program: ExportedProgram) -> Iterator[str]:
-    """Integer products whose first operand is not int8."""
+    """Yields integer products whose first operand is not int8."""
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten._int_mm.default):
         if node.args[0].meta["val"].dtype != torch.int8:
             yield node.name
 
 
 def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype]]:
-    """Inputs, outputs, weights and buffers of a dtype that ExecuTorch's CUDA delegate does not have."""
+    """Yields inputs, outputs, weights and buffers with a dtype that ExecuTorch's CUDA delegate does not have."""
     results = {node for node in program.graph.output_node().args[0] if isinstance(node, Node)}
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     for node in program.graph.nodes:
@@ -172,7 +173,7 @@ def _float64_matmuls(program: ExportedProgram) -> Iterator[str]:
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             value = node.meta.get("val")
             called = getattr(getattr(node.target, "overloadpacket", None), "__name__", None)
-            if called == "matmul":  # with a vector it is no matrix multiply in the end
+            if called == "matmul":  # with a vector it does not become a matrix multiply
                 called = "mm" if all(argument.meta["val"].ndim >= 2 for argument in node.args[:2]) else None
             if called in _MATMULS and isinstance(value, torch.Tensor) and value.dtype == torch.float64:
                 yield node.name
@@ -199,6 +200,6 @@ def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
-    # as bytes: a NaN equals itself
+    # compare bytes, so that a NaN equals itself
     left, right = (t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(left, right)

@@ -1,4 +1,4 @@
-"""Copies the programs that a lowering works on, in a form that the package can hold."""
+"""Copies programs for a lowering, in a form that the package can hold."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing
 
 
 def prepare_pte(program: ExportedProgram) -> ExportedProgram:
-    """Returns a copy of ``program`` for ExecuTorch: tables of its own, the caller's tensors, outputs that it computes.
+    """Returns a copy of ``program`` for ExecuTorch: it shares the caller's tensors and computes all its outputs.
 
-    ExecuTorch's passes move constants out of the program that they are given, so they get a copy.
+    ExecuTorch's passes move constants out of their input program, so they get a copy with its own tables.
     """
     program = deepcopy_sharing_tensors(program, {})
     _clone_returned_placeholders(program)
@@ -24,20 +24,20 @@ def prepare_pte(program: ExportedProgram) -> ExportedProgram:
 
 
 def unwrap_weights(program: ExportedProgram) -> ExportedProgram:
-    """Returns a program whose weights are plain tensors: quantised ones (torchao's) become the tensors that they hold.
+    """Returns a program whose weights are plain tensors: quantized ones (torchao's) become the tensors that they hold.
 
-    A program that has none is returned as it is.
+    A program without quantized weights is returned unchanged.
     """
     if not any(map(is_traceable_wrapper_subclass, program.state_dict.values())):
         return program
-    return program.run_decompositions({})  # unwraps them, and gives their parts names of their own
+    return program.run_decompositions({})  # unwraps them and names their parts
 
 
 def _clone_returned_placeholders(program: ExportedProgram) -> None:
-    """Has each output that is an input, a weight or a buffer computed as a clone of it.
+    """Replaces each output that is an input, a weight or a buffer by a clone of it.
 
-    A method hands all of its work to one delegate, and a tensor that goes past the delegate has no place in that: the
-    partitioner refuses a weight that is an output.
+    One delegate does all of a method's work, so no tensor may bypass it; the partitioner refuses a weight that is an
+    output.
     """
     output = program.graph.output_node()
     results = list(output.args[0])

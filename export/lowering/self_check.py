@@ -1,4 +1,4 @@
-"""Checks a lowered model before it is handed out: what would fail on the user's GPU fails here, with a reason."""
+"""Checks a lowered model before it is written out, so that an error on the user's GPU shows here, with a reason."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _COMPARE_BYTES = 64 << 20
 
 
 class SelfCheckError(ExportError):
-    """A lowered model is not what was asked for; nothing is written."""
+    """A lowered model failed its check; no output is written."""
 
 
 def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuArch, attention: str) -> None:
-    """Checks ``model.pte`` and its weights against the programs they were made from.
+    """Checks ``model.pte`` and its weights against the programs that they were made from.
 
     Raises:
-        SelfCheckError: naming the first thing that is wrong.
+        SelfCheckError: the check failed; the text names the first problem.
     """
     contents = inspect_pte(folder / PTE_NAME)
     if set(contents.methods) != set(programs):
         raise SelfCheckError(f"the file has methods {sorted(contents.methods)}, not {sorted(programs)}")
     for name, method in contents.methods.items():
-        # What ExecuTorch put in by itself, not what the program asks for.
+        # Kernels that ExecuTorch added, not those that the program calls.
         foreign = frozenset() if attention == "executorch" else executorch_kernels(_called_operators(programs[name]))
         for problem in _method_problems(method, arch, foreign):
             raise SelfCheckError(f"method {name}: {problem}")
@@ -58,13 +58,13 @@ def check_pte(folder: Path, programs: Mapping[str, ExportedProgram], arch: GpuAr
 
 
 def shared_name_problem(weights: Mapping[str, Sequence[WeightEntry]]) -> str | None:
-    """Two methods whose tensors of one name differ: whoever runs them shares tensors by name, and one would be wrong.
+    """Names two methods with different tensors of the same name; ``None`` if there are none.
 
-    Compilers number the constants that they make from the number of a method's buffers, so methods of different
-    modules can arrive at the same name.
+    A runner shares tensors by name, so one of the two methods would get the wrong one. Compilers number the constants
+    that they make from a method's count of buffers, so methods of different modules can arrive at the same name.
 
     Args:
-        weights: each method's tensors.
+        weights: each method's tensors, by method.
     """
     first: dict[str, tuple[str, WeightEntry]] = {}
     for method, entries in weights.items():
@@ -76,10 +76,10 @@ def shared_name_problem(weights: Mapping[str, Sequence[WeightEntry]]) -> str | N
 
 
 def check_pt2(path: Path, arch: GpuArch) -> None:
-    """Checks the code of an AOTInductor package.
+    """Checks the code in an AOTInductor package.
 
     Raises:
-        SelfCheckError: naming the first thing that is wrong.
+        SelfCheckError: the check failed; the text names the first problem.
     """
     with zipfile.ZipFile(path) as archive:
         libraries = [archive.read(name) for name in archive.namelist() if name.endswith(".so")]
@@ -120,11 +120,10 @@ def _code_problems(library: SharedLibrary, arch: GpuArch) -> Iterator[str]:
 
 
 def executorch_kernels(called: Collection[str] = ()) -> frozenset[str]:
-    """Names of the Triton functions in the modules of ExecuTorch's CUDA backend that can be imported here.
+    """Names of the Triton functions in ExecuTorch's CUDA backend, from all its imported modules.
 
     Args:
-        called: operators that a program calls itself (``triton::int4_matmul``); the modules that define them are left
-            out.
+        called: operators that a program calls itself (``triton::int4_matmul``); modules that define them are skipped.
     """
     import executorch.backends.cuda.triton.kernels as package
     from torch._library.custom_ops import CustomOpDef
@@ -143,14 +142,14 @@ def _triton_functions(values: Iterable[object], module: str) -> Iterator[str]:
     from triton.runtime import JITFunction
 
     for value in values:
-        while value is not None and not isinstance(value, JITFunction):  # under @triton.autotune
+        while value is not None and not isinstance(value, JITFunction):  # unwrap @triton.autotune
             value = getattr(value, "fn", None) if type(value).__module__.startswith("triton") else None
         if value is not None and value.fn.__module__ == module:
             yield value.__name__
 
 
 def _called_operators(program: ExportedProgram) -> frozenset[str]:
-    """Qualified names (``namespace::name``) of the operators that a program calls, in regions and branches too."""
+    """Qualified names (``namespace::name``) of the operators that a program calls, also in regions and branches."""
     return frozenset(
         node.target._schema.name
         for module in program.graph_module.modules()
@@ -161,12 +160,12 @@ def _called_operators(program: ExportedProgram) -> frozenset[str]:
 
 
 def can_disassemble() -> bool:
-    """Whether there is an ``objdump`` (GNU binutils); without it host code is not searched for AVX-512."""
+    """Whether ``objdump`` (GNU binutils) is on PATH; without it, host code is not searched for AVX-512."""
     return shutil.which("objdump") is not None
 
 
 def find_avx512(code: bytes) -> str | None:
-    """The first AVX-512 instruction of a shared library; ``None`` also when there is no objdump to ask."""
+    """The first AVX-512 instruction in a shared library; ``None`` if there is none or no objdump."""
     objdump = shutil.which("objdump")
     if objdump is None:
         return None
@@ -181,12 +180,12 @@ def find_avx512(code: bytes) -> str | None:
     return found
 
 
-# zmm registers, registers 16 to 31 of the shorter kinds, and mask registers exist in AVX-512 only.
+# Only AVX-512 has zmm registers, xmm and ymm registers 16 to 31, and mask registers.
 _AVX512 = re.compile(r"%zmm\d|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b")
 
 
 def find_build_path(data: bytes) -> str | None:
-    """A folder of this machine (home, temporary, Python, working folder) that occurs in ``data``."""
+    """A folder of this machine (home, temporary, Python or working folder) whose path occurs in ``data``."""
     folders = {
         str(Path.home()),
         tempfile.gettempdir(),
@@ -209,7 +208,7 @@ def _weight_problems(contents: PteContents, method: str, program: ExportedProgra
             continue
         original = values.get(entry.fqn)
         if not isinstance(original, torch.Tensor):
-            continue  # a constant that the compiler made, such as a lifted scalar
+            continue  # the compiler made this constant, such as a lifted scalar
         if original.dtype != entry.dtype or tuple(original.shape) != entry.shape:
             yield f"{entry.fqn} was written as {entry.dtype} {entry.shape}"
         elif not _same_bytes(original, entry, contents.data[entry.key]):
@@ -221,7 +220,7 @@ def _weight_problems(contents: PteContents, method: str, program: ExportedProgra
 
 
 def _same_bytes(original: torch.Tensor, entry: WeightEntry, data: memoryview) -> bool:
-    """Compares without copying a large tensor whole: dense tensors in pieces, others through a strided view."""
+    """Compares dense tensors in pieces, without copying them whole, and others through a strided view."""
     if original.numel() == 0:
         return True
     original = original.detach().cpu()

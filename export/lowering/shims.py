@@ -1,9 +1,9 @@
-"""The functions that a library inside a ``.pte`` may leave to its loader.
+"""The functions that a library inside a ``.pte`` may import from ExecuTorch's runtime.
 
 AOTInductor's libraries call into libtorch through a C interface. ExecuTorch has no libtorch; its CUDA backend
 defines the part of that interface listed here (``backends/aoti/common_shims_slim.h`` and
-``backends/cuda/runtime/shims`` of ExecuTorch 1.5). A library that wants more fails when it is loaded, on the
-user's machine, so it is refused here.
+``backends/cuda/runtime/shims`` of ExecuTorch 1.5). A library that needs more would fail to load on the user's machine,
+so lowering refuses it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _SHIMS = frozenset(
     """.split()  # noqa: SIM905 (a page of names reads better without quotes)
 )
 
-# Referred to by PyTorch's headers in functions that ExecuTorch's runtime does not call. Libraries are linked for lazy
-# binding, and loaded so.
+# PyTorch's headers refer to these in functions that ExecuTorch's runtime never calls. Libraries are linked and loaded
+# with lazy binding.
 _NEVER_CALLED = frozenset({"aoti_torch_empty_strided_pinned"})  # 2.15: staging of weights from host memory
 
 
 def missing_shims(undefined: frozenset[str]) -> tuple[str, ...]:
-    """Undefined symbols that are neither shims, nor of the C/C++ runtime, nor of CUDA; sorted."""
+    """Undefined symbols of libtorch that ExecuTorch's runtime does not define and libraries may call; sorted."""
     return tuple(sorted(name for name in undefined if _is_torch(name) and name not in _SHIMS | _NEVER_CALLED))
 
 
 def has_dtype(dtype: torch.dtype) -> bool:
-    """Whether ExecuTorch's CUDA delegate has tensors of a dtype (``slim/c10/core/ScalarType.h`` lists the same)."""
+    """Whether ExecuTorch's CUDA delegate supports ``dtype`` (``slim/c10/core/ScalarType.h`` lists the same dtypes)."""
     return f"aoti_torch_dtype_{dtype_name(dtype)}" in _SHIMS
 
 
