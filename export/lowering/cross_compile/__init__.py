@@ -1,4 +1,4 @@
-"""Compiling CUDA programs on machines that may have no GPU, no driver and no CUDA toolkit."""
+"""Compiles CUDA programs on machines that may have no GPU, no driver and no CUDA toolkit."""
 
 from flashpte.export.lowering.cross_compile.arches import ARCHES, DEFAULT_ARCH, GpuArch, UnknownArchError, find_arch
 from flashpte.export.lowering.cross_compile.session import cross_compile

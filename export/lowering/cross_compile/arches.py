@@ -1,4 +1,4 @@
-"""Looking up the architecture to compile for; nothing here asks a driver unless a GPU is present."""
+"""Looks up the architecture to compile for; asks a driver only if a GPU is present."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UnknownArchError(UsageError, ValueError):
 
 
 def find_arch(name: str | None) -> GpuArch:
-    """Looks an architecture up by name; ``None`` means the local GPU's, or sm_90 on a machine without one.
+    """Looks up an architecture by name; ``None`` means the local GPU's, or sm_90 on a machine without one.
 
     Raises:
         UnknownArchError: the name, or the local GPU's architecture, is not in the table.

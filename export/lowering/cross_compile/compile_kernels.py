@@ -1,8 +1,8 @@
-"""Compiling the Triton kernels of a program beside each other, and saving them; none is launched.
+"""Compiles the Triton kernels of a program in parallel and saves them; launches none.
 
-Inductor compiles with worker processes that import PyTorch anew, and would not see what is replaced here. These are
-forked when all kernels of a program are known, and only fill Triton's cache, from which the process itself then takes
-what they compiled: what one fails to compile, or does not live to, is compiled there, with the error that it raises.
+Inductor's own worker processes import PyTorch anew and would not see the overrides. The workers here are forked once
+all kernels of a program are known, and only fill Triton's cache. The parent process then takes every kernel from that
+cache. It compiles the kernels that a worker failed on or did not get to itself, and raises their errors.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from flashpte.export.common.signals import ENDING, deferred_signals
 from flashpte.export.lowering.cross_compile.override_table import Target
 
-_FEW = 2  # a process costs a tenth of a second, a kernel half a second and more
-_MOST = 8  # a container may have fewer cores and less memory than it sees
+_FEW = 2  # fewest kernels per process: a process costs 0.1 s, a kernel 0.5 s and more
+_MOST = 8  # processes: a container may have fewer cores and less memory than it reports
 
 
 def hold_back(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Replaces ``CachingAutotuner.precompile``: while kernels are being defined, none is compiled."""
+    """Replaces ``CachingAutotuner.precompile``: compiles no kernel while kernels are being defined."""
 
     def precompile(self: Any, *args: Any, **kwargs: Any) -> Any:
         return None if target.defining else original(self, *args, **kwargs)
@@ -58,23 +58,23 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
 
 
 def _pick_launcher(launchers: Sequence[Any]) -> Any:
-    """The first configuration, in its author's order, that spills no registers; else the one that spills least."""
+    """The first configuration, in the author's order, that spills no registers, or else the one that spills least."""
     return min(launchers, key=lambda launcher: launcher.n_spills or 0)
 
 
 def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) -> None:
-    """Compiles ``kernels`` in processes of their own, for what they leave in Triton's cache alone.
+    """Compiles ``kernels`` in worker processes, only to fill Triton's cache.
 
     Args:
         kernels: Inductor's ``CachingAutotuner`` objects that have not been compiled.
-        processes: how many at most.
-        patience: seconds that may go by without a kernel being done; then the processes are ended.
+        processes: most processes to start.
+        patience: seconds without a finished kernel after which the processes are killed.
     """
     processes = min(processes, len(kernels) // _FEW)
-    if processes < 2 or multiprocessing.current_process().daemon:  # which may have no processes of its own
+    if processes < 2 or multiprocessing.current_process().daemon:  # a daemon cannot start processes
         return
     with contextlib.ExitStack() as stack:
-        # A pipe gives every number to one reader, whatever becomes of the others. It holds 64 KiB that nobody reads.
+        # A pipe gives each number to one reader, even if other readers die. It buffers 64 KiB.
         numbers, write_numbers = os.pipe()
         stack.callback(os.close, numbers)
         with open(write_numbers, "wb") as file:
@@ -86,7 +86,7 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
             stack.enter_context(_forked(processes, _work, (kernels, numbers, done, write_done)))
         finally:
             os.close(write_done)
-        # Nothing to read is the end of the last process, which had the other end open.
+        # An empty read means that the last process, which held the other end open, has ended.
         poll = select.poll()
         poll.register(done)
         while poll.poll(1000 * patience) and os.read(done, 4096):
@@ -95,16 +95,16 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
 
 @contextlib.contextmanager
 def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Up to ``count`` processes at work, each in a group of its own, of which none is left when the block ends."""
+    """Runs ``work`` in up to ``count`` processes, each in its own group; the end of the block kills them all."""
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(count)]
     try:
         for worker in workers:
-            # No signal comes between a process and the note of it.
+            # No signal may arrive between starting a process and recording it.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             try:
                 worker.start()
-            except OSError:  # no memory for another
+            except OSError:  # no memory for another process
                 break
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -114,8 +114,8 @@ def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -
             started = {worker.pid: worker for worker in workers if worker.pid is not None}
             for group, worker in started.items():
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)  # with the assembler that it may have started
-                worker.kill()  # which may not have come to its group yet
+                    os.killpg(group, signal.SIGKILL)  # also kills an assembler that it started
+                worker.kill()  # it may not have joined its group yet
             for worker in started.values():
                 worker.join()
 
@@ -125,13 +125,13 @@ def _work(kernels: Sequence[Any], numbers: int, done: int, write_done: int) -> N
     for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    # With no reader left, because the parent died, writing ends this process.
+    # If the parent died, no reader is left and the next write ends this process.
     os.close(done)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    # What the parent made stays as it is: compilers' contexts wait for threads when they are freed, and have none here.
+    # Never free the parent's objects: a compiler context waits for its threads when freed, and a fork has none.
     gc.freeze()
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the parent meets the same errors, and says them
+    for stream in (1, 2):  # the parent meets the same errors and reports them
         os.dup2(nowhere, stream)
     while taken := os.read(numbers, 2):
         with contextlib.suppress(Exception):

@@ -1,10 +1,10 @@
-"""Launching kernels of a lowered program beside the end of the kernel before them.
+"""Launches kernels of a lowered program before the previous kernel ends (programmatic dependent launch).
 
-Some kernels wait by themselves for the kernels before them (programmatic dependent launch, sm_90 and newer; see
-:func:`flashpte.kernels.launch.dependent_launch`). Their facts name the constant by which a launch says so
-(:attr:`flashpte.kernels.facts.KernelFacts.early_start`). Inductor (2.11, 2.13) has an option of that name for
-kernels of its own and their launches from Python; the C++ it writes launches every kernel after the end of the one
-before. The functions here stand in for what writes a launch, and for what asks which arguments a kernel writes to.
+On sm_90 and newer some kernels wait for their predecessors themselves; see
+:func:`flashpte.kernels.launch.dependent_launch`. Their facts name the constant that a launch sets for this
+(:attr:`flashpte.kernels.facts.KernelFacts.early_start`). Inductor (2.11, 2.13) has such an option only for its own
+kernels and their launches from Python; its C++ launches each kernel after the end of the previous one. The functions
+here replace Inductor's writers of launches and its analysis of which arguments a kernel writes to.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _LAUNCH = """
 
 
 def kernel_driver(original: Callable[..., str]) -> Callable[..., str]:
-    """The helpers at the top of a program's C++, with one more."""
+    """Adds ``launchDependentKernel`` to the helpers at the top of a program's C++."""
     return functools.wraps(original)(lambda self: original(self) + _LAUNCH)
 
 
 class _Renaming:
-    """A code buffer in which ``launchKernel`` becomes ``launchDependentKernel``."""
+    """A code buffer that replaces ``launchKernel`` by ``launchDependentKernel``."""
 
     def __init__(self, buffer: Any) -> None:
         self._buffer = buffer
@@ -66,7 +66,7 @@ class _Renaming:
 
 
 def generate_launch_kernel(original: Callable[..., None]) -> Callable[..., None]:
-    """Writes the launch of a kernel; of one that waits by itself, a dependent one."""
+    """Writes the launch of a kernel: a dependent launch if the kernel itself waits for its predecessors."""
 
     @functools.wraps(original)
     def generate(self: Any, prefix: Any, wrapper: Any, kernel_var_name: str, params: dict[str, Any]) -> None:
@@ -79,9 +79,9 @@ def generate_launch_kernel(original: Callable[..., None]) -> Callable[..., None]
 
 
 def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The intermediate code from which Inductor learns what a kernel writes: without the waiting.
+    """Leaves the wait out of the intermediate code from which Inductor learns what a kernel writes.
 
-    That is assembly, of which Inductor assumes that it writes all arguments: it would copy the caches.
+    The wait is assembly. Inductor assumes that assembly writes to all arguments, and would copy the caches.
     """
 
     @functools.wraps(original)

@@ -24,7 +24,7 @@ def ensure_cuda_device_guard() -> None:
     if torch.version.cuda is None:
         _load_noop_guard()
     else:
-        # What FakeTensorMode calls on entering: a guard of PyTorch's own that never touches the runtime.
+        # FakeTensorMode calls this on entry; it sets PyTorch's own guard, which never touches the runtime.
         torch._C._ensureCUDADeviceGuardSet()
 
 
@@ -38,7 +38,7 @@ def _load_noop_guard() -> ctypes.CDLL:
 
 
 def _build_key() -> str:
-    """Names everything the binary depends on: its source, PyTorch's headers and ABI, the compiler."""
+    """Hashes everything that the binary depends on: its source, PyTorch's version and the compiler's."""
     parts = (_SOURCE.read_text(), torch.__version__, compiler_version(find_compiler()))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -67,4 +67,4 @@ def _build(library: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise CrossCompileError(f"cannot build the CUDA device guard: {done.stderr.strip().splitlines()[:1]}")
-        os.replace(built, library)  # another process may have built the same file: either is fine
+        os.replace(built, library)  # another process may have built the same file; either one works

@@ -1,4 +1,4 @@
-"""What PyTorch's compiler asks about the CUDA device, answered from the architecture table."""
+"""Answers the PyTorch compiler's questions about the CUDA device from the architecture table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flashpte.kernels.tuning import GpuArch
 
 
 def device_properties(arch: GpuArch) -> types.SimpleNamespace:
-    """What ``torch.cuda.get_device_properties`` would return on the target."""
+    """Returns what ``torch.cuda.get_device_properties`` would return on the target."""
     return types.SimpleNamespace(
         name=arch.product,
         major=arch.capability[0],
@@ -35,7 +35,7 @@ def device_properties(arch: GpuArch) -> types.SimpleNamespace:
 
 
 def make_interface(arch: GpuArch) -> type:
-    """A Dynamo device interface (what Inductor goes through instead of ``torch.cuda``) for the target."""
+    """A Dynamo device interface for the target; Inductor uses it instead of ``torch.cuda``."""
     from torch._dynamo.device_interface import CudaInterface
 
     properties = device_properties(arch)
@@ -100,7 +100,7 @@ def make_interface(arch: GpuArch) -> type:
 
         @staticmethod
         def is_bf16_supported(including_emulation: bool = False) -> bool:
-            return True  # every architecture in the table has it
+            return True  # every architecture in the table supports it
 
         @staticmethod
         def is_triton_capable(device: Any = None) -> bool:

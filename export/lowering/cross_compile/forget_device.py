@@ -1,9 +1,9 @@
-"""Forgetting what Inductor and Triton remember about a device.
+"""Clears what Inductor and Triton remember about a device.
 
-Both memoise facts about "the" GPU (shared-memory limits, SM count, whether Triton works) in ``functools`` caches
-for the life of the process, so a second lowering for another architecture would be compiled with the first one's
-limits. Only the modules that hold such facts are cleared: elsewhere the same decorator guards initialisation that
-must run once, such as the registration of pattern-matcher passes.
+Both cache facts about "the" GPU (shared-memory limits, SM count, whether Triton works) with ``functools`` for the life
+of the process, so a second lowering, for another architecture, would use the first one's limits. Only the modules that
+hold such facts are cleared: elsewhere the same decorator guards initialization that must run once, such as the
+registration of pattern-matcher passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FUNCTIONS = (("torch._inductor.kernel.mm", "_is_sm7x_or_older_gpu"),)
 
 
 def memoised_functions() -> Iterator[functools._lru_cache_wrapper]:
-    """Every ``functools.cache``d function, method or local function that may hold a fact about the device."""
+    """Yields every function, method and local function with a ``functools`` cache that may hold device facts."""
     for thing in gc.get_objects():
         if type(thing) is functools._lru_cache_wrapper:
             module, name = getattr(thing, "__module__", None) or "", getattr(thing, "__qualname__", "")
@@ -37,6 +37,6 @@ def memoised_functions() -> Iterator[functools._lru_cache_wrapper]:
 
 
 def forget_device() -> None:
-    """Clears those caches."""
+    """Clears all caches that may hold facts about the device."""
     for function in list(memoised_functions()):
         function.cache_clear()

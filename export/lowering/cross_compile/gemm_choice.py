@@ -1,16 +1,17 @@
-"""Picks a Triton matrix-multiply configuration by a small roofline model, where Inductor would benchmark.
+"""Picks a Triton matrix-multiply configuration with a small roofline model, where Inductor would benchmark.
 
-Inductor offers one choice per (tile, stages, warps) of its matrix-multiply templates and times them all on the
-GPU. Here each is given a time by a model, and the smallest wins; equal times go to the earlier choice, so the
-result is the same everywhere. The model takes the larger of
+Inductor offers one choice per (tile, stages, warps) of its matrix-multiply templates and times them all on the GPU.
+Here a model estimates each time, and the smallest wins. Equal times go to the earlier choice, so the result is the same
+everywhere. The model takes the larger of
 
-* memory time: the bytes the grid reads and writes (the right operand once per eight rows of tiles, which the template
-  walks together) over the GPU's bandwidth, longer by the share of the bytes needed in flight (Little's law over the
-  latency below) that the pipelines do not hold, plus a fixed time per step of a block's loop;
-* arithmetic time: the tiles of the busiest multiprocessor at its share of the tensor-core rate, scaled by how well a
-  tile feeds the tensor cores: its operations per byte, its steps' length and the depth of its pipeline;
+* memory time: the bytes that the grid reads and writes, over the GPU's bandwidth. The right operand counts once per
+  eight rows of tiles, which the template walks together. The time grows by the ratio of the bytes that must be in
+  flight (Little's law with the latency below) to those that the pipelines hold, plus a fixed time per step of a
+  block's loop;
+* arithmetic time: the tiles of the busiest multiprocessor at its share of the tensor-core rate. The rate is scaled by
+  how well a tile feeds the tensor cores: its operations per byte, its step length and its pipeline depth;
 
-and adds 1 % per wave of thread blocks. The constants were fitted to the times of Inductor's own choices on an H200;
+and adds 1% per wave of thread blocks. The constants were fitted to the times of Inductor's own choices on an H200;
 docs/benchmarks.md says how far the picks are from the best ones.
 """
 
@@ -24,13 +25,13 @@ from typing import Any
 
 from flashpte.kernels.tuning import GpuArch
 
-_LATENCY_S = 0.4e-6  # of memory, as far as it is not hidden otherwise
-_STEP_S = 0.24e-6  # of one step of a block's loop that waits for memory
-# A tile's 16 rows all load a product's only row; where multiprocessors are busy, two warps feel that in every step.
+_LATENCY_S = 0.4e-6  # memory latency that nothing else hides
+_STEP_S = 0.24e-6  # one step of a block's loop that waits for memory
+# With m = 1 all 16 rows of a tile load the same row; on busy multiprocessors this slows every step of two warps.
 _ONE_ROW_STEP_S = 0.05e-6
 _ROWS_TOGETHER = 8  # GROUP_M of the template
 _COST_PER_WAVE = 0.01
-# Of a tile of 128 by 128: operations per element read, and the share of the peak rate it reaches.
+# For a tile of 128 by 128: multiply-adds per element read, and the share of the peak rate that it reaches.
 _BEST_INTENSITY, _BEST_RATE = 64.0, 0.72
 _SHALLOW_PIPELINE = {1: 2.2, 2: 1.6}
 
@@ -57,12 +58,12 @@ class GemmTile:
     warps: int
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of one block."""
+        """Shared memory of one block, in bytes."""
         return (self.m + self.n) * self.k * itemsize * max(1, self.stages)
 
 
 def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> float:
-    """The model's time for one choice; infinity when it does not fit into shared memory."""
+    """The model's time for one choice, in seconds; infinity if the tile does not fit in shared memory."""
     shared = tile.shared_bytes(problem.itemsize)
     if shared > arch.shared_memory_per_block:
         return math.inf
@@ -89,10 +90,10 @@ def estimate_seconds(problem: GemmProblem, tile: GemmTile, arch: GpuArch) -> flo
 
 
 def make_chooser(arch: GpuArch) -> Callable[[list[Any]], list[Any]]:
-    """An Inductor "preprocessing function": takes the choices for one operation, returns the one to use.
+    """An Inductor "preprocessing function", which takes the choices for one operation and returns the one to use.
 
-    Choices that are not matrix-multiply templates (convolutions, library calls) are not modelled; when there are
-    no others, Inductor's first is taken.
+    The model does not cover choices other than matrix-multiply templates (convolutions, library calls); if there are
+    only those, it returns Inductor's first.
     """
 
     def choose(choices: list[Any]) -> list[Any]:
@@ -120,7 +121,7 @@ def _describe(choice: Any) -> tuple[GemmProblem, GemmTile] | None:
     numbers = [int(number) for number in re.findall(r"\d+", str(info["tile_shape"]))]
     if len(numbers) != 3:
         return None
-    tile_m, tile_k, tile_n = numbers  # the order Inductor logs them in
+    tile_m, tile_k, tile_n = numbers  # in the order in which Inductor logs them
     tile = GemmTile(tile_m, tile_n, tile_k, int(info.get("num_stages", 1)), int(info.get("num_warps", 4)))
     *batch, m, n = _sizes(choice.layout.size)
     left, right = inputs[-2], inputs[-1]
@@ -129,7 +130,7 @@ def _describe(choice: Any) -> tuple[GemmProblem, GemmTile] | None:
 
 
 def _sizes(sizes: Sequence[Any]) -> list[int]:
-    """Sizes as numbers; a dynamic one counts as its upper bound, where most of the time is spent."""
+    """Sizes as numbers; a dynamic size counts as its upper bound, where most of the time is spent."""
     from torch._inductor.virtualized import V
 
     def number(size: Any) -> int:

@@ -1,8 +1,8 @@
-"""Teaching Inductor to take kernels written in Gluon.
+"""Teaches Inductor to accept kernels written in Gluon.
 
-Inductor (2.11 to 2.15) writes a user's kernel out as source, compiles that source as Triton, and finds out what the
-kernel writes by reading its intermediate code, which for Gluon it cannot make: it would assume that all arguments are
-written and copy the caches. The three functions here stand in for the three places. What a kernel reads and writes is
+Inductor (2.11 to 2.15) writes out a user's kernel as source and compiles that source as Triton. It learns what the
+kernel writes from its intermediate code, which it cannot make for Gluon: it would assume that all arguments are written
+and copy the caches. Each of the three functions here replaces one of these steps. What a kernel reads and writes is
 registered beside the kernel (:mod:`flashpte.kernels.facts`).
 """
 
@@ -22,7 +22,11 @@ from flashpte.kernels.facts import facts_of
 
 
 def source_code(original: Callable[..., str]) -> Callable[..., str]:
-    """The source of a kernel and of all it calls, as Inductor writes it behind ``@triton.jit``."""
+    """Returns the source of a kernel and of all functions that it calls, which Inductor writes after ``@triton.jit``.
+
+    Raises:
+        ValueError: a Gluon kernel has no registered facts.
+    """
 
     @functools.wraps(original)
     def transitive_closure(kernel: Any, *args: Any, **kwargs: Any) -> str:
@@ -40,7 +44,7 @@ def source_code(original: Callable[..., str]) -> Callable[..., str]:
 
 
 def _add_dependencies(function: JITFunction[Any], imports: list[str], functions: list[str], seen: set[str]) -> None:
-    """Appends definitions of the global names that ``function`` uses."""
+    """Appends imports and definitions of the global names that ``function`` uses."""
     for name in function.fn.__code__.co_names:
         if name in seen or name not in function.fn.__globals__:
             continue
@@ -59,9 +63,9 @@ def _add_dependencies(function: JITFunction[Any], imports: list[str], functions:
 
 
 def ast_source(original: Callable[..., Any]) -> Callable[..., Any]:
-    """What Triton compiles: Gluon, for a kernel whose module has the import that :func:`source_code` writes first.
+    """Compiles a kernel as Gluon if its module has the import that :func:`source_code` writes first.
 
-    (Inductor decorates every kernel as Triton's.)
+    Inductor decorates every kernel with ``@triton.jit``, so the decorator does not tell them apart.
     """
 
     @functools.wraps(original, updated=())
@@ -74,7 +78,7 @@ def ast_source(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def generate_ttir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The intermediate code from which Inductor learns what a kernel writes: its twin's, for a kernel that has one."""
+    """Makes the intermediate code from which Inductor learns a kernel's writes, from its Triton twin if it has one."""
 
     @functools.wraps(original)
     def of_twin(kernel: Any, kwargs: dict[str, Any], *args: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Weights that the compiler takes for CUDA tensors while their bytes stay on the host.
+"""Weights that the compiler sees as CUDA tensors while their bytes stay on the host.
 
-AOTInductor wants a program's parameters and buffers on the target device. Here the program holds fake CUDA
-tensors, each carrying its host tensor; where AOTInductor asks for the value to write into the package, it is
-given the host bytes in a tensor whose ``device`` says cuda.
+AOTInductor needs a program's parameters and buffers on the target device. Here the program holds fake CUDA tensors that
+each carry a host tensor. When AOTInductor reads a value to write it into the package, it gets the host bytes in a
+tensor whose ``device`` is cuda.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _HOST = "_flashpte_host"  # attribute of a fake CUDA tensor: its value, as a Hos
 
 
 class HostBackedCuda(torch.Tensor):
-    """A host tensor whose ``device`` is cuda:0, which is what is recorded in the package.
+    """A host tensor whose ``device`` is cuda:0, which the package records.
 
-    ``is_cuda`` stays False: the writers use it to decide how to read the storage, and the storage is on the host.
+    ``is_cuda`` stays False because the writers use it to decide how to read the storage, which is on the host.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where the runtime will put it."""
+        """The device where the runtime will put it."""
         return torch.device("cuda", 0)
 
 
 def host_backed(tensor: torch.Tensor) -> HostBackedCuda:
-    """Wraps a tensor, with a host storage that holds exactly it (what ``tensor.to("cuda")`` would have made)."""
+    """Wraps a tensor; its host storage holds nothing else, as if ``tensor.to("cuda")`` had made it."""
     tensor = tensor.detach().cpu()
     last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
     needed = (last + 1) * tensor.element_size() if tensor.numel() else 0
@@ -53,7 +53,7 @@ def host_backed(tensor: torch.Tensor) -> HostBackedCuda:
 def _fake_cuda(mode: FakeTensorMode, host: torch.Tensor) -> torch.Tensor:
     backed = host_backed(host)
     with mode:
-        # A tensor with gaps in its memory was made dense by the clone above: its strides count, not the original's.
+        # ``host_backed`` made a tensor with gaps dense: use the new strides, not the original's.
         fake = torch.empty_strided(backed.size(), backed.stride(), dtype=backed.dtype, device="cuda:0")
     setattr(fake, _HOST, backed)
     return fake
@@ -62,10 +62,10 @@ def _fake_cuda(mode: FakeTensorMode, host: torch.Tensor) -> torch.Tensor:
 def move_program(
     stock_pass: Callable[..., ExportedProgram], program: ExportedProgram, location: Any
 ) -> ExportedProgram:
-    """``torch.export.passes.move_to_device_pass`` for a device that may not be there.
+    """``torch.export.passes.move_to_device_pass`` for a device that may be absent.
 
-    Parameters, buffers and constants become fake CUDA tensors that carry their host values; the graph's metadata
-    is moved by the stock pass. Like the stock pass it changes ``program`` in place; it leaves the tensors alone.
+    Parameters, buffers and constants become fake CUDA tensors that carry their host values; the stock pass moves the
+    graph's metadata. Like the stock pass, this changes ``program`` in place; it does not change the tensors.
     """
     if not str(location).startswith("cuda"):
         return stock_pass(program, location)
@@ -94,13 +94,13 @@ def move_program(
             lambda t: t if isinstance(t, FakeTensor) else mode.from_tensor(t),
             program.example_inputs,
         )
-    # Autograd metadata of a CUDA tensor asks the device guard for a stream: nothing may require a gradient.
+    # Nothing may require a gradient: autograd metadata of a CUDA tensor asks the device guard for a stream.
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta.get("val"))
-    # Moving a tensor sorts its strides, and comparing a dynamic size with a number would fix which is larger: the code
-    # would be compiled for a part of the range only.
+    # Moving a tensor sorts its strides. Comparing a dynamic size with a number would add a guard on which is larger,
+    # and the code would be compiled for only a part of the range.
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with torch.no_grad(), mode, guards:
         program = stock_pass(program, "cuda:0")
@@ -112,7 +112,11 @@ def move_program(
 
 
 def host_value(name: str, value: torch.Tensor) -> torch.Tensor:
-    """The value of a constant that goes into the package: a fake tensor is replaced by the host value it carries."""
+    """The value of a constant for the package: the host value of a fake tensor, any other tensor as it is.
+
+    Raises:
+        CrossCompileError: a fake tensor carries no host value.
+    """
     if not isinstance(value, FakeTensor):
         return value
     host = getattr(value, _HOST, None)
@@ -122,7 +126,7 @@ def host_value(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def is_same_weight(stock: Callable[[torch.Tensor, torch.Tensor], bool], a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two constants are one. Fake tensors have no address, and all would look alike to the stock test."""
+    """Whether two constants are the same; the stock test finds all fake tensors equal, as they have no address."""
     host_a, host_b = getattr(a, _HOST, None), getattr(b, _HOST, None)
     if host_a is None and host_b is None:
         return stock(a, b)
@@ -130,7 +134,7 @@ def is_same_weight(stock: Callable[[torch.Tensor, torch.Tensor], bool], a: torch
 
 
 def clone_with_host(stock: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-    """Clones a fake tensor and lets the clone carry the same host value."""
+    """Clones a fake tensor; the clone carries the same host value."""
     clone = stock(tensor)
     host = getattr(tensor, _HOST, None)
     if host is not None:
@@ -139,15 +143,15 @@ def clone_with_host(stock: Callable[[torch.Tensor], torch.Tensor], tensor: torch
 
 
 class StorageFiles:
-    """Writes each tensor's storage to disk once, however many methods use it.
+    """Writes each tensor's storage to disk once, no matter how many methods use it.
 
-    ExecuTorch writes all weights of every method to files before it drops the duplicates. The second time, this
-    makes a hard link to the first file.
+    ExecuTorch writes all weights of every method to files before it drops duplicates. For a storage that was already
+    written, this makes a hard link to the first file.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # The tensors are kept, so that an address stays theirs.
+        # Keeps the tensors alive, so that no other tensor gets their address.
         self._written: dict[tuple[int, int], tuple[torch.Tensor, Path, bytes]] = {}
 
     def write(self, stock: Callable[[torch.Tensor, str], bytes], tensor: torch.Tensor, path: str) -> bytes:
@@ -161,14 +165,14 @@ class StorageFiles:
             return digest
         digest = stock(tensor, path)
         first = self._folder / f"storage-{len(self._written)}"
-        with contextlib.suppress(OSError):  # a file system without hard links: write it again next time
+        with contextlib.suppress(OSError):  # a file system without hard links: the next method writes it again
             os.link(path, first)
             self._written[key] = (tensor, first, digest)
         return digest
 
 
 def deepcopy_sharing_tensors(program: ExportedProgram, memo: dict[int, Any]) -> ExportedProgram:
-    """Copies a program's graph and tables, not its weights, which nothing in the lowering writes to."""
+    """Copies a program's graph and tables but not its weights, because lowering never writes to them."""
     for pool in (program.state_dict, program.constants):
         for tensor in pool.values():
             if isinstance(tensor, torch.Tensor):

@@ -1,8 +1,8 @@
-"""Remembering the intermediate code from which Inductor learns what a kernel writes.
+"""Caches the intermediate code from which Inductor learns what a kernel writes.
 
-PyTorch makes it anew whenever it meets a launch, and it meets each of them four or five times on the way from a program
-to its C++; the layers of a model launch the same kernels with arguments of the same kinds. A program of two layers that
-each choose between two kernels asks 48 times for 11 that differ.
+PyTorch makes it anew at every launch that it visits, and it visits each launch four or five times between a program and
+its C++. The layers of a model launch the same kernels with arguments of the same kinds. A program with two layers that
+each choose between two kernels asks 48 times for 11 different codes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, tl.dtype)
 
 
 def remember(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``generate_ttir`` that answers from memory where all that it looks at is the same."""
-    # The kernels are kept, so that an address stays theirs.
+    """A ``generate_ttir`` that answers from a cache when everything that the code depends on is the same."""
+    # Keeps the kernels alive, so that no other kernel gets their address.
     known: dict[Any, tuple[Any, Any, tuple[str, ...]]] = {}
 
     @functools.wraps(original)
@@ -41,9 +41,9 @@ def remember(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _describe(kernel: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The kernel and of each argument what its code depends on; ``None`` where that is not known."""
+    """The kernel, and the part of each argument that its code depends on; ``None`` if that is not known."""
     if isinstance(kernel, Autotuner):
-        # A launch that names the number of warps comes as a list of one configuration, made for this launch.
+        # A launch that sets the number of warps arrives as an Autotuner with one configuration, made for this launch.
         kwargs = {**kwargs, **(kernel.configs[0].kwargs if kernel.configs else {})}
         kernel = kernel.fn
     arguments = [(name, _kind(value)) for name, value in kwargs.items()]
@@ -57,5 +57,5 @@ def _kind(value: Any) -> Any:
         return "tensor", value.dtype
     if isinstance(value, _SYMBOLIC):
         return ("symbolic",)
-    # 1, 1.0 and True are equal, and different code. So are 0.0 and -0.0.
+    # 1, 1.0 and True are equal but give different code, and so do 0.0 and -0.0.
     return (type(value), repr(value)) if isinstance(value, _PLAIN) else None

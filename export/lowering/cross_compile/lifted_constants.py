@@ -1,7 +1,7 @@
-"""Names of the constants that ExecuTorch lifts out of a method's graph.
+"""Names the constants that ExecuTorch lifts out of a method's graph after their values.
 
-It numbers them from the method's count of buffers. Methods of one program share tensors by name, and two methods of
-different modules, such as a target's and its draft's, can arrive at the same number with different values.
+ExecuTorch numbers them from the method's count of buffers. Methods of one program share tensors by name, and methods of
+different modules, such as a target's and its draft's, can give the same number to different values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 
 
 def lift_by_value(original: Callable[[ExportedProgram], ExportedProgram], program: ExportedProgram) -> ExportedProgram:
-    """ExecuTorch's ``lift_constant_tensor_pass``; what it lifts has a name that its value is part of.
+    """ExecuTorch's ``lift_constant_tensor_pass``, with a hash of its value in the name of each lifted constant.
 
     Args:
-        original: the pass, which works in place.
+        original: ExecuTorch's pass, which works in place.
         program: a method.
     """
     before = set(program.state_dict)

@@ -1,4 +1,4 @@
-"""Replacements in Inductor for how tensors lie in memory: arguments of Triton kernels, and a program's outputs."""
+"""Changes how Inductor lays out tensors in memory: arguments of Triton kernels and a program's outputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
 
 
 def realise_once(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Has a computed argument written to memory as itself, not as a copy made for one kernel alone.
+    """Writes a computed argument to memory once, not as a new copy for each kernel.
 
-    Inductor holds a pointwise result as a formula until something needs it in memory. A kernel's argument is needed
-    there in given strides, and Inductor then writes the formula's values to a new buffer, while the next kernel finds a
-    formula again. Written under its own name, it is found by all.
+    Inductor holds a pointwise result as a formula until something needs it in memory. A kernel needs its argument in
+    memory with given strides, so Inductor writes the formula's values to a new buffer, but the next kernel sees the
+    formula again. If the value is realized under its own name, all kernels find it.
     """
 
     def constrain_to_fake_tensor(arg: Any, fake_arg: Any) -> Any:
@@ -29,7 +29,7 @@ def realise_once(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pin_cond_operands(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Has the operands of a ``torch.cond`` laid out in memory as they were when its branches were traced."""
+    """Gives the operands of a ``torch.cond`` the memory layout that they had when its branches were traced."""
 
     def call_function(graph: Any, fn: Any, args: Any, kwargs: Any) -> Any:
         if fn is torch.ops.higher_order.cond:
@@ -50,11 +50,11 @@ def pin_cond_operands(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def whole_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Has every output of a program written contiguously from the start of memory of its own.
+    """Writes every output of a program contiguously to memory of its own, at offset 0.
 
-    ExecuTorch's CUDA delegate refuses an output with a storage offset or with gaps (``_check_tensor_metadata`` in
-    ``backends/cuda/runtime/utils.h``), and frees an output twice that two results share. Inductor returns views of its
-    buffers, and drops a ``clone`` in front of an output. A whole buffer stays as it is, at no cost.
+    ExecuTorch's CUDA delegate refuses an output with a storage offset or gaps (``_check_tensor_metadata`` in
+    ``backends/cuda/runtime/utils.h``), and frees memory twice that two outputs share. Inductor returns views of its
+    buffers and drops a ``clone`` before an output. An output that is a whole buffer is not copied.
     """
 
     def output(graph: Any, target: Any, args: Any, kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def _whole(result: Any, taken: set[str]) -> Any:
     from torch._inductor.ir import BaseView, ExternKernel, TensorBox, is_storage_and_layout
 
     if not isinstance(result, TensorBox | BaseView):
-        return result  # a number, or nothing
+        return result  # a number or None
     realised = ExternKernel.realize_input(result)
     if not is_storage_and_layout(realised):
         return result
@@ -85,7 +85,7 @@ def _whole(result: Any, taken: set[str]) -> Any:
 
 
 def partial_output(output: Any) -> str | None:
-    """What ExecuTorch's runtime would refuse in an output of a compiled program, or ``None``."""
+    """Why ExecuTorch's runtime would refuse an output of a compiled program; ``None`` if it would not."""
     from torch._inductor.ir import FlexibleLayout
     from torch._inductor.virtualized import V
 
@@ -103,7 +103,10 @@ def partial_output(output: Any) -> str | None:
 
 
 def check_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a compiled program with an output that ExecuTorch's runtime would refuse at the first call."""
+    """Refuses a compiled program with an output that ExecuTorch's runtime would refuse at the first call.
+
+    The replacement raises :class:`CrossCompileError` with the output's index and the reason.
+    """
 
     def codegen(graph: Any) -> Any:
         result = original(graph)
@@ -124,7 +127,7 @@ def check_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_program(graph: Any) -> bool:
-    """Whether a graph that Inductor lowers is the program, not a subgraph or a graph that computes constants."""
+    """Whether a graph that Inductor lowers is the program itself, not a subgraph or a graph that computes constants."""
     from torch._inductor.graph import GraphLowering
 
     return type(graph) is GraphLowering and not graph.is_const_graph

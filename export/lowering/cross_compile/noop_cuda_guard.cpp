@@ -1,8 +1,8 @@
 // A CUDA device guard that does nothing, for builds of PyTorch without CUDA.
 //
 // Tracing with fake "cuda" tensors asks the dispatcher's device guard for the current device and stream.
-// A CPU build has no guard for CUDA and aborts; nothing is ever launched while cross-compiling, so one that
-// always answers "device 0, default stream" is enough.
+// A CPU build has no guard for CUDA and aborts. Cross-compiling launches nothing, so a guard that always
+// answers "device 0, default stream" is enough.
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
 namespace {

@@ -1,4 +1,4 @@
-"""Replacing names of other packages for a while: what an override is, putting a table of them in place, undoing it."""
+"""Replaces names in other packages temporarily: defines an override, applies a table of them and undoes it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CHECKED = ("2.11", "2.13", "2.14", "2.15")
 
 @dataclasses.dataclass
 class Target:
-    """What the replacements know about the lowering in progress.
+    """State of the lowering in progress, for the replacements.
 
     Attributes:
-        arch: the architecture compiled for.
+        arch: the architecture to compile for.
         work_dir: folder for intermediate files.
         cuda_home: folder that stands for a CUDA toolkit.
         flags: rewrites host compiler command lines.
-        compiling: how many of Inductor's code generators are on the stack.
-        defining: whether a program's kernels are being defined, to be compiled when all of them are known.
+        compiling: number of Inductor's code generators on the stack.
+        defining: whether a program's kernels are being defined; they are compiled when all of them are known.
         restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
         on_wrapper: called with the C++ source of each method's wrapper.
     """
@@ -55,11 +55,10 @@ class Override:
     Attributes:
         name: ``module:attribute.path`` or ``module:dictionary[key]``.
         why: what would go wrong without it.
-        make: takes the target and what was there, returns what goes there. For a method, what was there and
-            what goes there are plain functions taking ``self``; for a class or static method they take what a
-            caller passes.
-        adds: the name does not exist before (a method or a key that overrides a default).
-        checked: PyTorch versions whose source was read.
+        make: takes the target and the original value, and returns the replacement. For a method, both are plain
+            functions that take ``self``; for a class or static method they take the caller's arguments only.
+        adds: whether the name may be new (a method or a key that overrides a default).
+        checked: PyTorch versions whose source was read for this override.
     """
 
     name: str
@@ -71,7 +70,11 @@ class Override:
 
 @contextlib.contextmanager
 def apply(overrides: Sequence[Override], target: Target) -> Iterator[None]:
-    """Puts the replacements in place and takes them away again, in reverse order, whatever happens."""
+    """Applies the replacements, and undoes them in reverse order when the block ends, also after an error.
+
+    Raises:
+        CrossCompileError: a name to replace does not exist in the installed PyTorch.
+    """
     with contextlib.ExitStack() as stack:
         for override in overrides:
             stack.callback(_replace(override, target))
@@ -107,7 +110,7 @@ def _replace(override: Override, target: Target) -> Callable[[], None]:
     seen = None if original is _ABSENT else getattr(owner, last)
     replacement = override.make(target, seen)
     if isinstance(original, (classmethod, staticmethod)):
-        replacement = staticmethod(replacement)  # what was there was bound already
+        replacement = staticmethod(replacement)  # ``seen`` is already bound
     elif inspect.isclass(owner) and isinstance(replacement, functools.partial):
         raise AssertionError(f"{override.name}: a partial would not be bound to self")
     own = last in vars(owner)

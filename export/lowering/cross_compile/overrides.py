@@ -1,8 +1,8 @@
-"""Every name of PyTorch, Triton and ExecuTorch that is replaced while cross-compiling, in one table.
+"""Tables of every name in PyTorch, Triton and ExecuTorch that cross-compiling replaces.
 
-Lowering for a GPU wants one only for incidental reasons: to ask for its limits, to hold the weights, to time
-kernels. :data:`TABLE` lists what is replaced, why, and the PyTorch versions whose source was read for it. A
-name that is gone stops the lowering with a message naming it, and every name is put back on exit.
+Lowering for a GPU needs one only for incidental reasons: to ask for its limits, to hold the weights, to time kernels.
+:data:`TABLE` lists each replacement, its reason, and the PyTorch versions whose source was read for it. A missing name
+stops the lowering with a message that names it. Every name is restored on exit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _compile_wrapper(target: Target, original: Callable[..., Any]) -> Callable[.
     def compile_(graph: Any, wrapper_code: str, *args: Any, **kwargs: Any) -> Any:
         if target.on_wrapper is not None:
             target.on_wrapper(wrapper_code)
-        # A package that maps its weights into memory is marked with a random number.
+        # Fix the seed: a package that maps its weights into memory contains a random number.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             return original(graph, wrapper_code, *args, **kwargs)
@@ -80,13 +80,13 @@ def _compile_wrapper(target: Target, original: Callable[..., Any]) -> Callable[.
 def _custom_passes(target: Target, original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     from flashpte.export.lowering.cross_compile.restore_views import RestoreViews
 
-    # Last, because one of ExecuTorch's passes validates the program, and a view is no edge operator.
+    # Last, because one of ExecuTorch's passes validates the program, and a view is not an edge operator.
     last = [RestoreViews()] if target.restore_views else []
     return lambda compile_specs: [*original(compile_specs), *last]
 
 
 def _stable_int_arrays(target: Target, original: Callable[..., str]) -> Callable[..., str]:
-    """Keeps the writers alive that Inductor tells apart by address, so that an address is never used twice."""
+    """Keeps alive the writers that Inductor tells apart by address, so that no address is used twice."""
 
     def codegen_int_array_var(self: Any, int_array: str, writeline: Any, *args: Any, **kwargs: Any) -> str:
         writers = vars(self).setdefault("_flashpte_writers", {})
@@ -108,7 +108,7 @@ def _write_storage(target: Target, original: Callable[[torch.Tensor, str], bytes
 
 
 _QUESTION = "asked for by Inductor, by templates and by our own kernels' tile choice"
-_NO_RUNTIME = "would initialise the CUDA runtime"
+_NO_RUNTIME = "would initialize the CUDA runtime"
 
 TABLE: tuple[Override, ...] = (
     # Questions about the device.
@@ -119,8 +119,8 @@ TABLE: tuple[Override, ...] = (
     Override("torch.cuda:is_tf32_supported", _QUESTION, _answer(lambda t: t.arch.capability[0] >= 8)),
     Override(
         "torch.cuda:is_available",
-        "code generation takes its CUDA branches only when this is true; everything around it must not touch a GPU, "
-        "present or not, so that the result is the same with and without one",
+        "code generation takes its CUDA branches only when this is true; all other code must not touch a GPU, so that "
+        "the result is the same with and without one",
         _answer(lambda t: t.compiling > 0),
     ),
     Override("torch._inductor.graph:GraphLowering.run", "marks code generation for is_available", _inside_codegen),
@@ -188,11 +188,11 @@ TABLE: tuple[Override, ...] = (
     ),
     Override(
         "torch._inductor.runtime.triton_heuristics:CachingAutotuner.precompile",
-        "is called for each kernel where it is defined, when the others are not known yet",
+        "compiles each kernel where it is defined, before the other kernels are known",
         compile_kernels.hold_back,
         checked=("2.11", "2.13", "2.14"),
     ),
-    # Kernels that use more than Triton's core: Gluon, assembly.
+    # Kernels that use more than plain Triton: Gluon and assembly.
     Override(
         "flashpte.kernels.launch:INDUCTOR_IS_TAUGHT",
         "without the entries below, a program can only hold kernels that Inductor understands",
@@ -200,7 +200,7 @@ TABLE: tuple[Override, ...] = (
     ),
     Override(
         "torch._inductor.codegen.wrapper:user_defined_triton_kernel_transitive_closure_source_code",
-        "writes out the kernel's functions as Triton's, and no modules they use",
+        "writes out all of a kernel's functions as Triton's, without the modules that they use",
         lambda target, original: gluon.source_code(original),
     ),
     Override(
@@ -210,53 +210,53 @@ TABLE: tuple[Override, ...] = (
     ),
     Override(
         "torch._higher_order_ops.triton_kernel_wrap:generate_ttir",
-        "cannot make intermediate code of Gluon, or understand assembly: all arguments would count as written, and be "
-        "copied; and makes it for every launch anew",
+        "cannot make intermediate code for Gluon or understand assembly, so all arguments would count as written and "
+        "be copied; also makes it anew for every launch",
         lambda target, original: kernel_code.remember(dependent_launch.generate_ttir(gluon.generate_ttir(original))),
     ),
-    # Kernels that wait by themselves for those before them.
+    # Kernels that wait for their predecessors themselves.
     Override(
         "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
-        "has no helper that launches a kernel beside the end of the one before",
+        "has no helper that launches a kernel before the previous one ends",
         lambda target, original: dependent_launch.kernel_driver(original),
         checked=("2.11", "2.13", "2.14"),
     ),
     Override(
         "torch._inductor.codegen.cpp_wrapper_gpu:DeferredTritonCallWrapper.generate_launch_kernel",
-        "launches every kernel after the end of the one before: 0.5 to 1 us that an attention kernel need not wait",
+        "launches every kernel after the end of the previous one: an attention kernel waits 0.5 to 1 us too long",
         lambda target, original: dependent_launch.generate_launch_kernel(original),
         checked=("2.11", "2.13", "2.14"),
     ),
     Override(
         "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.cpp_scratch",
-        "2.11 allocates for all programs of a launch what one needs for itself: they would write behind it",
+        "2.11 allocates for all programs of a launch what one program needs: they would write past its end",
         lambda target, original: scratch.cpp_scratch(original),
         checked=("2.11", "2.13", "2.14"),
     ),
     # Dynamic sizes.
     Override(
         "torch.fx.experimental.symbolic_shapes:ShapeEnv._refine_ranges",
-        "a question that the example answers, such as whether 8 rows are one tile of 128, would narrow the range that "
-        "the method declares, and indices be 32 bits wide where longer calls need 64",
+        "a test on the example's sizes, such as whether 8 rows fit one tile of 128, would narrow the range that the "
+        "method declares, and indices would have 32 bits where longer calls need 64",
         lambda target, original: lambda self, expr: None,
     ),
     # Layouts.
     Override(
         "torch._inductor.lowering:constrain_to_fake_tensor",
-        "an argument of a Triton kernel that is not in memory yet is written there anew for every kernel that reads "
-        "it: a mask once for each layer",
+        "writes an argument of Triton kernels that is not in memory yet once for every kernel that reads it, such as a "
+        "mask once per layer",
         lambda target, original: realise_once(original),
     ),
     Override(
         "torch._inductor.graph:GraphLowering.call_function",
-        "a Triton kernel in a branch of torch.cond is given the strides its arguments had when the branch was traced, "
-        "and Inductor is free to lay them out in another way: the kernel would read other elements",
+        "a Triton kernel in a branch of torch.cond gets the strides that its arguments had when the branch was traced, "
+        "but Inductor may lay them out differently: the kernel would read other elements",
         lambda target, original: pin_cond_operands(original),
     ),
     # Host code.
     Override(
         "torch._inductor.codegen.cpp_wrapper_cpu:CppWrapperCpu.codegen_int_array_var",
-        "2.11 and 2.13 cache by the address of objects that are freed: names, and at worst declarations, vary",
+        "2.11 and 2.13 cache by the address of freed objects: names vary, and at worst declarations",
         _stable_int_arrays,
     ),
     Override(
@@ -272,7 +272,7 @@ TABLE: tuple[Override, ...] = (
     Override("torch._inductor.codecache:AotCodeCompiler.compile", "draws a random number", _compile_wrapper),
     Override(
         "torch._inductor.codecache:convert_cubin_to_obj",
-        "orders symbols by a hash of temporary paths (used by 2.11; later ones fall back on it)",
+        "orders symbols by a hash of temporary paths (2.11 uses it; later versions fall back on it)",
         lambda target, original: lambda cubin_file, kernel_name, ld, objcopy: embed_cubin(cubin_file, kernel_name),
     ),
     Override("torch.utils.cpp_extension:CUDA_HOME", "no CUDA toolkit is needed", lambda t, original: t.cuda_home),
@@ -287,19 +287,19 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
     ),
     Override(
         "torch._inductor.graph:GraphLowering.codegen",
-        "is where the layouts of all outputs are known",
+        "the first point where the layouts of all outputs are known and can be checked",
         lambda target, original: check_outputs(original),
         checked=("2.11", "2.13"),
     ),
     Override(
         "torch._inductor.fx_passes.quantization:L",
-        "products by int8 weights become calls of libtorch, which ExecuTorch does not have",
+        "turns products with int8 weights into calls of libtorch, which ExecuTorch does not have",
         lambda target, original: plain_products.int8_by_templates(original),
         checked=("2.11", "2.13"),
     ),
     Override(
         "executorch.exir.program._program:lift_constant_tensor_pass",
-        "numbers constants in each method by itself, and methods share tensors by name",
+        "numbers constants in each method separately, but methods share tensors by name",
         _with_original(lifted_constants.lift_by_value),
     ),
     Override(
@@ -320,7 +320,7 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
     ),
     Override(
         "executorch.backends.cuda.cuda_backend:CudaBackend.get_custom_passes",
-        "of the edge dialect's view copies it restores slice, select and split only; the others would copy caches",
+        "restores only slice, select and split of the edge dialect's view copies; the others would copy caches",
         _custom_passes,
     ),
 )

@@ -1,11 +1,11 @@
 """Turns the edge dialect's view copies back into views before AOTInductor compiles the program.
 
-The edge dialect has no views: ``transpose`` becomes ``transpose_copy`` and so on. Inductor folds such copies into
-the kernels it writes, but what feeds a Triton operator must exist in memory, so a transposed cache or an expanded
-mask would be copied whole before every call. As views they reach the kernel as strides.
+The edge dialect has no views: ``transpose`` becomes ``transpose_copy`` and so on. Inductor folds such copies into its
+own kernels. But a Triton operator needs its arguments in memory, so a transposed cache or an expanded mask would be
+copied whole before every call. Views reach the kernel as strides.
 
-The trap: a view that leaves the program would be handed out with strides its caller does not expect, and would
-alias a buffer. A chain of views that ends in an output keeps its copies.
+The trap: a view that leaves the program would have strides that its caller does not expect, and would alias a buffer.
+So a chain of views that ends in an output keeps its copies.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 _aten = torch.ops.aten
 _edge = edge_ops.edge.aten
 
-# Copies and the views they came from. ``view`` becomes ``reshape``: the edge passes drop a clone that a copy made
-# redundant, and then the view of a transposed tensor is not always possible without one.
+# Copies and the views that they came from. ``view`` becomes ``reshape``: the edge passes drop clones that a view copy
+# makes redundant, and without the clone a transposed tensor cannot always be viewed.
 VIEWS: dict[Any, Any] = {
     copy: view
     for edge_copy, aten_copy, view in (
@@ -50,7 +50,7 @@ _VIEW_TARGETS = frozenset(VIEWS) | frozenset(VIEWS.values()) | {operator.getitem
 
 
 class RestoreViews(PassBase):
-    """Replaces view copies by views in a graph module that is about to be compiled by AOTInductor."""
+    """Replaces view copies by views in a graph module before AOTInductor compiles it."""
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """Rewrites ``graph_module`` in place, and the branches inside it."""
@@ -75,7 +75,7 @@ def _restore(module: GraphModule) -> bool:
 
 
 def _escaping(module: GraphModule) -> set[Node]:
-    """Views that reach, through views alone, an output or an operator that writes to them."""
+    """Views that reach an output, or an operator that writes to them, through other views only."""
     escaping: set[Node] = set()
     for node in reversed(module.graph.nodes):
         if node.op != "call_function" or node.target not in _VIEW_TARGETS:
@@ -89,9 +89,9 @@ def _escaping(module: GraphModule) -> set[Node]:
 
 
 def _keeps(user: Node, node: Node) -> bool:
-    """Whether ``user`` does more with ``node`` than read it."""
+    """Whether ``user`` does more with ``node`` than read from it."""
     if user.op != "call_function":
-        return True  # output, or a call whose body is not visible
+        return True  # an output, or a call whose body is not visible
     schema = _schema(user.target)
     if schema is None:
         return False  # a Python operator on sizes, or control flow, which only reads once a program is functional

@@ -1,6 +1,6 @@
-"""Memory that a kernel of a lowered program writes for itself, such as tensor maps.
+"""Allocates scratch memory for kernels of a lowered program, such as those that build tensor maps.
 
-Triton says how many bytes one program of a launch needs, and program ``i`` writes from ``i`` times that on.
+Triton gives the bytes that one program of a launch needs; program ``i`` writes at offset ``i`` times that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def cpp_scratch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Allocates what all programs of a launch need, as PyTorch does from 2.13 on; 2.11 has what one needs."""
+    """Allocates scratch memory for all programs of a launch, as PyTorch 2.13 and newer do; 2.11 allocates it for one."""
 
     @functools.wraps(original)
     def of_all_programs(self: Any, idx: int, workspace: Any, prefix: str | None = None) -> Any:

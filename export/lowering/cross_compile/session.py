@@ -1,4 +1,4 @@
-"""Puts the process into a state in which it compiles for a GPU it does not have, and back."""
+"""Switches the process to compiling for a GPU that it does not have, and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One option of ``torch._inductor.config``, and why it is set."""
+    """One option of ``torch._inductor.config``, its value, and why it is set."""
 
     name: str
     value: Any
@@ -53,14 +53,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "prologue_fusion",
         False,
-        "without a benchmark to stop it, a normalisation or activation is computed anew for every column of tiles of "
-        "the matrix product that reads it: 30% to 140% slower on an H200",
+        "without a benchmark to prevent it, a normalization or activation is computed anew for every column of tiles "
+        "of the matrix product that reads it: 30% to 140% slower on an H200",
     ),
     Setting("coordinate_descent_tuning", False, "decides by benchmark"),
     Setting("aot_inductor.allow_stack_allocation", False, "ExecuTorch's runtime has no shim for it"),
-    Setting("aot_inductor.precompile_headers", False, "they are kept in a shared folder, and save nothing here"),
+    Setting("aot_inductor.precompile_headers", False, "they go into a shared folder and save nothing here"),
     Setting(
-        "cpp_cache_precompile_headers", False, "defines a macro that includes more headers, worth precompiling only"
+        "cpp_cache_precompile_headers", False, "defines a macro that includes more headers; pays only with precompiling"
     ),
 )
 
@@ -73,18 +73,18 @@ def cross_compile(
     restore_views: bool = True,
     on_wrapper: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Inside, PyTorch, Triton and ExecuTorch compile for ``arch``, whether or not there is a GPU.
+    """Inside, PyTorch, Triton and ExecuTorch compile for ``arch``, with or without a GPU.
 
     Args:
-        arch: what to compile for.
-        work_dir: an empty folder for caches and intermediate files (weights pass through it).
+        arch: architecture to compile for.
+        work_dir: an empty folder for caches and intermediate files, including weights.
         package: ``pte`` for ExecuTorch's CUDA backend, ``pt2`` for a plain AOTInductor package.
-        restore_views: hand views to kernels as strides (``pte`` only; a ``pt2`` program has views already).
+        restore_views: pass views to kernels as strides (``pte`` only; a ``pt2`` program already has views).
         on_wrapper: called with the C++ source of each compiled program's wrapper.
 
     Raises:
-        CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced,
-            or another thread is lowering (the overrides are global to the process).
+        CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced, or
+            another thread is lowering (the overrides are global to the process).
     """
     if not _ONE_AT_A_TIME.acquire(blocking=False):
         raise CrossCompileError("another lowering is running in this process: run them one after the other")
@@ -108,7 +108,7 @@ def cross_compile(
 
 
 def _flags(work_dir: Path, package: str) -> ReproducibleFlags:
-    # A longer prefix must come after a shorter one: of two maps that match, gcc takes the later.
+    # Longer prefixes come after shorter ones: if two maps match, gcc takes the later one.
     prefixes = {
         sys.prefix: "python",
         sysconfig.get_paths()["purelib"]: "site-packages",
@@ -122,7 +122,7 @@ def _flags(work_dir: Path, package: str) -> ReproducibleFlags:
 
 
 def _libtorch_cuda(work_dir: Path) -> list[str]:
-    """Link arguments that make a package need libtorch_cuda.so, which a CPU build of PyTorch does not have."""
+    """Link arguments that make a package depend on libtorch_cuda.so, which a CPU build of PyTorch does not have."""
     if torch.version.cuda is not None:
         return []
     folder = work_dir / "libtorch"
@@ -133,7 +133,7 @@ def _libtorch_cuda(work_dir: Path) -> list[str]:
 def _initialise_device_interfaces() -> None:
     from torch._dynamo.device_interface import get_interface_for_device
 
-    get_interface_for_device("cpu")  # registers all of them, once, over what is there
+    get_interface_for_device("cpu")  # its first call registers all interfaces and would overwrite the overrides
 
 
 @contextlib.contextmanager
@@ -142,9 +142,9 @@ def _environment(cuda_home: Path, work_dir: Path) -> Iterator[None]:
         "CUDA_HOME": str(cuda_home),
         "TORCHINDUCTOR_CACHE_DIR": str(work_dir / "inductor"),
         "TRITON_CACHE_DIR": str(work_dir / "triton"),
-        # Line tables in a cubin name the file the kernel came from, with its path.
+        # Line tables in a cubin hold the path of the kernel's source file.
         "TRITON_DISABLE_LINE_INFO": "1",
-        # CUDA builds of PyTorch bring an assembler of their own and prefer it.
+        # CUDA builds of PyTorch prefer the assembler that they bring.
         "TRITON_PTXAS_PATH": str(find_triton_tool("ptxas")),
         "TRITON_PTXAS_BLACKWELL_PATH": str(find_triton_tool("ptxas-blackwell")),
     }
@@ -162,7 +162,7 @@ def _environment(cuda_home: Path, work_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
-    """Inductor's configuration, empty caches, and the rule that chooses matrix-multiply tiles."""
+    """Sets Inductor's configuration, clears its caches and installs the chooser of matrix-multiply tiles."""
     import torch._inductor.config as config
     from torch._inductor import select_algorithm
     from torch._inductor.utils import clear_caches
@@ -170,11 +170,11 @@ def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
     settings = {setting.name: setting.value for setting in SETTINGS}
     settings["cuda.arch"] = str(arch.number)
     settings["cpp.cxx"] = (compiler_program(),)
-    # ExecuTorch has no matrix multiply of its own, so each one must become a Triton template. A plain AOTInductor
-    # package calls cuBLAS, which libtorch brings.
+    # ExecuTorch has no matrix multiply, so each one must become a Triton template. A plain AOTInductor package calls
+    # cuBLAS, which libtorch brings.
     settings["max_autotune_gemm"] = package == "pte"
-    # Checks of layouts that an environment variable turns on at run time; for the result of a torch.cond 2.15 writes
-    # some that ExecuTorch's runtime has no shim for.
+    # These add layout checks, which an environment variable turns on at run time. For the result of a torch.cond, 2.15
+    # adds checks that need a shim that ExecuTorch's runtime lacks.
     settings["size_asserts"] = settings["alignment_asserts"] = package != "pte"
     chooser = make_chooser(arch)
     selector = select_algorithm.get_algorithm_selector_cache()
@@ -186,4 +186,4 @@ def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
         finally:
             if chooser in selector.preprocessing_fns:
                 selector.preprocessing_fns.remove(chooser)
-            clear_caches()  # what it holds belongs to the target, and to files about to be deleted
+            clear_caches()  # entries belong to the target, and to files about to be deleted

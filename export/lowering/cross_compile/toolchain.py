@@ -1,8 +1,8 @@
 """The host C++ toolchain: compiler, CUDA headers from PyPI wheels, and flags that give the same bytes anywhere.
 
-AOTInductor compiles a C++ wrapper with g++ against a CUDA toolkit. No toolkit is needed: the Triton wheel
-carries the CUDA headers, ``nvidia-cuda-cccl`` or a toolkit the one they include besides (``nv/target``), and linking
-needs only something that answers to ``-lcuda``.
+AOTInductor compiles a C++ wrapper with g++ against a CUDA toolkit. No toolkit is needed here: the Triton wheel has the
+CUDA headers, ``nvidia-cuda-cccl`` (or a toolkit) has the header ``nv/target`` that they include, and linking needs only
+a stub for ``-lcuda``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 
 from flashpte.export.common.errors import ExportError
 
-# AVX2, no AVX-512: what every x86 machine with a GPU worth compiling for has. Needs gcc 11 or newer.
+# AVX2 without AVX-512, which every x86 machine with a GPU worth compiling for has. Needs gcc 11 or newer.
 HOST_MARCH = "x86-64-v3"
 
 _TOOLKIT = "/usr/local/cuda"  # where NVIDIA's installers put it
 _CCCL_DISTRIBUTIONS = ("nvidia-cuda-cccl", "nvidia-cuda-cccl-cu13", "nvidia-cuda-cccl-cu12")
 
-# Functions of libcuda that AOTInductor's wrapper calls. The stub defines them, so that a linker that drops
-# libraries nothing refers to (--as-needed) keeps the DT_NEEDED entry.
+# Functions of libcuda that AOTInductor's wrapper calls. The stub defines them so that a linker that drops unused
+# libraries (--as-needed) keeps the DT_NEEDED entry.
 _LIBCUDA_SYMBOLS = (
     "cuCtxGetCurrent",
     "cuFuncGetAttribute",
@@ -45,12 +45,16 @@ _LIBCUDA_SYMBOLS = (
 
 
 class CrossCompileError(ExportError):
-    """Something cross-compiling needs is missing, or does not fit the installed PyTorch."""
+    """Something that cross-compiling needs is missing or does not fit the installed PyTorch."""
 
 
 @functools.cache
 def find_compiler() -> tuple[str, ...]:
-    """The C++ compiler as the beginning of a command: ``$CXX`` (``ccache g++`` is two words), else g++."""
+    """The C++ compiler as the start of a command: the words of ``$CXX`` (such as ``ccache g++``), or else g++.
+
+    Raises:
+        CrossCompileError: a program of the command is not on PATH.
+    """
     wanted = shlex.split(os.environ.get("CXX") or "") or ["g++"]
     for program in (word for word in wanted if not word.startswith("-")):
         if shutil.which(program) is None:
@@ -59,22 +63,22 @@ def find_compiler() -> tuple[str, ...]:
 
 
 def compiler_program() -> str:
-    """The word of :func:`find_compiler` that is the compiler: Inductor asks it what it is."""
+    """The word of :func:`find_compiler` that is the compiler itself, which Inductor queries."""
     return [word for word in find_compiler() if not word.startswith("-")][-1]
 
 
 @functools.cache
 def compiler_version(compiler: tuple[str, ...]) -> str:
-    """First line of ``compiler --version``."""
+    """The first line of ``compiler --version``."""
     out = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     return out.splitlines()[0]
 
 
 def find_cccl_include() -> Path:
-    """The folder that holds ``nv/target``: of the Triton wheel, a CCCL wheel, or a CUDA toolkit, in this order.
+    """The include folder that has ``nv/target``: from the Triton wheel, a CCCL wheel or a CUDA toolkit, in this order.
 
     Raises:
-        CrossCompileError: none of them has it.
+        CrossCompileError: none of them has the header.
     """
     for folder in _cccl_folders():
         if (folder / "nv" / "target").is_file():
@@ -104,14 +108,18 @@ def _cccl_folders() -> Iterator[Path]:
 
 
 def _triton_folder() -> Path:
-    """What the Triton wheel carries of a CUDA toolkit: include/ and bin/."""
+    """The folder with the parts of a CUDA toolkit in the Triton wheel: include/ and bin/."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia"
 
 
 def find_triton_tool(name: str) -> Path:
-    """A program of the CUDA toolkit that the Triton wheel carries (ptxas, cuobjdump, ...)."""
+    """The path of a CUDA toolkit program in the Triton wheel (ptxas, cuobjdump, ...).
+
+    Raises:
+        CrossCompileError: the wheel does not have it.
+    """
     path = _triton_folder() / "bin" / name
     if not path.exists():
         raise CrossCompileError(f"{name} is missing from the triton wheel: reinstall triton")
@@ -119,7 +127,7 @@ def find_triton_tool(name: str) -> Path:
 
 
 def make_cuda_home(folder: Path) -> None:
-    """Fills ``folder`` with what AOTInductor reads of a CUDA toolkit: include/, lib64/libcuda.so and bin/."""
+    """Fills ``folder`` with the parts of a CUDA toolkit that AOTInductor uses: include/, lib64/libcuda.so and bin/."""
     nvidia = _triton_folder()
     include = folder / "include"
     include.mkdir(parents=True)
@@ -136,7 +144,11 @@ def make_cuda_home(folder: Path) -> None:
 
 
 def make_stub_library(path: Path, soname: str, symbols: Sequence[str]) -> None:
-    """Builds a shared library that only exists to be linked against."""
+    """Builds a shared library that exists only for linking.
+
+    Raises:
+        CrossCompileError: the compiler failed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     source = "\n".join(f"int {symbol}(void) {{ return 0; }}" for symbol in symbols)
     command = [*find_compiler(), "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-x", "c", "-", "-o", str(path)]
@@ -148,12 +160,15 @@ def make_stub_library(path: Path, soname: str, symbols: Sequence[str]) -> None:
 def embed_cubin(cubin_file: str, kernel_name: str) -> str:
     """Makes an object file that holds a cubin between ``__<kernel>_start`` and ``__<kernel>_end``.
 
-    Inductor's own way (``ld -b binary``, then renaming symbols) leaves their order to a hash of the file's path.
+    Inductor's own way (``ld -b binary``, then renaming symbols) orders the symbols by a hash of the file's path.
 
     Returns:
         The object file's path.
+
+    Raises:
+        CrossCompileError: the assembler failed.
     """
-    # Named after the kernel too: a program that calls one kernel for two purposes has one cubin under two names.
+    # The name includes the kernel's: a program that uses one kernel for two purposes has one cubin under two names.
     source, built = f"{cubin_file}.{kernel_name}.S", f"{cubin_file}.{kernel_name}.o"
     start, end, size = (f"__{kernel_name}_{part}" for part in ("start", "end", "size"))
     Path(source).write_text(
@@ -169,11 +184,11 @@ def embed_cubin(cubin_file: str, kernel_name: str) -> str:
 
 
 class ReproducibleFlags:
-    """Rewrites Inductor's compiler command lines so that nothing of this machine gets into the binary.
+    """Rewrites Inductor's compiler command lines so that the binary does not depend on this machine.
 
     Args:
-        prefixes: folders, and the fixed names that stand for them in ``__FILE__``.
-        link_first: arguments put before everything else when linking.
+        prefixes: folders and the fixed names that replace them in ``__FILE__``.
+        link_first: arguments that come first when linking.
     """
 
     def __init__(self, prefixes: dict[str, str], link_first: Sequence[str] = ()) -> None:
@@ -187,21 +202,22 @@ class ReproducibleFlags:
             compiler, *arguments = (*find_compiler(), *arguments)
         if platform.machine() == "x86_64":  # Inductor's default is the build machine's own instruction set
             arguments = [f"-march={HOST_MARCH}" if a == "-march=native" else a for a in arguments]
-        # Line numbers, which the linker drops with the symbol table.
+        # Drop line numbers, which the linker would strip with the symbol table anyway.
         arguments = [argument for argument in arguments if argument != "-g1"]
         if "-shared" in arguments and "-c" not in arguments:
-            # The symbol table is dropped because it names temporary files; the dynamic one stays. Some distributions
-            # bind all symbols at load time by default; PyTorch's headers mention functions that are never called
-            # and that ExecuTorch does not have.
-            # A compiler that links libstdc++ statically would export it, and the process's own copy would mix with it.
+            # strip-all: the symbol table names temporary files; the dynamic symbol table stays.
+            # lazy: some distributions bind all symbols at load time, but PyTorch's headers refer to functions that are
+            # never called and that ExecuTorch does not have.
+            # exclude-libs: a compiler that links libstdc++ statically would export it, and it would mix with the
+            # process's own copy.
             last = ["-Wl,--build-id=none", "-Wl,--strip-all", "-Wl,-z,lazy", "-Wl,--exclude-libs,ALL"]
             return shlex.join([compiler, *self._link_first, *arguments, *last])
         return shlex.join([compiler, *arguments, *self._maps, *self._source_maps(arguments)])
 
     @staticmethod
     def _source_maps(arguments: Sequence[str]) -> Iterator[str]:
-        # Inductor names a source file after a hash of the command line, which holds this machine's paths. Of two
-        # maps that match, gcc takes the later one.
+        # Inductor names a source file after a hash of the command line, which holds this machine's paths. If two maps
+        # match, gcc takes the later one.
         for argument in arguments:
             if argument.endswith(".cpp") and not argument.startswith("-"):
                 suffix = ".".join(Path(argument).name.split(".")[1:])

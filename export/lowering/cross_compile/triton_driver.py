@@ -1,4 +1,4 @@
-"""A Triton driver that knows one architecture, compiles for it and refuses to launch anything."""
+"""A Triton driver that compiles for one architecture and refuses to launch anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from flashpte.kernels.tuning import GpuArch
 
 
 def kernel_resources(cubin: bytes, name: str) -> tuple[int, int]:
-    """Registers per thread and bytes of local memory per thread (spills) that a kernel of a cubin uses."""
+    """Registers per thread, and bytes of stack and local memory (spills) per thread, of a kernel in a cubin.
+
+    Raises:
+        CrossCompileError: cuobjdump does not list the kernel.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -33,7 +37,7 @@ def make_driver(arch: GpuArch) -> type[DriverBase]:
     """The driver class for ``arch``, with the interface of Triton's own ``CudaDriver``."""
 
     class Utils:
-        """Stands for the C extension that talks to libcuda."""
+        """Replaces the C extension that calls libcuda."""
 
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
@@ -49,8 +53,8 @@ def make_driver(arch: GpuArch) -> type[DriverBase]:
 
         @staticmethod
         def load_binary(name: str, kernel: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
-            # (module, function, registers, spilled registers, largest block). Without a module the kernel object
-            # has nothing to unload when it dies, which may be after the real driver is back.
+            # (module, function, registers, spilled registers, largest block). The module is None, so the kernel object
+            # unloads nothing when it is freed, which may be after the real driver is restored.
             registers, spilled_bytes = kernel_resources(kernel, name)
             largest_block = min(1024, arch.registers_per_sm // max(registers, 1) // 32 * 32)
             return None, 0, registers, spilled_bytes // 4, largest_block
@@ -99,7 +103,7 @@ def make_driver(arch: GpuArch) -> type[DriverBase]:
             return torch.cuda
 
         def get_benchmarker(self) -> Any:
-            # Asked for when a kernel is decorated with @triton.autotune, used when it would be timed.
+            # Called when a kernel is decorated with @triton.autotune; the result is called to time the kernel.
             def refuse(*args: Any, **kwargs: Any) -> NoReturn:
                 raise CrossCompileError("a kernel was benchmarked while cross-compiling")
 
