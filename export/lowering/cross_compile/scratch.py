@@ -11,7 +11,7 @@ from typing import Any
 
 
 def cpp_scratch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Allocates scratch memory for all programs of a launch, as PyTorch 2.13 and newer do; 2.11 allocates it for one."""
+    """Allocates scratch memory for all programs of a launch, as PyTorch 2.13 and newer do; 2.11 does so for one."""
 
     @functools.wraps(original)
     def of_all_programs(self: Any, idx: int, workspace: Any, prefix: str | None = None) -> Any:
