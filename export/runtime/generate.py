@@ -1,4 +1,4 @@
-"""Text generation with a program: chunked prefill, then one token at a time."""
+"""Generates text with a program: chunked prefill, then one token at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flashpte.export.speculative import Generation, Stop
 
 
 def check_prompt(prompt: Sequence[int], vocabulary: int | None) -> None:
-    """Raises unless every id is one of the vocabulary's.
+    """Checks that a prompt holds only ids in the vocabulary; an embedding would read past its end for other ids.
 
     Raises:
-        UsageError: the prompt is empty, or an id is not; an embedding would read beyond its end.
+        UsageError: the prompt is empty, or an id is not in the vocabulary.
     """
     if not prompt:
         raise UsageError("the prompt is empty")
@@ -27,10 +27,10 @@ def check_prompt(prompt: Sequence[int], vocabulary: int | None) -> None:
 
 
 def sample(logits: torch.Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """Chooses a token from logits [1, 1, V]: the largest at temperature 0, else by softmax(logits / temperature).
+    """Chooses a token from logits [1, 1, V]: the largest at temperature 0, else drawn by softmax(logits / temperature).
 
     Raises:
-        ProgramError: the logits hold a NaN or an infinity.
+        ProgramError: the largest logit is a NaN or an infinity.
     """
     row = logits.reshape(-1).float()
     largest, index = row.max(0)
@@ -54,22 +54,22 @@ def generate(
     on_token: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
-    """Continues a prompt at the model's position.
+    """Continues a prompt from the model's current position.
 
     Args:
-        model: its cache must have room for the prompt.
+        model: the model; its cache must have room for the prompt.
         prompt: token ids.
-        max_new_tokens: at most this many new tokens.
-        temperature: 0 for the most likely token each time.
-        seed: of the choices at a temperature above 0.
+        max_new_tokens: most new tokens, at least 1.
+        temperature: 0 takes the most likely token each time.
+        seed: seed of sampling at a temperature above 0.
         stop: tokens that end the text.
-        on_token: called with each new token that is no stop token.
-        clock: seconds, for the times in the result.
+        on_token: called with each new token that is not a stop token.
+        clock: returns the time in seconds, for the times in the result.
 
     Raises:
-        UsageError: the prompt is empty or holds an id that is none.
-        CacheFullError: the prompt does not fit into the cache. A cache that fills up later ends the text, see
-            ``stopped`` of the result: the token for which there is no slot is never fed.
+        UsageError: the prompt is empty or holds an id outside the vocabulary, or ``max_new_tokens`` is less than 1.
+        CacheFullError: the prompt does not fit in the cache. A cache that fills up later ends the text (``stopped`` in
+            the result says so): a token without a slot is never fed.
     """
     check_prompt(prompt, model.program.constants.get("get_vocab_size"))
     if max_new_tokens < 1:
@@ -99,7 +99,7 @@ def generate(
         except CacheFullError:
             stopped = Stop.CACHE_FULL
             break
-        model.program.synchronize()  # an error of the device has a name here
+        model.program.synchronize()  # report a device error at this call
         tokens.append(sample(logits, temperature, generator))
         now = clock()
         steps.append((1, now - last))

@@ -1,4 +1,4 @@
-"""One call of a method as a CUDA graph: inputs and outputs at fixed addresses, the kernels between them replayed."""
+"""Runs a method as a CUDA graph, which replays its kernels on inputs and outputs at fixed addresses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 class CapturedCall:
     """Records ``call`` on construction and replays it when called.
 
-    A run before the recording loads the kernels, which a recording may not do. It happens on a stream beside the
-    current one, as PyTorch asks for, and changes whatever the call writes to: the caller puts that back.
+    A first run loads the kernels, which is not allowed while recording. It uses a side stream, as PyTorch requires, and
+    changes the buffers that the call writes to; the caller restores them.
 
     Args:
         call: runs a method on the current stream.
-        static: tensors on the device that the recorded kernels read; they belong to this object.
-        pool: memory pool that graphs share.
+        static: input tensors on the device that the recorded kernels read; this object owns them.
+        pool: memory pool that all graphs share.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class CapturedCall:
         torch.cuda.current_stream(device).wait_stream(side)
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
-        # Relaxed: the library may look at events or load a module, which are not part of the graph and harmless.
+        # Relaxed: the library may query events or load a module, which is harmless and not part of the graph.
         with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="relaxed"):
             self._outputs = call(self._static)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Replays with new inputs (of any device); returns copies of the outputs, which the next replay keeps."""
+        """Replays with new inputs (on any device); returns copies of the outputs, which later replays do not change."""
         for static, tensor in zip(self._static, inputs, strict=True):
             static.copy_(tensor, non_blocking=True)
         self._graph.replay()

@@ -1,4 +1,4 @@
-"""A program with the methods of a language model: chunked prefill, decode, verify, and the position they are at."""
+"""Drives a program as a language model: chunked prefill, decode and verify at a current position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flashpte.export.state.rollback import Rollback
 
 
 class RunsMethods(Protocol):
-    """What a :class:`~flashpte.export.runtime.program.Program` offers here; another runner may stand in for it."""
+    """The interface of :class:`~flashpte.export.runtime.program.Program` used here; other runners can implement it."""
 
     signatures: dict[str, MethodSignature]
     constants: Mapping[str, Any]
@@ -25,10 +25,10 @@ class RunsMethods(Protocol):
     states: tuple[StateRules, ...]
 
     def run(self, method: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Runs a method."""
+        """Runs a method and returns its outputs."""
 
     def reset(self) -> None:
-        """Puts the buffers back."""
+        """Restores the initial values of the buffers."""
 
     def synchronize(self) -> None:
         """Waits for the device."""
@@ -40,12 +40,12 @@ class CacheFullError(ProgramError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program's methods admit.
+    """The lengths that a program's methods take.
 
     Attributes:
         max_seq_len: positions that the caches hold.
         prefill: fewest and most tokens of one prefill call; ``None`` without that method.
-        decode: whether there is a method of one token.
+        decode: whether there is a decode method.
         verify: tokens of one target_verify call; ``None`` without that method.
     """
 
@@ -56,10 +56,10 @@ class Limits:
 
 
 def read_limits(signatures: Mapping[str, MethodSignature], constants: Mapping[str, Any]) -> Limits:
-    """Reads the limits from the methods' shapes and from the constant methods, whichever admits less.
+    """Reads the limits from the methods' shapes and the constant methods; the tighter one counts.
 
     Raises:
-        ProgramError: the program is not a language model of ours.
+        ProgramError: the program is not a language model that ``export-model`` wrote.
     """
     known = [name for name in TARGET_METHODS if name in signatures]
     if not known:
@@ -92,15 +92,15 @@ def _tokens(signature: MethodSignature) -> tuple[int, int | None]:
 
 
 def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
-    """Divides a prompt into calls, as ``(method, tokens)``.
+    """Divides a prompt of ``count`` tokens into calls ``(method, tokens)``.
 
-    Prefill takes as many tokens as it admits. What would be left of the last chunk and is too short for prefill is
-    taken from the one before; a prompt that is too short by itself, and any without a prefill method, is decoded.
+    Each prefill takes as many tokens as it may. If the last chunk would be too short for prefill, the chunk before it
+    gives up tokens. A prompt too short for prefill is decoded, and so is any prompt without a prefill method.
 
     Raises:
-        UsageError: ``count`` is less than one.
-        CacheFullError: the prompt does not fit into the cache.
-        ProgramError: the program has no method for such a prompt.
+        UsageError: ``count`` is less than 1.
+        CacheFullError: the prompt does not fit in the cache.
+        ProgramError: the program has no method for a prompt of this length.
     """
     if count < 1:
         raise UsageError("the prompt is empty")
@@ -116,13 +116,13 @@ def plan_chunks(count: int, limits: Limits) -> list[tuple[str, int]]:
 
 
 class LanguageModel:
-    """A sequence in a program's caches: tokens go in at :attr:`position`, which moves on.
+    """A sequence in a program's caches; calls write tokens at :attr:`position` and advance it.
 
     Attributes:
         program: runs the methods.
-        limits: what they admit.
-        position: where the next token is written.
-        features: what the last call returned beside its logits, [1, T, C] in a program with a draft; else ``None``.
+        limits: the lengths that they take.
+        position: position of the next token.
+        features: features [1, T, C] from the last call, in a program with a draft; else ``None``.
     """
 
     def __init__(self, program: RunsMethods):
@@ -132,13 +132,13 @@ class LanguageModel:
         self.features: torch.Tensor | None = None
         self._rollback = Rollback((rules for rules in program.states if rules.part == TARGET_PART), program.buffers)
         self._fed: list[int] = []  # the token at each position
-        self._furthest = 0  # one behind the last position that was ever fed
+        self._furthest = 0  # one past the last position ever fed
 
     def call(self, method: str, tokens: Sequence[int]) -> torch.Tensor:
         """Runs a method on tokens at the current position.
 
         Returns:
-            The method's logits: [1, 1, V], or [1, M, V] of ``target_verify``, on the program's device.
+            The method's logits, [1, 1, V] or for ``target_verify`` [1, M, V], on the program's device.
 
         Raises:
             CacheFullError: the tokens would go past the last slot; nothing is run.
@@ -161,7 +161,7 @@ class LanguageModel:
         """Feeds a prompt in chunks; returns the last token's logits [1, 1, V].
 
         Raises:
-            CacheFullError: the prompt does not fit behind what is in the cache; nothing is run.
+            CacheFullError: the prompt does not fit in the rest of the cache; nothing is run.
         """
         if self.position + len(tokens) > self.limits.max_seq_len:
             raise CacheFullError(
@@ -194,20 +194,20 @@ class LanguageModel:
         self.position = self._furthest = 0
 
     def move_back(self, position: int) -> None:
-        """Goes back to an earlier position, as after rejected drafts: later tokens are written over.
+        """Goes back to an earlier position, as after rejected drafts; the next calls overwrite later tokens.
 
-        A state that goes back by a snapshot is put back to one, and the tokens from there on are fed again.
+        If a state goes back by snapshots, this restores one and feeds the tokens after it again.
 
         Raises:
-            UsageError: it is not an earlier one, or a state does not go back so far.
-            ProgramError: no methods take the tokens that have to be fed again.
+            UsageError: ``position`` is negative or after the current one, or a state cannot go back that far.
+            ProgramError: no method takes the tokens that must be fed again.
         """
         if not 0 <= position <= self.position:
             raise UsageError(f"cannot go to position {position} from {self.position}")
         if position == self.position:
             return
         most = self._rollback.most_back
-        if most is not None and 0 < position < self._furthest - most:  # position 0 begins anew
+        if most is not None and 0 < position < self._furthest - most:  # position 0 starts a new sequence
             raise UsageError(
                 f"cannot go back to position {position}: {self._furthest} were fed, and a layer goes back by {most} at "
                 "most"
@@ -221,7 +221,7 @@ class LanguageModel:
             try:
                 calls = plan_chunks(position - start, self.limits) if start < position else []
             except ProgramError:
-                continue  # too few tokens for any method: from further back
+                continue  # too few tokens for any method: start further back
             if start:
                 self.position = self._rollback.go_back(start)
             else:

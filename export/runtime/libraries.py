@@ -1,7 +1,7 @@
 """Loads the code of a program's methods: a shared library for each method of a ``.pte``, one package for a ``.pt2``.
 
-Both run under libtorch. The library inside a ``.pte`` is linked with nothing but CUDA's driver, because ExecuTorch
-provides the functions it calls; libtorch provides the same ones once its symbols are global.
+Both run under libtorch. The library inside a ``.pte`` is linked only with CUDA's driver, because ExecuTorch provides
+the functions that it calls. libtorch provides the same functions once its symbols are global.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flashpte.export.files.pte_contents import Method, PteContents, inspect_pte
 from flashpte.export.runtime.machine import check_arch
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
-"""Runs a method on the current stream: tensors in calling order in, outputs out."""
+"""Runs a method on the current stream; takes and returns tensors in calling order."""
 
 
 def check_methods(folder: ModelFolder, contents: PteContents) -> None:
-    """Checks that every method is one call of compiled code, with nothing around it but host/device copies.
+    """Checks that every method is one call of compiled code, with only host/device copies around it.
 
     Raises:
-        ProgramError: naming the method and what it has beside that.
+        ProgramError: a method has anything else; the text names both.
     """
     if set(contents.methods) != set(folder.signatures):
         raise ProgramError(
@@ -47,10 +47,10 @@ def check_methods(folder: ModelFolder, contents: PteContents) -> None:
 
 
 def open_pte(folder: ModelFolder) -> PteContents:
-    """Reads a ``.pte`` and its weights (mapped, not read) and checks its methods; runs nothing.
+    """Opens a ``.pte``, maps its weights and checks its methods; runs nothing.
 
     Raises:
-        ExportError: it cannot be read, or its methods cannot be run alone.
+        ExportError: it cannot be read, or its methods do more than call compiled code.
     """
     contents = inspect_pte(folder.model_file)
     check_methods(folder, contents)
@@ -58,10 +58,10 @@ def open_pte(folder: ModelFolder) -> PteContents:
 
 
 def check_cubins(contents: PteContents, capability: tuple[int, int], name: str) -> None:
-    """Checks the kernels themselves, whatever the manifest says.
+    """Checks the architecture of the kernels themselves, whatever the manifest says.
 
     Raises:
-        ProgramError: one of them is for another GPU.
+        ProgramError: a kernel does not run on the GPU ``name`` with compute capability ``capability``.
     """
     for method in contents.methods.values():
         for arch in sorted({cubin.arch for cubin in method.library.cubins}):
@@ -69,7 +69,11 @@ def check_cubins(contents: PteContents, capability: tuple[int, int], name: str) 
 
 
 def make_torch_symbols_global() -> None:
-    """Lets libraries that are not linked with libtorch find its functions."""
+    """Lets libraries that are not linked with libtorch find its functions.
+
+    Raises:
+        ProgramError: libtorch cannot be loaded.
+    """
     folder = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cuda.so"):
         try:
@@ -79,12 +83,12 @@ def make_torch_symbols_global() -> None:
 
 
 def load_weights(contents: PteContents, device: torch.device) -> dict[str, torch.Tensor]:
-    """Every named tensor of a program on a device, once however many methods use it.
+    """Copies every named tensor of a program to a device, once for all methods.
 
-    Equal bytes are stored once in a ``.ptd`` (two empty caches share a segment); each name gets memory of its own.
+    A ``.ptd`` stores equal bytes once (two empty caches share a segment), but here each name gets its own memory.
 
     Raises:
-        ProgramError: two methods see a tensor of one name in different ways.
+        ProgramError: two methods hold different tensors of one name.
     """
     tensors: dict[str, torch.Tensor] = {}
     first: dict[str, tuple] = {}
@@ -99,7 +103,7 @@ def load_weights(contents: PteContents, device: torch.device) -> dict[str, torch
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device with the same strides; the library was compiled for them."""
+    """A copy on the device with the same strides, which the library was compiled for."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
@@ -113,7 +117,7 @@ def load_method(method: Method, tensors: Mapping[str, torch.Tensor], device: tor
         library = Path(scratch) / f"{method.name}.so"
         library.write_bytes(method.library.data)
         try:
-            # Single-threaded: no events that record a call's end, which a captured CUDA graph could not hold.
+            # Single-threaded: otherwise events record the end of each call, which a CUDA graph cannot capture.
             open_library: Any = torch._C._aoti.AOTIModelContainerRunnerCuda
             runner = open_library(str(library), 1, str(device), "", True)
         except RuntimeError as error:
@@ -137,10 +141,11 @@ def load_method(method: Method, tensors: Mapping[str, torch.Tensor], device: tor
 
 
 def load_package(folder: ModelFolder, device: torch.device) -> tuple[Call, dict[str, torch.Tensor]]:
-    """Loads a ``.pt2`` of one method; the buffers that it writes to are returned, and start as zeros.
+    """Loads a ``.pt2`` of one method; returns its call and the buffers that it writes to, filled with zeros.
 
     Raises:
-        ProgramError: the package cannot be loaded, or a buffer starts as something else, which a package does not tell.
+        ProgramError: the package cannot be loaded, or a buffer does not start as zeros; a package does not tell the
+            initial values.
     """
     for fqn, entry in folder.buffers.items():
         if not entry.get("starts_as_zeros", True):

@@ -1,4 +1,4 @@
-"""Whether a program can run here: the GPU's architecture, and the PyTorch that its libraries were compiled against."""
+"""Checks that a program can run here: the GPU's architecture, and the PyTorch that compiled its libraries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def parse_arch(arch: str) -> tuple[int, int]:
     """``(9, 0)`` for ``sm_90``; an architecture-specific suffix (``sm_90a``) is ignored.
 
     Raises:
-        ValueError: it is not the name of an architecture.
+        ValueError: ``arch`` is not the name of an architecture.
     """
     digits = arch.removeprefix("sm_").rstrip("af")
     if not arch.startswith("sm_") or not digits.isdigit() or len(digits) < 2:
@@ -23,9 +23,9 @@ def parse_arch(arch: str) -> tuple[int, int]:
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for ``arch`` runs on a GPU of a compute capability.
+    """Whether machine code for ``arch`` runs on a GPU with compute capability ``capability``.
 
-    Machine code runs on later GPUs of the same major version, but from sm_90 on it is compiled for one architecture.
+    Machine code runs on later GPUs of the same major version; from sm_90 on it runs on one architecture only.
     """
     compiled = parse_arch(arch)
     if compiled >= _FIRST_EXACT:
@@ -34,15 +34,15 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def same_torch(compiled: str, running: str) -> bool:
-    """Whether two versions of PyTorch have one release (``2.11.0+cu130`` and ``2.11.0+cpu`` do)."""
+    """Whether two PyTorch versions are the same release (``2.11.0+cu130`` and ``2.11.0+cpu`` are)."""
     return compiled.partition("+")[0] == running.partition("+")[0]
 
 
 def check_torch(folder: ModelFolder) -> None:
-    """Compares the PyTorch that runs with the one that compiled the program.
+    """Compares the running PyTorch with the one that compiled the program.
 
     Raises:
-        ProgramError: they have different releases; the functions that a library calls may differ then.
+        ProgramError: the releases differ, so the functions that a library calls may differ.
     """
     if not same_torch(folder.torch_version, torch.__version__):
         raise ProgramError(
@@ -52,10 +52,10 @@ def check_torch(folder: ModelFolder) -> None:
 
 
 def check_gpu(folder: ModelFolder) -> torch.device:
-    """The current GPU, if the program's architecture is its own.
+    """Returns the current GPU if the program's kernels run on it.
 
     Raises:
-        ProgramError: there is no GPU that PyTorch can use, or it is another one.
+        ProgramError: PyTorch can use no GPU, or the kernels do not run on this one.
     """
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else " (this PyTorch is a build without CUDA)"
@@ -67,10 +67,10 @@ def check_gpu(folder: ModelFolder) -> torch.device:
 
 
 def check_arch(arch: str, capability: tuple[int, int], name: str) -> None:
-    """Raises unless kernels for ``arch`` run on the GPU ``name`` of a capability.
+    """Checks that kernels for ``arch`` run on the GPU ``name`` with compute capability ``capability``.
 
     Raises:
-        ProgramError: naming both architectures.
+        ProgramError: they do not; the text names both architectures.
     """
     try:
         fits = runs_on(arch, capability)

@@ -1,4 +1,4 @@
-"""A profile as a picture."""
+"""Draws a profile as a bar chart."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _COLOURS = {"attention": "#c8553d", "matmul": "#2d6a8e", "rest": "#9aa5b1", "idl
 
 
 def require_matplotlib() -> None:
-    """Raises unless matplotlib is installed.
+    """Checks that matplotlib is installed.
 
     Raises:
-        ExportError: saying how to install it.
+        ExportError: it is not; the text says how to install it.
     """
     try:
         import matplotlib  # noqa: F401
@@ -25,16 +25,16 @@ def require_matplotlib() -> None:
 
 
 def draw(report: ProfileReport, path: Path) -> None:
-    """Draws one stacked bar for each row; see :func:`draw_beside`."""
+    """Draws one stacked bar per row of a report; see :func:`draw_beside`."""
     draw_beside({"": report}, path)
 
 
 def draw_beside(reports: Mapping[str, ProfileReport], path: Path) -> None:
-    """Draws rows of several reports beside each other: a panel for each case, a bar for each report.
+    """Draws several reports side by side: one panel per case, with one bar per report.
 
     Args:
-        reports: by name; those with the same cases.
-        path: file to write; its ending chooses the kind.
+        reports: reports by name, with the same cases.
+        path: file to write; its suffix chooses the format.
 
     Raises:
         ExportError: matplotlib is missing, or the file cannot be written.

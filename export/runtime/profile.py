@@ -1,4 +1,4 @@
-"""Where the time of a program's methods goes: kernels by family, at chosen contexts."""
+"""Measures the time of a program's methods by kernel family, at chosen contexts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WARMUP, _TIMED, _PROFILED = 3, 20, 5
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one row measures: calls that follow each other, from a position on.
+    """The calls that one row measures: consecutive calls from one position.
 
     Attributes:
         name: ``prefill``, ``decode`` or ``target_verify``.
@@ -36,14 +36,14 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One case, measured; times in microseconds for all of its calls.
+    """One measured case; times are in microseconds for all of its calls.
 
     Attributes:
-        case: what was measured.
-        total_us: median time between two events around the calls, without a profiler.
+        case: the case.
+        total_us: median time between two CUDA events around the calls, without a profiler.
         families_us: time in kernels of each family.
-        kernels: how many were launched.
-        slowest: the names that took most, with their time.
+        kernels: number of kernels launched.
+        slowest: names of the 12 kernels that took the most time, with that time.
     """
 
     case: Case
@@ -54,25 +54,25 @@ class Row:
 
     @property
     def idle_us(self) -> float:
-        """Time in which no kernel ran: gaps between launches."""
+        """Time in microseconds in which no kernel ran: gaps between launches."""
         return max(0.0, self.total_us - sum(self.families_us.values()))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileReport:
-    """Rows in the order of the plan, and the GPU they were measured on."""
+    """Rows in the order of the plan, the GPU's name, and the methods that ran as CUDA graphs (``captured``)."""
 
     rows: tuple[Row, ...]
     gpu: str
     captured: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines."""
+        """The report as plain data, for JSON."""
         rows = [{**dataclasses.asdict(row), "idle_us": row.idle_us} for row in self.rows]
         return {"gpu": self.gpu, "cuda_graphs": list(self.captured), "rows": rows}
 
     def lines(self) -> list[str]:
-        """For people: a table in microseconds."""
+        """The report for people: a table in microseconds."""
         rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels")]
         for row in self.rows:
             times = (row.total_us, *(row.families_us.get(name, 0.0) for name in FAMILIES), row.idle_us)
@@ -83,22 +83,22 @@ class ProfileReport:
 
 
 def plan_profile(program: RunsMethods, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
-    """What to measure: every method after each context.
+    """Plans what to measure: every method of the target at each context.
 
     Args:
         program: a language model.
         contexts: tokens in the cache before the calls; ``None`` for those of 1,024, 4,096 and 16,384 that fit, or half
-            of the cache.
-        prefill: tokens of the prefill, run in chunks; ``None`` for 2,048, or what fits.
+            of the cache if none fits.
+        prefill: tokens of the prefill, run in chunks; ``None`` for 2,048, or fewer if fewer fit.
 
     Raises:
-        UsageError: a context or the prefill behind it does not fit into the cache.
+        UsageError: a context, or the prefill after it, does not fit in the cache, or the prefill is too short.
     """
     return plan_cases(read_limits(program.signatures, program.constants), contexts, prefill)
 
 
 def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
-    """:func:`plan_profile` from limits."""
+    """Does the same as :func:`plan_profile`, from the lengths that the methods take."""
     longest = max((limits.verify or 0), int(limits.decode), limits.prefill[0] if limits.prefill else 0)
     if contexts is None:
         contexts = [c for c in DEFAULT_CONTEXTS if c + longest <= limits.max_seq_len]
@@ -128,9 +128,9 @@ def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | No
 def profile_program(
     program: RunsMethods, cases: Iterable[Case], *, progress: Callable[[str], None] | None = None
 ) -> ProfileReport:
-    """Measures a program's methods; its buffers are filled with random values, and reset afterwards.
+    """Measures a program's methods; fills its buffers with random values and resets them afterwards.
 
-    The values decide nothing: every method does the same work whatever the keys are.
+    The values do not matter: every method does the same work for any keys.
 
     Raises:
         ProgramError: there is no GPU, or the program failed.
@@ -189,7 +189,7 @@ def _measure(program: RunsMethods, case: Case) -> Row:
 
 
 def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float]], runs: int) -> Row:
-    """A row from the kernels ``(name, microseconds)`` of several runs."""
+    """Makes a row from the kernels ``(name, microseconds)`` of ``runs`` runs."""
     families: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
     names: Counter[str] = Counter()
     count = 0

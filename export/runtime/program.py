@@ -1,4 +1,4 @@
-"""A program on a GPU: ``Program.open(folder)`` and ``program.run("decode", tokens, input_pos)``."""
+"""Runs a program on a GPU: ``Program.open(folder)``, then ``program.run("decode", tokens, input_pos)``."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from flashpte.export.state.layer_state import read_states
 
 
 class Program:
-    """The methods of an export, loaded on one GPU over one set of weights and buffers.
+    """The methods of an export, loaded on one GPU with one set of weights and buffers.
 
-    Methods that use a tensor of the same name share it: weights, and every buffer that they write to, such as KV
-    caches. Calls run on the current stream of the device. Use :meth:`open`.
+    Methods share tensors of the same name: weights, and every buffer that they write to, such as KV caches. Calls run
+    on the current stream of the device. Use :meth:`open` to make a program.
 
     Attributes:
         signatures: inputs and outputs of each method, by name.
         constants: values of the constant methods, such as ``get_max_seq_len``.
-        manifest: what ``manifest.json`` says.
-        buffers: the tensors that methods write to, by FQN. Writing to them changes what the methods see.
-        weights: every named tensor; ``None`` for a ``.pt2``, which keeps them in its compiled code.
-        states: what to know about the state of each layer; empty for a program that is no language model.
-        device: where inputs are moved to and results are.
+        manifest: contents of ``manifest.json``.
+        buffers: the tensors that methods write to, by FQN; methods see changes made to them.
+        weights: every named tensor, by FQN; ``None`` for a ``.pt2``, which keeps them in its compiled code.
+        states: rules for the state of each layer; empty for a program that is not a language model.
+        device: the device that holds inputs and results.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Program:
         self._calls = dict(calls)
         self._captured: dict[str, CapturedCall] = {}
         self._pool: Any = None
-        # Caches start as zeros and need no copy; whatever does not is kept on the host.
+        # Caches start as zeros and need no copy; the initial values of other buffers are kept on the host.
         self._initial = {fqn: value.cpu() for fqn, value in self.buffers.items() if bool(value.any())}
 
     @classmethod
@@ -77,17 +77,17 @@ class Program:
     ) -> Program:
         """Verifies a folder that ``export-model`` wrote and loads its program on the current GPU.
 
-        Nothing of a library runs before every file was compared with the manifest.
+        No code of a library runs before every file has been compared with the manifest.
 
         Args:
-            folder: with ``model.pte``, ``aoti_cuda_blob.ptd`` and ``manifest.json`` (or ``model.pt2``).
-            unverified: run files whose sizes or hashes are not the manifest's.
+            folder: folder with ``manifest.json`` and either ``model.pte`` and ``aoti_cuda_blob.ptd``, or ``model.pt2``.
+            unverified: run files whose sizes or hashes differ from the manifest's.
             cuda_graphs: capture every method of static shape, see :meth:`capture`.
             progress: called with a short line at each stage.
 
         Raises:
-            ProgramError: a file is missing, truncated or another one; the GPU or PyTorch does not fit; a method is more
-                than compiled code.
+            ProgramError: a file is missing, truncated or another file; the GPU or PyTorch does not fit; or a method
+                does more than call compiled code.
         """
         tell = progress or (lambda stage: None)
         opened = read_folder(folder, unverified=unverified)
@@ -102,14 +102,14 @@ class Program:
         """Runs a method.
 
         Args:
-            method: its name.
-            *inputs: its tensors in calling order, see :attr:`signatures`; those on the host are moved to the device.
+            method: name of the method.
+            *inputs: its tensors in calling order, see :attr:`signatures`; tensors on the host are moved to the device.
 
         Returns:
             The method's outputs, on the device.
 
         Raises:
-            InputError: there is no such method, or a tensor does not fit it.
+            InputError: there is no such method, or a tensor does not fit its signature.
             ProgramError: the compiled code failed.
         """
         signature = self._signature(method)
@@ -124,11 +124,11 @@ class Program:
     def capture(self, method: str, *example: torch.Tensor) -> None:
         """Records a method as a CUDA graph; :meth:`run` replays it from then on, with the same results.
 
-        The method runs once, to load its kernels, with ``example`` or zeros. What it writes to its buffers is undone.
+        The method first runs with ``example`` or zeros, to load its kernels. Its buffers are restored afterwards.
 
         Args:
-            method: its name; all its shapes must be static.
-            *example: inputs that the method accepts, where zeros are none.
+            method: name of the method; all its shapes must be static.
+            *example: inputs that the method accepts, if it does not accept zeros.
 
         Raises:
             InputError: there is no such method, it has dynamic shapes, or ``example`` does not fit.
@@ -152,7 +152,7 @@ class Program:
             self._captured[method] = CapturedCall(self._calls[method], static, self._pool)
 
     def release(self, method: str) -> None:
-        """Forgets a method's CUDA graph; :meth:`run` calls the library again."""
+        """Drops a method's CUDA graph; :meth:`run` calls the library again."""
         self._captured.pop(method, None)
 
     @property
@@ -161,7 +161,7 @@ class Program:
         return tuple(self._captured)
 
     def reset(self) -> None:
-        """Gives every buffer that a method writes to the value it had when the program was opened."""
+        """Restores every buffer that a method writes to, to its value when the program was opened."""
         for fqn, tensor in self.buffers.items():
             if fqn in self._initial:
                 tensor.copy_(self._initial[fqn])
@@ -169,10 +169,10 @@ class Program:
                 tensor.zero_()
 
     def synchronize(self) -> None:
-        """Waits until the device has done everything that was asked of it.
+        """Waits until the device has finished all work.
 
         Raises:
-            ProgramError: something failed there.
+            ProgramError: an earlier call failed on the device.
         """
         if self.device.type == "cuda":
             with self._plain_errors("the program"):
@@ -185,12 +185,12 @@ class Program:
 
     @contextlib.contextmanager
     def _plain_errors(self, method: str) -> Iterator[None]:
-        """Errors of CUDA and of compiled code as one line."""
+        """Turns errors of CUDA and of compiled code into one line."""
         try:
             yield
         except RuntimeError as error:
             if "CUDA error" in str(error):
-                # The device is lost to this process, and destroying what is on it would end the process instead.
+                # This process can no longer use the device, and freeing objects on it would abort the process.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._calls))
             line = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ProgramError(f"{method} failed: {line}") from error
@@ -206,7 +206,7 @@ class Program:
 
 
 def load(folder: ModelFolder, *, cuda_graphs: bool = False, progress: Callable[[str], None] | None = None) -> Program:
-    """Loads the program of a folder that was read and verified; see :meth:`Program.open`."""
+    """Loads the program from a folder that was already read and verified; see :meth:`Program.open`."""
     tell = progress or (lambda stage: None)
     device = check_gpu(folder)
     try:

@@ -1,4 +1,4 @@
-"""Speculative text generation with a program, timed, beside plain decoding and forced acceptance."""
+"""Generates text with a program and its draft, and times it against plain decoding and forced acceptance."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def has_draft(signatures: Mapping[str, MethodSignature]) -> bool:
 
 
 def check_speculation(constants: Mapping[str, Any], prompt: Sequence[int], forced: Sequence[int] = ()) -> None:
-    """Checks a prompt and forced acceptances against a program's sizes, before it is loaded.
+    """Checks a prompt and forced acceptances against a program's sizes, before the program is loaded.
 
     Raises:
         CacheFullError: the prompt is longer than the caches.
-        UsageError: no method takes such a prompt, or a forced acceptance is more than the chain.
-        ExportError: the program does not say its sizes.
+        UsageError: no method takes a prompt of this length, or a forced acceptance exceeds the chain.
+        ExportError: the program lacks a constant method with one of its sizes.
     """
     sizes = SpeculativeProgram.from_constants(constants)
     if len(prompt) > sizes.max_seq_len:
@@ -57,23 +57,24 @@ def speculate(
     on_token: Callable[[int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
-    """Continues a prompt from position 0, the program's draft proposing.
+    """Continues a prompt from position 0 by speculative decoding with the program's draft.
 
     Args:
-        program: one with a draft; its caches may hold anything.
+        program: a program with a draft; its caches may hold anything.
         prompt: token ids.
-        max_new_tokens: at most this many new tokens.
-        temperature: 0 for the target's most likely token each time.
-        seed: of the choices at a temperature above 0.
+        max_new_tokens: most new tokens, at least 1.
+        temperature: 0 takes the target's most likely token each time.
+        seed: seed of sampling at a temperature above 0.
         stop: tokens that end the text.
-        forced: accept this many proposals in every round; what comes out is no text then.
-        chain: propose at most this many tokens a round, 0 for none; ``None`` for the program's own.
-        on_token: called with each new token that is no stop token.
-        clock: seconds, for the times in the result.
+        forced: accept exactly this many proposals in every round; the result is then not a meaningful text.
+        chain: propose at most this many tokens per round, 0 for none; ``None`` for the program's own chain.
+        on_token: called with each new token that is not a stop token.
+        clock: returns the time in seconds, for the times in the result.
 
     Raises:
         UsageError: the prompt is empty or does not fit, or a number is out of range.
-        ProgramError: the program failed, or its logits hold a NaN or an infinity.
+        ProgramError: the program failed, its largest logit is a NaN or an infinity, or the draft's state goes back by
+            snapshots.
     """
 
     def told(new: list[int]) -> None:
@@ -84,7 +85,7 @@ def speculate(
 
     def run(method: str, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         results = program.run(method, *inputs)
-        program.synchronize()  # every result is read on the host next; an error of the device has a name here
+        program.synchronize()  # the host reads every result next; report a device error at this call
         return results
 
     plain.check_prompt(prompt, program.constants.get("get_vocab_size"))
@@ -106,7 +107,7 @@ def speculate(
 def _rollback(program: RunsMethods) -> Rollback:
     states = program.states
     if Rollback((rules for rules in states if rules.part == DRAFT_PART), program.buffers).needed:
-        raise ProgramError("the draft's state goes back by snapshots, which the loop makes of the target's alone")
+        raise ProgramError("the draft's state goes back by snapshots, but the loop takes them only of the target's")
     return Rollback((rules for rules in states if rules.part == TARGET_PART), program.buffers)
 
 
@@ -134,10 +135,11 @@ def decode_plainly(
     stop: Collection[int] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
-    """The same without the draft, by the method ``decode``; see :func:`speculate`.
+    """Continues a prompt without the draft, with the method ``decode``; see :func:`speculate` for the arguments.
 
     Raises:
-        ProgramError: the program has no such method, or failed.
+        UsageError: see :func:`speculate`.
+        ProgramError: the program has no method ``decode``, or failed.
     """
     if DECODE not in program.signatures:
         raise ProgramError("the program has no method decode")
@@ -154,7 +156,7 @@ def decode_plainly(
 
 
 def _described(run: Generation) -> dict[str, Any]:
-    """For machines; without the tokens."""
+    """A run as plain data, without its tokens."""
     found: dict[str, Any] = {"tokens": len(run.tokens), "tokens_per_s": run.tokens_per_s}
     if run.acceptance is not None:
         found |= {
@@ -168,15 +170,15 @@ def _described(run: Generation) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeStatistics:
-    """What a run with a draft took.
+    """Times and acceptance of a run with a draft.
 
     Attributes:
-        load_s: from opening the folder until the program could run, seconds.
-        prompt_tokens: tokens of the prompt.
-        runs: the measured one first, then those to compare it with.
-        sampled: whether tokens were drawn, so that runs need not have the same ones.
-        peak_bytes: most GPU memory that PyTorch had allocated; ``None`` without a GPU.
-        captured: methods that ran as a CUDA graph.
+        load_s: time to open the folder and load the program, in seconds.
+        prompt_tokens: number of tokens in the prompt.
+        runs: the measured run, then the runs to compare it with.
+        sampled: whether tokens were sampled, so that runs may have different tokens.
+        peak_bytes: peak GPU memory that PyTorch allocated, in bytes; ``None`` without a GPU.
+        captured: methods that ran as CUDA graphs.
     """
 
     load_s: float
@@ -188,7 +190,7 @@ class SpeculativeStatistics:
 
     @property
     def first_difference(self) -> int | None:
-        """Where plain decoding chose another token: -1 nowhere; ``None`` without a run of it, or with sampling."""
+        """Index of the first token where plain decoding differs; -1 if none, ``None`` if not run or if sampled."""
         decoded = next((run for run in self.runs if run.acceptance is None), None)
         if decoded is None or self.sampled:
             return None
@@ -196,7 +198,7 @@ class SpeculativeStatistics:
         return next((index for index, (a, b) in enumerate(pairs) if a != b), -1)
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines; rates in tokens per second, times in seconds."""
+        """The statistics as plain data, for JSON; rates in tokens per second, times in seconds."""
         first = self.runs[0]
         return {
             "load_s": self.load_s,
@@ -210,7 +212,7 @@ class SpeculativeStatistics:
         }
 
     def lines(self) -> list[str]:
-        """For people: a table of the runs, and one line for each other part."""
+        """The statistics for people: a table of the runs and one line for each other number."""
         table = [("", "tokens", "tokens/s", "tokens/round", "accepted at position 1, 2, ...")]
         for run in self.runs:
             rate, length, shares = run.tokens_per_s, "", ""

@@ -1,4 +1,4 @@
-"""What a run took: times of its parts, rates, percentiles."""
+"""Statistics of a run: times of its parts, rates and percentiles."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Times in seconds of one generation.
+    """Statistics of one generation; times are in seconds.
 
     Attributes:
-        load_s: from opening the folder until the program could run.
-        prompt_tokens: tokens of the prompt.
-        prefill_s: until the last logits of the prompt were there.
-        first_token_s: until the first token was chosen, from the same start.
-        decode_s: of each further token, from token to token.
-        peak_bytes: most GPU memory that PyTorch had allocated; ``None`` without a GPU.
-        captured: methods that ran as a CUDA graph.
+        load_s: time to open the folder and load the program.
+        prompt_tokens: number of tokens in the prompt.
+        prefill_s: time until the prompt's last logits were ready.
+        first_token_s: time until the first token was chosen, from the same start.
+        decode_s: time of each later token, from token to token.
+        peak_bytes: peak GPU memory that PyTorch allocated, in bytes; ``None`` without a GPU.
+        captured: methods that ran as CUDA graphs.
     """
 
     load_s: float
@@ -44,7 +44,7 @@ class Statistics:
     captured: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For machines; rates in tokens per second, times in seconds, ``None`` for what did not happen."""
+        """The statistics as plain data, for JSON; rates in tokens per second, ``None`` for what was not measured."""
         total = sum(self.decode_s)
         return {
             "load_s": self.load_s,
@@ -60,7 +60,7 @@ class Statistics:
         }
 
     def lines(self) -> list[str]:
-        """For people, one line for each part."""
+        """The statistics for people, one line for each part."""
         rows = [
             ("load", f"{self.load_s:.2f} s"),
             ("time to first token", f"{1e3 * self.first_token_s:.1f} ms"),

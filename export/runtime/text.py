@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the tokenizer files that ``export-model`` copied into the folder."""
+"""Converts text to tokens and back, with the tokenizer files that ``export-model`` copied into the folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_tokenizer(folder: ModelFolder) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder, a transformers one.
+    """Loads the transformers tokenizer of a model folder.
 
     Raises:
         ExportError: the files cannot be read as a tokenizer.
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception:
-        # Some folders have no config that names the class; the fast format says everything itself.
+        # Some folders have no config that names the class; the fast format needs none.
         if (folder / "tokenizer.json").is_file():
             try:
                 return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
@@ -45,10 +45,10 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     Args:
         tokenizer: from :func:`load_tokenizer`.
         prompt: the text.
-        chat: put it into the tokenizer's chat template, as a user's turn.
+        chat: put the prompt into the tokenizer's chat template, as a user's turn.
 
     Raises:
-        ExportError: ``chat`` is asked for and there is no template, or it fails.
+        ExportError: ``chat`` is set, but the tokenizer has no template or the template fails.
     """
     if not chat:
         return list(tokenizer(prompt)["input_ids"])
@@ -61,26 +61,26 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:
         raise ExportError(Option("chat"), f": the chat template failed: {' '.join(str(error).split())}") from error
-    # The template writes its special tokens itself.
+    # The template adds the special tokens itself.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class StreamingText:
     """Turns tokens into text piece by piece.
 
-    A character of several bytes may be spread over several tokens, and how a token reads may depend on its
-    neighbours. So each piece is the difference of two decoded texts over the same recent tokens, and it waits
-    while the text ends in the middle of a character.
+    Several tokens may share one character of several bytes, and the text of a token may depend on its neighbors. So
+    each piece is the difference of two decoded texts over the same recent tokens. A piece waits while the text ends
+    inside a character.
     """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._start = 0  # the recent tokens begin here,
-        self._shown = 0  # and what comes before here was given out
+        self._start = 0  # first recent token
+        self._shown = 0  # first token whose text was not returned yet
 
     def add(self, token: int) -> str:
-        """The text that is certain now that this token came; often one token late, sometimes ""."""
+        """Adds a token and returns the text that is now certain; it often lags by one token and may be ""."""
         self._tokens.append(token)
         before, text = self._read(self._start, self._shown), self._read(self._start, len(self._tokens))
         if text.endswith("\N{REPLACEMENT CHARACTER}") or len(text) <= len(before):
@@ -89,7 +89,7 @@ class StreamingText:
         return text[len(before) :]
 
     def finish(self) -> str:
-        """What is left, with a replacement character for bytes that never became a character."""
+        """Returns the remaining text, with a replacement character for bytes that form no character."""
         before, text = self._read(self._start, self._shown), self._read(self._start, len(self._tokens))
         self._start = self._shown = len(self._tokens)
         return text[len(before) :]
@@ -99,6 +99,6 @@ class StreamingText:
 
 
 def stop_ids(constants_eos: Sequence[int], tokenizer: Any | None) -> frozenset[int]:
-    """Ids that end a text: those the export names (``get_eos_ids``) and the tokenizer's own."""
+    """Ids that end a text: those that the export names (``get_eos_ids``) and the tokenizer's own."""
     own = getattr(tokenizer, "eos_token_id", None)
     return frozenset([*constants_eos, *([own] if isinstance(own, int) else [])])
