@@ -1,8 +1,8 @@
-"""Speculative decoding with the methods of one program, wherever they run.
+"""Speculative decoding with the methods of one program, on any runtime.
 
-:func:`generate` drives ``prefill``, ``target_verify`` and ``draft_decode`` through a function that runs a method: of an
-ExecuTorch program on a GPU, of compiled libraries, of exported programs on a CPU. Its greedy output is what decoding
-with the target alone gives; its sampled output has the target's distribution. The draft decides only how fast.
+:func:`generate` calls ``prefill``, ``target_verify`` and ``draft_decode`` through a function that runs a method: of an
+ExecuTorch program on a GPU, of compiled libraries, or of exported programs on a CPU. Its greedy output equals that of
+the target alone; its sampled output has the target's distribution. The draft affects only the speed.
 """
 
 from flashpte.export.speculative.acceptance import Acceptance

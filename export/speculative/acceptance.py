@@ -1,4 +1,4 @@
-"""How much of what a draft proposed was accepted."""
+"""Counts how many of a draft's proposals were accepted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class Acceptance:
     """Counts over the rounds of one generation.
 
     Attributes:
-        chain: K.
-        offered: for each round, how many tokens were proposed (fewer than K where the end was near).
-        accepted: for each round, how many of them were accepted.
+        chain: K, most proposals in a round.
+        offered: number of proposals in each round (fewer than K near the end).
+        accepted: number of accepted proposals in each round.
     """
 
     chain: int
@@ -26,20 +26,20 @@ class Acceptance:
 
     @property
     def rounds(self) -> int:
-        """How often ``target_verify`` ran."""
+        """Number of ``target_verify`` calls."""
         return len(self.offered)
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens that a round yields: the accepted ones and the target's own. 0.0 before the first round."""
+        """Mean tokens per round, which are the accepted ones and the target's own; 0.0 before the first round."""
         return (sum(self.accepted) + self.rounds) / self.rounds if self.rounds else 0.0
 
     @property
     def per_position(self) -> list[float | None]:
-        """For each position of the chain, the share of the rounds that proposed a token there and accepted it.
+        """For each position of the chain, the share of proposals there that were accepted.
 
-        A token counts only with all before it, so the values descend for rounds that all proposed K. ``None``: no
-        round got that far.
+        A proposal counts as accepted only together with all before it, so the shares never increase if every round
+        proposed K tokens. ``None`` marks a position that no round reached.
         """
         shares: list[float | None] = []
         for position in range(self.chain):

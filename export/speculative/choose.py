@@ -1,9 +1,9 @@
-"""From the target's logits and a draft's proposals: how many are accepted, and the token that follows them.
+"""Decides from the target's logits how many of a draft's proposals are accepted and which token follows them.
 
-The draft proposes its most likely token at each position: its distribution is a single point. Speculative sampling
-(Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) then accepts proposal x with the probability p(x)
-that the target gives it, and after a rejection draws from p without x, renormalised; what comes out is distributed as
-p, whatever the draft is. Greedy decoding is the case where p is a single point, too.
+The draft proposes its most likely token at each position, so its distribution is a single point. Speculative sampling
+(Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) then accepts proposal x with its probability p(x)
+under the target. After a rejection it draws from p without x, renormalized. The result has the distribution p for any
+draft. In greedy decoding p is a single point, too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 import torch
 
 Choose = Callable[[torch.Tensor, Sequence[int]], tuple[int, int]]
-"""(logits [R, V], R - 1 proposals) -> how many proposals are accepted, and the token after the last accepted one."""
+"""(logits [R, V], R - 1 proposals) -> number of accepted proposals, and the token after the last accepted one."""
 
 
 def greedy(logits: torch.Tensor, proposals: Sequence[int]) -> tuple[int, int]:
-    """Accepts proposals as long as each is the target's most likely token.
+    """Accepts proposals until one is not the target's most likely token.
 
     Args:
         logits: [R, V]; row i follows the first i proposals.
         proposals: R - 1 tokens.
 
     Returns:
-        How many are accepted, and the target's most likely token after them.
+        The number of accepted proposals, and the target's most likely token after them.
     """
     best = logits.argmax(-1).tolist()
     accepted = 0
@@ -36,13 +36,13 @@ def greedy(logits: torch.Tensor, proposals: Sequence[int]) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class Sampler:
-    """Draws from the target's distribution, by rejection where a draft proposed; call it as :func:`greedy`.
+    """Draws from the target's distribution, with rejection sampling for proposals; call it like :func:`greedy`.
 
     Attributes:
         temperature: divides the logits; above 0.
-        top_k: keep this many of the most likely tokens; 0 for all.
-        top_p: keep the most likely tokens that together have at least this probability; 1.0 for all.
-        generator: the source of random numbers, on the device of the logits; ``None`` for PyTorch's own.
+        top_k: keep only this many of the most likely tokens; 0 for all.
+        top_p: keep the fewest most likely tokens whose probabilities sum to at least this; 1.0 for all.
+        generator: random number generator on the device of the logits; ``None`` for PyTorch's default.
 
     Raises:
         ValueError: a value is out of range.
@@ -62,7 +62,7 @@ class Sampler:
             raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] -> the distribution to draw from, float64 [R, V] on the same device."""
+        """Turns logits [R, V] into the distribution to draw from, float64 [R, V] on the same device."""
         scores = logits.detach().to(torch.float64) / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             least = scores.topk(self.top_k).values[:, -1:]
@@ -83,14 +83,14 @@ class Sampler:
             proposals: R - 1 tokens.
 
         Returns:
-            How many are accepted, and the token after them.
+            The number of accepted proposals, and the token after them.
         """
         p = self.probabilities(logits)
         rows = torch.arange(len(proposals), device=p.device)
         given = p[rows, torch.tensor(list(proposals), dtype=torch.int64, device=p.device)].tolist()
         for index, token in enumerate(proposals):
             draw = torch.rand((), dtype=torch.float64, device=p.device, generator=self.generator)
-            # below and not at: a token of probability 0 is never accepted, one of probability 1 always
+            # "<", not "<=": a token of probability 0 is never accepted, and one of probability 1 always is
             if float(draw) < given[index]:
                 continue
             rest = p[index].clone()

@@ -1,4 +1,4 @@
-"""What generating gives, with a draft or without, and what it took."""
+"""The result of generating text, with or without a draft, and its times."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Generation:
     """New tokens, and the times of their steps in seconds.
 
     Attributes:
-        tokens: the new tokens, without the prompt; a stop token is the last of them.
-        stopped: why it ended.
-        prefill_s: until the prompt's logits were there.
-        first_token_s: until the first tokens were chosen, from the same start.
-        steps: of each later step, how many tokens it gave and how long it took.
-        acceptance: how much of the draft's proposals was accepted; ``None`` for plain decoding.
-        forced: how many proposals a round accepted whatever the target said; ``None``: it had its way.
+        tokens: the new tokens, without the prompt; a stop token is the last one.
+        stopped: why the generation ended.
+        prefill_s: time until the prompt's logits were ready.
+        first_token_s: time until the first tokens were chosen, from the same start.
+        steps: number of tokens and time of each later step.
+        acceptance: counts of accepted proposals; ``None`` for plain decoding.
+        forced: number of proposals that every round accepted regardless of the target; ``None`` if the target decided.
     """
 
     tokens: tuple[int, ...]
@@ -40,22 +40,22 @@ class Generation:
 
     @property
     def later(self) -> int:
-        """How many tokens came after the first ones."""
+        """Number of tokens after the first step."""
         return sum(count for count, _ in self.steps)
 
     @property
     def later_s(self) -> float:
-        """How long those took."""
+        """Time of the steps after the first, in seconds."""
         return sum(seconds for _, seconds in self.steps)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Rate after the first tokens; ``None`` if there were no more, or no time passed."""
+        """Tokens per second after the first step; ``None`` if there were no more tokens or no time passed."""
         return self.later / self.later_s if self.later and self.later_s > 0 else None
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The run's name in tables."""
         if self.acceptance is None:
             return "plain decode"
         return "speculative" if self.forced is None else f"forced acceptance {self.forced}"

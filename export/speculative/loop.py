@@ -1,22 +1,22 @@
 """The loop of speculative decoding over three methods of one program.
 
-Notation: the sequence so far has n tokens; the last one, the anchor, has no keys in the target's cache yet. One round:
+Notation: the sequence so far has n tokens. The last one, the anchor, has no keys in the target's cache yet. One round:
 
-1. ``draft_decode`` takes the features of the positions that the last forward of the target accepted, each with the
-   token after it, and returns a first proposal; one more call for each further proposal feeds back the draft's own.
-2. ``target_verify`` takes the anchor and the proposals: row i gives the logits and the feature after i proposals.
-3. Accepted proposals and the target's next token are appended; that token is the new anchor.
+1. ``draft_decode`` takes the features of the positions that the target's last forward accepted, each with the token
+   after it, and returns a first proposal. Each further proposal takes one more call, fed with the draft's own output.
+2. ``target_verify`` takes the anchor and the proposals. Row i gives the logits and the feature after i proposals.
+3. The accepted proposals and the target's next token are appended; that token is the new anchor.
 
 So the target never runs a plain decode: the features of accepted tokens come from ``target_verify``.
 
-How the target goes back after a rejection is for its state to say (:class:`~flashpte.export.state.rollback.Rollback`).
-KV caches go back by a smaller position in the next call: keys of rejected tokens stay in the caches, where no row sees
-them before they are overwritten. A state that goes back by a snapshot is put back to where the round began, and the
-accepted tokens are fed again at the head of the next ``target_verify``, with fewer proposals behind them.
+The target's state decides how it goes back after a rejection (:class:`~flashpte.export.state.rollback.Rollback`). KV
+caches go back by a smaller position in the next call: keys of rejected tokens stay in the caches, but no row sees them
+before they are overwritten. A state that goes back by snapshots is restored to the start of the round, and the next
+``target_verify`` feeds the accepted tokens again first, with fewer proposals after them.
 
-Calls have fixed or least lengths. Where the state takes a token again at its own position, a last chunk that would be
-too short begins earlier, and so does a ``target_verify`` that would end beyond the caches. Where it does not, the text
-ends when no whole ``target_verify`` fits any more.
+Calls have a fixed or minimum length. If the state can take a token again at its own position, a last chunk that would
+be too short starts earlier, and so does a ``target_verify`` that would end past the caches. If it cannot, the text ends
+when no whole ``target_verify`` fits.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from flashpte.export.speculative.sizes import SpeculativeProgram
 from flashpte.export.state.rollback import Rollback
 
 Run = Callable[..., Sequence[torch.Tensor]]
-"""``run(method, *tensors)`` runs a method of the program and returns its results; caches stay between calls.
+"""``run(method, *tensors)`` runs a method of the program and returns its results; caches persist between calls.
 
-Tokens and positions are given on the CPU, features as they were returned. A result must stay valid until the same
-method runs again; nothing is kept for longer.
+Tokens and positions are passed on the CPU, features as they were returned. A result must stay valid until the same
+method runs again; the loop keeps nothing longer.
 """
 
 Revise = Callable[[Sequence[int], list[int]], list[int]]
-"""(the sequence so far, what the draft proposes) -> what to verify instead, not longer."""
+"""(the sequence so far, the draft's proposals) -> the proposals to verify instead, not more of them."""
 
 
 def generate(
@@ -62,26 +62,28 @@ def generate(
     rollback: Rollback | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Generation:
-    """Continues a prompt.
+    """Continues a prompt by speculative decoding.
 
     Args:
         run: runs a method of the program.
-        program: its sizes.
+        program: the program's sizes.
         prompt: token ids, at least one; they start at position 0.
-        max_new_tokens: how many tokens to generate, at least 1.
-        choose: decides what is accepted; :func:`~flashpte.export.speculative.choose.greedy` or a ``Sampler``.
+        max_new_tokens: most tokens to generate, at least 1.
+        choose: decides which proposals are accepted: :func:`~flashpte.export.speculative.choose.greedy` or a
+            ``Sampler``.
         stop_tokens: generation ends after one of these.
-        chain: propose at most this many tokens a round; 0 decodes one token a round through ``target_verify``, and
-            never calls the draft. ``None`` for what the program was exported for.
-        forced_acceptance: accept this many proposals in every round, whatever the target says. For timing alone: what
-            is generated is not what the target would say.
+        chain: propose at most this many tokens per round; 0 decodes one token per round through ``target_verify`` and
+            never calls the draft. ``None`` for the chain that the program was exported with.
+        forced_acceptance: accept this many proposals in every round, regardless of the target. This is only for timing:
+            the tokens are not those of the target.
         revise: replaces proposals before they are verified.
         on_tokens: called with the new tokens of each round.
-        rollback: takes the target's state back; ``None`` for one that goes back by a smaller position.
-        clock: seconds, for the times in the result.
+        rollback: moves the target's state back; ``None`` for a state that goes back by a smaller position.
+        clock: returns the time in seconds, for the times in the result.
 
     Raises:
-        UsageError: the prompt is empty or too long, or a number is out of range.
+        UsageError: the prompt is empty, too long or of a length that no calls add up to, ``revise`` returned too many
+            proposals, or a number is out of range.
     """
     loop = _Loop(run, program, program.chain_len if chain is None else chain, rollback or Rollback())
     check_request(program, prompt, max_new_tokens, loop.chain, forced_acceptance)
@@ -90,7 +92,7 @@ def generate(
     tell = on_tokens or (lambda new: None)
     stopped: Stop | None = None
     start = clock()
-    times: list[tuple[int, float]] = []  # tokens, and when they were there
+    times: list[tuple[int, float]] = []  # numbers of tokens, and the times when they were ready
 
     def append(new: list[int]) -> None:
         nonlocal stopped
@@ -140,9 +142,9 @@ class _Loop:
     """The state between calls.
 
     Attributes:
-        tokens: the prompt and what was generated.
-        fed: how many of them have features that are known.
-        held: how many of them are in the target's state; less than ``fed`` after a rejection that a snapshot undid.
+        tokens: the prompt and the generated tokens.
+        fed: number of tokens with known features.
+        held: number of tokens in the target's state; less than ``fed`` after a snapshot was restored.
         features: features [1, T, C] that the draft has not read yet, each with its first position.
     """
 
@@ -158,7 +160,7 @@ class _Loop:
         self._verified: tuple[int, torch.Tensor] = (0, torch.empty(0))
 
     def prefill(self) -> torch.Tensor:
-        """Feeds the prompt, and all of it but the last chunk to the draft; returns the logits [1, V] after it."""
+        """Feeds the prompt to the target, and all but its last chunk to the draft; returns the last logits [1, V]."""
         length = len(self.tokens)
         logits = torch.empty(0)
         least, most = self.program.min_prefill_chunk, self.program.max_prefill_chunk
@@ -167,7 +169,7 @@ class _Loop:
             raise UsageError(f"the prompt has {length} tokens, which no prefills of {least}..{most} tokens add up to")
         for start, end in bounds:
             logits, features = self.run(PREFILL, _row(self.tokens[start:end]), torch.arange(start, end))
-            if end < length and self.chain:  # the token after the chunk is known: no need to keep its features
+            if end < length and self.chain:  # the token after the chunk is known: feed its features now
                 self._feed_draft(start, features)
             elif self.chain:
                 self.features.append((start, features))
@@ -176,11 +178,11 @@ class _Loop:
 
     @property
     def fits(self) -> bool:
-        """Whether a ``target_verify`` fits into the caches."""
+        """Whether another ``target_verify`` fits in the caches."""
         return self.rollback.fed_twice or self.held + self.program.verify_window <= self.program.max_seq_len
 
     def propose(self, wanted: int) -> list[int]:
-        """At most ``wanted`` proposals for what follows the sequence, as many as the chain, window and caches allow."""
+        """Proposes tokens that follow the sequence: at most ``wanted``, limited by chain, window and caches."""
         length = len(self.tokens)
         unfed = length - self.held
         room = min(self.program.max_seq_len - length, self.program.verify_window - unfed)
@@ -193,13 +195,13 @@ class _Loop:
         self.features = []
         proposals = [int(proposal)]
         while len(proposals) < count:
-            # the position of the feature, which is one before that of the token
+            # this is the feature's position, one before the token's
             proposal, feature = self._draft(proposals[-1:], feature, length - 2 + len(proposals))
             proposals.append(int(proposal))
         return proposals
 
     def _feed_draft(self, start: int, features: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Feeds features from position ``start`` on, each with the token after it; returns what follows the last."""
+        """Feeds features from position ``start`` on, each with the token after it; returns the last call's results."""
         most = self.program.max_draft_tokens
         result: Sequence[torch.Tensor] = ()
         for offset in range(0, features.shape[1], most):
@@ -211,25 +213,25 @@ class _Loop:
         return self.run(DRAFT_DECODE, _row(tokens), features, torch.arange(start, start + len(tokens)))
 
     def verify(self, proposals: Sequence[int]) -> torch.Tensor:
-        """Feeds the anchor and the proposals; returns logits [R, V], R one more than there are proposals."""
+        """Feeds the anchor and the proposals; returns logits [R, V], where R is the number of proposals plus 1."""
         window = self.program.verify_window
         start = min(self.held, self.program.max_seq_len - window) if self.rollback.fed_twice else self.held
         row = [*self.tokens[start:], *proposals]
         anchor = len(self.tokens) - 1 - start
-        row += [row[-1]] * (window - len(row))  # any token will do: its keys are overwritten before a row sees them
+        row += [row[-1]] * (window - len(row))  # padding: its keys are overwritten before a row sees them
         self.rollback.keep(start)
         logits, features = self.run(TARGET_VERIFY, _row(row), torch.arange(start, start + window))
         self._verified = (start, features)
         return logits[0, anchor : anchor + len(proposals) + 1]
 
     def accept(self, accepted: int) -> None:
-        """Keeps the features of the tokens that were fed for the first time and of the accepted proposals."""
+        """Keeps the features of newly fed tokens and accepted proposals, and moves the state back if needed."""
         start, features = self._verified
         end = len(self.tokens) + accepted
-        if self.chain:  # without a draft nobody would read them
+        if self.chain:  # without proposals nothing reads them
             self.features.append((self.fed, features[:, self.fed - start : end - start]))
         self.fed = end
-        # everything that was fed is part of the sequence, or the rest of it has to be undone
+        # either the whole call is part of the sequence, or the rest of it must be undone
         self.held = end if end == start + self.program.verify_window else self.rollback.go_back(end)
 
 
@@ -240,7 +242,7 @@ def _row(tokens: Sequence[int]) -> torch.Tensor:
 def check_request(
     program: SpeculativeProgram, prompt: Sequence[int], max_new_tokens: int, chain: int, forced: int | None
 ) -> None:
-    """Checks the arguments of :func:`generate` of the same names; runs nothing.
+    """Checks arguments of :func:`generate`; runs nothing.
 
     Raises:
         UsageError: the prompt is empty, too long or of a length that no method takes, or a number is out of range.

@@ -1,4 +1,4 @@
-"""What the loop must know about a program, from its constant methods."""
+"""The sizes of a program that the loop needs, from its constant methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flashpte.export.common.errors import ExportError, wanted
 
 @dataclasses.dataclass(frozen=True)
 class SpeculativeProgram:
-    """Sizes of a program with a draft; each comes from the constant method ``get_<name>``.
+    """Sizes of a program with a draft; the constant method ``get_<name>`` returns each.
 
     Attributes:
         chain_len: K, most tokens that the draft proposes at a time; ``target_verify`` takes K + 1.
@@ -29,10 +29,10 @@ class SpeculativeProgram:
 
     @classmethod
     def from_constants(cls, constants: Mapping[str, Any]) -> SpeculativeProgram:
-        """Reads the sizes from the values of a program's constant methods, by their names.
+        """Reads the sizes from the values of a program's constant methods, by name.
 
         Raises:
-            ExportError: one is missing: the program was exported without a draft.
+            ExportError: a size is missing, because the program was exported without a draft.
         """
         values = {}
         for field in dataclasses.fields(cls):
