@@ -1,1 +1,1 @@
-"""What the layers of a model remember between calls."""
+"""The state that a model's layers keep between calls."""

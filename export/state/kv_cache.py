@@ -1,13 +1,13 @@
-"""KV caches of attention layers: one slot per position, or a ring of the last ones.
+"""KV caches of attention layers: one slot per position, or a ring of the last positions.
 
 Shape legend: T new tokens, S slots of a cache buffer, H_kv key/value heads, D head dim. The batch is always 1.
 
-A layer with full attention keeps one slot per position. A layer with a sliding window W keeps a ring of 2 W slots:
-position p lives in slot p mod 2 W. One call may then write at most W tokens, or it overwrites keys that its own first
-row still attends to. A caller may move back (rejected speculative tokens) by at most W positions.
+A layer with full attention keeps one slot per position. A layer with a sliding window W keeps a ring of 2 W slots, with
+position p in slot p mod 2 W. One call may write at most W tokens; more would overwrite keys that its own first row
+attends to. A caller may move back (rejected speculative tokens) by at most W positions.
 
-Every slot's position follows from the last position of the call alone, so nothing has to be cleared between
-sequences: a slot that holds a later or an older token is outside of what its position admits.
+The position of every slot follows from the last position of a call. So nothing needs clearing between sequences: the
+mask excludes slots that hold older or later tokens.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ _HOLDS = {"k": "keys", "v": "values"}
 
 @dataclasses.dataclass(frozen=True)
 class _KVCache:
-    """What both kinds share: H_kv heads of dimension D."""
+    """The common part of both kinds: H_kv heads of dimension D."""
 
     kv_heads: int
     head_dim: int
 
     def slots(self, max_seq_len: int) -> int:
-        """Slots of this layer's buffers."""
+        """Number of slots in this layer's buffers."""
         return max_seq_len
 
     def buffers(self, max_seq_len: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Keys and values, each [1, H_kv, S, D] in the model's dtype."""
+        """Shape and dtype of keys and values: each is [1, H_kv, S, D] in the model's dtype."""
         shape = (1, self.kv_heads, self.slots(max_seq_len), self.head_dim)
         return {"k": (shape, dtype), "v": (shape, dtype)}
 
     def view(self, buffers: Mapping[str, torch.Tensor], input_pos: torch.Tensor, max_seq_len: int) -> KVView:
-        """Writes new keys and returns all of them."""
+        """The cache object for one call, which writes new keys and values and returns all of them."""
         return KVView(buffers["k"], buffers["v"], input_pos, max_seq_len)
 
     def reference(self) -> Any:
-        """A layer that keeps every position, sliding or not."""
+        """An empty transformers cache layer that keeps every position, with a sliding window too."""
         from transformers.cache_utils import DynamicLayer
 
         return DynamicLayer()
 
     def read_reference(self, layer: Any) -> dict[str, torch.Tensor]:
-        """Keys and values [H_kv, T, D]."""
+        """Keys and values [H_kv, T, D] of a reference layer."""
         return {"keys": layer.keys[0], "values": layer.values[0]}
 
     def _held(self, names: Mapping[str, str]) -> dict[str, str]:
@@ -66,20 +66,20 @@ class FullCache(_KVCache):
 
     @property
     def window(self) -> None:
-        """Every position is attended to."""
+        """``None``: rows attend to every earlier position."""
         return None
 
     @property
     def mask_name(self) -> str:
-        """Hugging Face's name of such layers."""
+        """Hugging Face's name for layers with full attention."""
         return FULL
 
     def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
-        """Every position up to the row's own."""
+        """Bool [1, 1, T, S]: every position up to the row's own."""
         return full_mask(input_pos, max_seq_len)
 
     def rules(self, names: Mapping[str, str], part: str) -> StateRules:
-        """A smaller position is all it takes."""
+        """Rules for a state that goes back by any smaller position."""
         return StateRules("full", self._held(names), part=part)
 
 
@@ -91,25 +91,25 @@ class RingCache(_KVCache):
 
     @property
     def mask_name(self) -> str:
-        """Hugging Face's name of such layers."""
+        """Hugging Face's name for layers with a sliding window."""
         return SLIDING
 
     def slots(self, max_seq_len: int) -> int:
-        """2 W, or every position where that is less."""
+        """2 W slots, or one per position if that is less."""
         return min(2 * self.window, max_seq_len)
 
     def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
-        """The last W positions up to the row's own, where the ring holds them."""
+        """Bool [1, 1, T, S]: the last W positions up to the row's own that the ring holds."""
         size = self.slots(max_seq_len)
         slots = torch.arange(size, device=input_pos.device)
         last = input_pos[-1]
-        # the newest position up to `last` that falls into each slot; negative: the slot was never written
+        # the newest position up to `last` in each slot; negative if the slot was never written
         held = last - torch.remainder(last - slots, size)
         age = input_pos[:, None] - held
         return ((held >= 0) & (age >= 0) & (age < self.window))[None, None]
 
     def rules(self, names: Mapping[str, str], part: str) -> StateRules:
-        """As a full cache, within the window."""
+        """Rules for a state that goes back by a smaller position, at most W earlier."""
         return StateRules("sliding", self._held(names), most_back=self.window, part=part)
 
 
@@ -117,7 +117,7 @@ AttentionState = FullCache | RingCache
 
 
 def attention_state(kv_heads: int, head_dim: int, window: int | None) -> AttentionState:
-    """The cache of an attention layer, ``window`` being ``None`` for one that attends to every position."""
+    """The cache of an attention layer; ``window`` is ``None`` for full attention."""
     return FullCache(kv_heads, head_dim) if window is None else RingCache(kv_heads, head_dim, window)
 
 
@@ -129,7 +129,7 @@ def full_mask(input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
 
 
 class KVView:
-    """What an attention layer asks of its cache during one forward."""
+    """The cache that an attention layer sees during one forward."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, input_pos: torch.Tensor, max_seq_len: int):
         self._keys, self._values = keys, values

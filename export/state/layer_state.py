@@ -1,9 +1,9 @@
-"""What a layer remembers between calls: the protocol that a model's layers follow, and the rules that a runner reads.
+"""The state of a layer between calls: the protocol that a model's layers follow, and the rules that a runner reads.
 
-A :class:`LayerState` is the model's side: it makes buffers while a program is exported, and the view of them that the
+A :class:`LayerState` is the model's side: during export it describes the buffers, and makes the view of them that the
 layer's own code calls. :class:`StateRules` is the file's side: ``manifest.json`` holds one for each layer, and the
-runtime knows of a state only what they say. A new kind of state is a class that follows the protocol and a target
-whose ``layer_state`` returns it; no file of the runtime changes.
+runtime knows only these rules. A new kind of state needs a class that follows the protocol and a target whose
+``layer_state`` returns it; the runtime does not change.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ TARGET_PART, DRAFT_PART = "target", "draft"
 
 @dataclasses.dataclass(frozen=True)
 class StateRules:
-    """What a runner must know about the state of one layer.
+    """The rules that a runner needs for the state of one layer.
 
     Attributes:
-        kind: for people: ``full``, ``sliding``.
-        buffers: FQN of each buffer by what it holds: ``{"keys": "kv_cache.k_0", "values": "kv_cache.v_0"}``.
-        goes_back: how a sequence goes back to an earlier position. ``position``: the next call names a smaller one.
-            ``snapshot``: the buffers are copied before a call and put back.
-        most_back: with ``position``, by how many positions at most; ``None`` for no limit.
+        kind: name of the kind, for people, such as ``full`` or ``sliding``.
+        buffers: FQN of each buffer by its content: ``{"keys": "kv_cache.k_0", "values": "kv_cache.v_0"}``.
+        goes_back: how a sequence goes back to an earlier position. ``position``: the next call uses a smaller position.
+            ``snapshot``: the runner copies the buffers before a call and restores them.
+        most_back: with ``position``, the most positions to go back by; ``None`` for no limit.
         fed_twice: whether a token may be fed again at its own position.
         compared: what a check compares. ``positions``: slot p mod S of dimension 2 holds position p. ``last``: the
-            buffer as a whole, after the last token.
-        part: ``target``, or ``draft`` for the draft's own.
+            whole buffer, after the last token.
+        part: ``target``, or ``draft`` for the draft's own state.
     """
 
     kind: str
@@ -45,15 +45,15 @@ class StateRules:
     part: str = TARGET_PART
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The rules as plain data, for the manifest."""
         return {**dataclasses.asdict(self), "buffers": dict(self.buffers)}
 
 
 def read_states(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
-    """The rules in a manifest's ``states``; for one that is older than they are, those of its KV caches.
+    """Reads the rules in a manifest's ``states``; for an older manifest without them, derives those of its KV caches.
 
     Raises:
-        ProgramError: an entry is not as ``export-model`` writes it, or asks for what this version does not know.
+        ProgramError: an entry is not as ``export-model`` writes it, or needs something that this version does not know.
     """
     if "states" not in manifest:
         return _states_by_name(manifest)
@@ -73,7 +73,7 @@ def read_states(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
 
 
 def _states_by_name(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
-    """Version 1 knew caches alone, full ones and rings, and nothing but their names says what they hold."""
+    """Derives rules for a manifest of version 1, which had only full caches and rings, from the buffers' names."""
     methods = manifest.get("methods", {}).values()
     buffers = {name: entry for method in methods for name, entry in method.get("buffers", {}).items()}
     model = manifest.get("model") or {}
@@ -91,26 +91,26 @@ def _states_by_name(manifest: Mapping[str, Any]) -> tuple[StateRules, ...]:
 
 
 class LayerState(Protocol):
-    """The state of one layer, as its target describes it."""
+    """The state of one layer, described by its target."""
 
     @property
     def mask_name(self) -> str | None:
-        """Under which name the model's layers ask for the mask; ``None`` for a layer that needs none."""
+        """The name that the model's layers use for their mask; ``None`` for a layer without a mask."""
 
     def buffers(self, max_seq_len: int, dtype: torch.dtype) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each buffer, by a short name: ``k``. All start as zeros."""
+        """Shape and dtype of each buffer, by a short name such as ``k``. All start as zeros."""
 
     def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
-        """The mask, bool [1, 1, T, S], from the positions int64 [T] of a call."""
+        """The mask, bool [1, 1, T, S], for positions ``input_pos`` int64 [T] of a call."""
 
     def view(self, buffers: Mapping[str, torch.Tensor], input_pos: torch.Tensor, max_seq_len: int) -> Any:
-        """What the layer's code finds in ``past_key_values.layers[i]`` during a call."""
+        """The object that the layer's code finds in ``past_key_values.layers[i]`` during a call."""
 
     def rules(self, names: Mapping[str, str], part: str) -> StateRules:
-        """What a runner must know, from the FQNs of the buffers by their short names."""
+        """The rules for a runner; ``names`` maps the buffers' short names to FQNs."""
 
     def reference(self) -> Any:
         """An empty layer of a transformers ``Cache``, for the eager model of a check."""
 
     def read_reference(self, layer: Any) -> Mapping[str, torch.Tensor]:
-        """What such a layer holds after a sequence, by the names of :attr:`StateRules.buffers`, without the batch."""
+        """A reference layer's tensors after a sequence, by names as in :attr:`StateRules.buffers`, without the batch."""

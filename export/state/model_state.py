@@ -1,4 +1,4 @@
-"""The states of all layers of a model as one module of plain buffers, and the view that its layers get of them."""
+"""The states of all layers of a model as one module of plain buffers, and the view of them that its layers get."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from flashpte.export.state.kv_cache import FULL, full_mask
 from flashpte.export.state.layer_state import TARGET_PART, LayerState, StateRules
 
 TARGET_STATE, DRAFT_STATE = "kv_cache", "draft_cache"
-"""What the modules that hold the states are called in the programs."""
+"""Names in the programs of the modules that hold the states."""
 
 
 def state_bytes(layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype) -> int:
-    """Bytes of the buffers of all layers."""
+    """Size of the buffers of all layers, in bytes."""
     buffers = (buffer for layer in layers for buffer in layer.buffers(max_seq_len, dtype).values())
     return sum(math.prod(shape) * held.itemsize for shape, held in buffers)
 
 
 def state_rules(layers: Sequence[LayerState], cache: str, part: str = TARGET_PART) -> tuple[StateRules, ...]:
-    """What the manifest says about the states of a module that is called ``cache`` in the programs."""
+    """The manifest's rules for the states in the module that programs name ``cache``."""
     return tuple(
         layer.rules({name: f"{cache}.{name}_{index}" for name in layer.buffers(1, torch.float32)}, part)
         for index, layer in enumerate(layers)
@@ -32,7 +32,7 @@ def state_rules(layers: Sequence[LayerState], cache: str, part: str = TARGET_PAR
 
 
 class ModelState(nn.Module):
-    """Buffers of every layer, named ``<short name>_<layer>`` and not persistent: a checkpoint does not hold them.
+    """The buffers of all layers, named ``<short name>_<layer>``; they are not persistent, so checkpoints lack them.
 
     Raises:
         ExportError: the sliding layers do not share one window.
@@ -59,7 +59,7 @@ class ModelState(nn.Module):
         return masks
 
     def view(self, input_pos: torch.Tensor) -> StateView:
-        """The object to hand to a Hugging Face model as ``past_key_values`` for one call."""
+        """The object to pass to a Hugging Face model as ``past_key_values`` for one call."""
         views = []
         for index, (layer, names) in enumerate(zip(self.layers, self._names, strict=True)):
             buffers = {name: self.get_buffer(f"{name}_{index}") for name in names}
@@ -68,10 +68,10 @@ class ModelState(nn.Module):
 
 
 class StateView:
-    """What Hugging Face layers ask of a cache during one forward.
+    """The cache that Hugging Face layers see during one forward.
 
     Attributes:
-        layers: what each layer's state shows, see :meth:`LayerState.view`.
+        layers: each layer's view of its state, see :meth:`LayerState.view`.
     """
 
     def __init__(self, layers: Sequence[Any], input_pos: torch.Tensor):

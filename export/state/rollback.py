@@ -1,4 +1,4 @@
-"""Going back to an earlier position of a sequence, whatever the layers remember."""
+"""Goes back to an earlier position of a sequence, for any kind of layer state."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _KEPT = 2
 
 
 class Rollback:
-    """Takes the buffers of a program back to earlier positions of its sequence.
+    """Moves the buffers of a program back to earlier positions of its sequence.
 
-    Where every state goes back by a smaller position there is nothing to do. Where one does not, its buffers are copied
-    before a call (:meth:`keep`) and put back, and the tokens after that position are fed again.
+    If every state goes back by a smaller position, there is nothing to do. Otherwise the buffers of the other states
+    are copied before a call (:meth:`keep`) and restored, and the caller feeds the tokens after that position again.
 
     Attributes:
-        needed: whether a state goes back by snapshots alone.
-        most_back: by how many positions every state goes back; ``None`` for no limit.
-        fed_twice: whether every state takes a token again at its own position.
+        needed: whether a state goes back only by snapshots.
+        most_back: number of positions that every state can go back by; ``None`` for no limit.
+        fed_twice: whether every state can take a token again at its own position.
     """
 
     def __init__(self, states: Iterable[StateRules] = (), buffers: Mapping[str, torch.Tensor] | None = None):
@@ -36,7 +36,7 @@ class Rollback:
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def keep(self, position: int) -> None:
-        """Remembers the buffers as they are, which is before the token at ``position``."""
+        """Copies the buffers, which hold the state before the token at ``position``."""
         if self.needed:
             self._kept.pop(position, None)
             self._kept[position] = {fqn: buffer.clone() for fqn, buffer in self._buffers.items()}
@@ -44,11 +44,11 @@ class Rollback:
                 del self._kept[old]
 
     def kept_before(self, position: int) -> list[int]:
-        """Positions that :meth:`go_back` can put the buffers to, at or before this one, the latest first."""
+        """Positions at or before this one that :meth:`go_back` can restore, latest first."""
         return sorted((kept for kept in self._kept if kept <= position), reverse=True)
 
     def go_back(self, position: int) -> int:
-        """Puts the buffers back, and returns the position that the next call begins at: this one or an earlier one.
+        """Restores the buffers and returns the position where the next call must start, at or before this one.
 
         Raises:
             LookupError: no snapshot is early enough.
@@ -64,5 +64,5 @@ class Rollback:
         return found[0]
 
     def forget(self) -> None:
-        """A new sequence begins."""
+        """Drops all snapshots, for a new sequence."""
         self._kept.clear()

@@ -1,1 +1,1 @@
-"""Weights for models on the meta device: read from a Hugging Face folder, or drawn at random."""
+"""Fills models on the meta device with weights, read from a Hugging Face folder or drawn at random."""

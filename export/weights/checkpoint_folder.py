@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder that are not weights: config, token ids, tokenizer."""
+"""Reads the files of a Hugging Face folder that are not weights: config, token ids and tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""What a runner needs to turn text into tokens and to know when to stop; copied if the folder has it."""
+"""Files that a runner needs to tokenize text and to know when to stop; copied if the folder has them."""
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        what: what the file is, for the error.
+        what: name of the file's kind, for the error.
 
     Raises:
         ExportError: the file cannot be read, is not JSON, or is not an object.
@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads a checkpoint folder's ``config.json``.
 
     Raises:
-        ExportError: there is none, or it is not a JSON object.
+        ExportError: the file is missing or is not a JSON object.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -62,7 +62,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_token_ids(folder: Path) -> dict[str, Any]:
-    """``bos_token_id`` and ``eos_token_id`` of a folder's ``generation_config.json``: the ids that generation uses."""
+    """Reads ``bos_token_id`` and ``eos_token_id``, which generation uses, from a folder's ``generation_config.json``.
+
+    Raises:
+        ExportError: the file cannot be read, or an id is not valid.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return {}
@@ -72,15 +76,15 @@ def read_token_ids(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The tokenizer's files that the folder has."""
+    """Paths of the tokenizer files in the folder."""
     return tuple(path for name in TOKENIZER_FILES if (path := folder / name).is_file())
 
 
 def check_token_ids(fields: Mapping[str, Any], origin: Path) -> None:
-    """Checks ``bos_token_id`` (an id) and ``eos_token_id`` (an id or a list of them), at the top or for the text model.
+    """Checks ``bos_token_id`` (an id) and ``eos_token_id`` (an id or a list), at the top and in ``text_config``.
 
     Raises:
-        ExportError: naming the file and the field.
+        ExportError: a value is not a token id; the text names the file and the field.
     """
     text = fields.get("text_config")
     for part in (fields, text if isinstance(text, dict) else {}):

@@ -1,8 +1,8 @@
-"""The weights of an EAGLE-3 draft head: a folder of either family of checkpoints, or random ones that fit a target.
+"""The weights of an EAGLE-3 draft head: from a checkpoint of either family, or random ones that fit a target.
 
-Both families name the same tensors, the layer ``midlayer.*`` (SafeAILab, SpecForge) or ``layers.0.*`` (speculators).
-An embedding that is not there is the target's. ``d2t`` int64 [V_d] holds offsets: draft token d is target token
-d + d2t[d]. ``t2d`` bool [V] marks the target tokens that the draft knows; nothing needs it, so it is only checked.
+Both families have the same tensors; they name the layer ``midlayer.*`` (SafeAILab, SpecForge) or ``layers.0.*``
+(speculators). A draft without an embedding uses the target's. ``d2t`` int64 [V_d] holds offsets: draft token d is
+target token d + d2t[d]. ``t2d`` bool [V] marks the target tokens that the draft knows; it is checked but not used.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class DraftFiles:
 
     Attributes:
         folder: the folder.
-        config: its config, checked.
-        checkpoint: its tensors, by their own names.
+        config: its parsed and checked config.
+        checkpoint: its tensors, by the names in its files.
     """
 
     folder: Path
@@ -43,15 +43,15 @@ class DraftFiles:
     checkpoint: Checkpoint
 
     def has(self, name: str) -> bool:
-        """Whether the checkpoint holds a tensor."""
+        """Whether the checkpoint holds a tensor of this name."""
         return name in self.checkpoint.tensors
 
     def vocabulary_map(self, target_vocab_size: int) -> torch.Tensor | None:
-        """``d2t`` as int64 [V_d], or ``None`` where draft and target ids are the same.
+        """Returns ``d2t`` as int64 [V_d], or ``None`` if draft and target ids are the same.
 
         Raises:
-            ExportError: the map is missing, has another length or type, leaves the target's vocabulary, names a token
-                twice, or contradicts ``t2d``.
+            ExportError: the map is missing, has the wrong length or dtype, maps outside the target's vocabulary, maps
+                two draft tokens to one target token, or contradicts ``t2d``.
         """
         size = self.config.draft_vocab_size
         if not self.has(MAP):
@@ -94,7 +94,7 @@ def open_draft(folder: Path) -> DraftFiles:
     """Opens a draft head's folder and reads its config and the headers of its tensors.
 
     Raises:
-        ExportError: a file is missing or broken, or the config asks for what is not implemented.
+        ExportError: a file is missing or broken, or the config needs something that is not implemented.
     """
     if not folder.is_dir():
         raise ExportError(Option("draft", folder), " is not an existing folder")
@@ -106,7 +106,7 @@ def open_draft(folder: Path) -> DraftFiles:
 
 
 def stored_name(name: str, files: DraftFiles) -> str:
-    """The checkpoint's name of one of the modules' tensors (``layer.*``, ``fc.*``, ...)."""
+    """The name in the checkpoint of one of the modules' tensors (``layer.*``, ``fc.*``, ...)."""
     if not name.startswith("layer."):
         return name
     flat, nested = _LAYER_PREFIXES
@@ -115,10 +115,10 @@ def stored_name(name: str, files: DraftFiles) -> str:
 
 
 def check_draft_tensors(files: DraftFiles, fusion: nn.Module, head: nn.Module) -> None:
-    """Compares the headers with the modules and names the first difference.
+    """Compares the checkpoint's headers with the modules and names the first difference.
 
     Raises:
-        ExportError: a tensor is missing, has no place, another shape, or a dtype that is not a plain float.
+        ExportError: a tensor is missing, unexpected, of another shape, or of a dtype that is not a plain float.
     """
     seen = set()
     for part in (fusion, head):
@@ -145,19 +145,19 @@ def check_draft_tensors(files: DraftFiles, fusion: nn.Module, head: nn.Module) -
 
 
 def draft_recipe(dtype: str) -> Recipe:
-    """Formats of a draft's weights: its floats have the target's dtype, the vocabulary's map stays whole numbers."""
+    """The formats of a draft's weights: floats get ``dtype``, and the vocabulary map stays int64."""
     return Recipe(dtype, ((MAP, "int64"),))
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftWeights:
-    """The weights of a draft's folder by the names that the modules have them under."""
+    """The weights in a draft's folder, by their names in the modules."""
 
     files: DraftFiles
     target_vocab_size: int
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight; ``d2t`` checked, see :meth:`DraftFiles.vocabulary_map`."""
+        """Reads a weight; checks ``d2t``, see :meth:`DraftFiles.vocabulary_map`."""
         if name == MAP:
             offsets = self.files.vocabulary_map(self.target_vocab_size)
             assert offsets is not None  # without a map the modules have no such weight
@@ -166,14 +166,14 @@ class DraftWeights:
 
 
 class RandomDraftWeights:
-    """Random weights, the same for the same seed, and a random map into the target's vocabulary."""
+    """Random weights and a random map into the target's vocabulary, the same for the same seed."""
 
     def __init__(self, parts: Sequence[nn.Module], target_vocab_size: int, dtype: torch.dtype, seed: int):
         self._shapes = {name: tensor.shape for part in parts for name, tensor in part.state_dict().items()}
         self._target_vocab_size, self._dtype, self._seed = target_vocab_size, dtype, seed
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight by its name in the modules."""
+        """Draws a weight by its name in the modules."""
         unique, shape = f"draft.{name}", self._shapes[name]
         if name != MAP:
             return random_tensor(unique, shape, self._dtype, self._seed)

@@ -1,9 +1,9 @@
-"""What a program holds in the place of a weight: formats, by name.
+"""Weight formats: how a program stores a weight.
 
-A format takes the dense tensor of a weight, as a checkpoint holds it, and gives the tensors that the program holds
-instead. A dense format gives one, of its dtype. A 4-bit format would give two (packed values and scales) and put a
-module that reads them where the linear layer was. A new format is a class in a file of its own and a row in
-:data:`FORMATS`; a recipe (:mod:`flashpte.export.weights.recipe`) says which weights get it.
+A format takes the dense tensor of a weight, as a checkpoint holds it, and returns the tensors that the program holds
+instead. A dense format returns one tensor, in its dtype. A 4-bit format would return two (packed values and scales) and
+replace the linear layer by a module that reads them. A new format is a class in its own file and a row in
+:data:`FORMATS`; a recipe (:mod:`flashpte.export.weights.recipe`) chooses the weights that get it.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ class WeightFormat(Protocol):
     """How a weight is stored in a program. Names are those of a module's ``state_dict``."""
 
     def adapt(self, module: nn.Module, name: str) -> None:
-        """Makes a module on the meta device read the tensors of :meth:`stored` in the place of the weight ``name``.
+        """Makes a module on the meta device read the tensors of :meth:`stored` instead of the weight ``name``.
 
-        What takes the place of a linear layer keeps its ``in_features`` and ``out_features``.
+        A module that replaces a linear layer keeps its ``in_features`` and ``out_features``.
 
         Raises:
             ExportError: the format cannot hold this weight.
         """
 
     def stored(self, name: str, shape: Sequence[int]) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of the tensors in the place of a weight of a shape, by their names."""
+        """Shape and dtype of the tensors that replace a weight of shape ``shape``, by their names."""
 
     def encode(self, name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Those tensors, from the dense weight."""
+        """Makes the tensors of :meth:`stored` from the dense weight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """One tensor of a dtype, under the weight's own name."""
+    """Stores a weight as one tensor of ``dtype``, under its own name."""
 
     dtype: torch.dtype
 
     def adapt(self, module: nn.Module, name: str) -> None:
-        """The module reads it as it is."""
+        """Changes nothing: the module reads the weight directly."""
 
     def stored(self, name: str, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The weight itself."""
+        """The weight's own name and shape, in this dtype."""
         return {name: (tuple(shape), self.dtype)}
 
     def encode(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The weight, cast."""
+        """The weight, cast to this dtype."""
         return {name: weight.to(self.dtype)}
 
 
@@ -59,4 +59,4 @@ FORMATS: dict[str, WeightFormat] = {
     "float32": Dense(torch.float32),
     "int64": Dense(torch.int64),
 }
-"""Every format by the name that recipes and manifests give it."""
+"""Every format, by its name in recipes and manifests."""

@@ -12,21 +12,21 @@ from torch import nn
 from flashpte.export.models.build import is_tied
 
 _HEAD_LEAN = 1.0
-"""How much of the embedding of token t - 1 the random head has in row t, beside noise of the same size."""
+"""Factor of the embedding of token t - 1 in row t of the random head, added to noise of the same size."""
 
 
 def tensor_generator(seed: int, name: str) -> torch.Generator:
-    """A stream per tensor: cutting layers or visiting tensors in another order changes no other tensor."""
+    """A random stream for one tensor, so that cutting layers or reordering tensors changes no other tensor."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """One weight: uniform; a standard deviation near 1/sqrt(fan-in) for a matrix, in [0.5, 1.5] for a norm or scale.
+    """Draws one weight from a uniform distribution, directly in its dtype, without a float32 copy.
 
-    Uniform values between powers of two need neither transcendental functions nor an inexact product, so they are the
-    same on every CPU. Norm weights differ from one so that a forgotten or swapped one shows. The dtype is drawn
-    directly, with no float32 copy.
+    A matrix has a standard deviation near 1/sqrt(fan-in), a norm or scale lies in [0.5, 1.5], and a bias in
+    [-0.125, 0.125]. Uniform values between powers of two need neither transcendental functions nor inexact products, so
+    they are the same on every CPU. Norm weights differ from 1 so that a forgotten or swapped one shows.
     """
     tensor = torch.empty(shape, dtype=dtype)
     generator = tensor_generator(seed, name)
@@ -41,14 +41,14 @@ def random_tensor(name: str, shape: torch.Size, dtype: torch.dtype, seed: int) -
 class RandomWeights:
     """Random values of a dtype for every parameter and persistent buffer of a dense model on the meta device.
 
-    Three groups are scaled so that rounding moves the logits by little, as in a trained model, and a program can be
-    compared with another one of the same dtype. All factors are powers of two.
+    Three groups are scaled so that rounding moves the logits only a little, as in a trained model. Two programs of the
+    same dtype can then be compared. All factors are powers of two.
 
-    * Norms of queries and keys: attention scores have a deviation near one. Without, a model whose scores are not
-      divided by sqrt(D) attends to one key, and rounding chooses which.
-    * Embeddings that no model scales: rows have elements near one, as what the layers add to them has.
-    * An output projection of its own leans towards the embedding of the token before: the greedy continuation walks
-      through the vocabulary, its first choice ahead of the second by more than rounding moves.
+    * Norms of queries and keys are scaled so that attention scores have a standard deviation near 1. Otherwise a model
+      that does not divide its scores by sqrt(D) would attend to one key, and rounding would choose which.
+    * Embeddings that the model does not scale get elements near 1, like the values that the layers add to them.
+    * An untied output projection leans towards the embedding of the previous token. Greedy decoding then walks through
+      the vocabulary, and its first choice leads the second by more than the rounding.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, seed: int):
@@ -66,11 +66,11 @@ class RandomWeights:
             names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
             self._embedding, self._head = names[id(embedding.weight)], names[id(untyped.lm_head.weight)]
             if not hasattr(embedding, "embed_scale"):
-                # 1 / the deviation that random_tensor gives
+                # 1 / the standard deviation of random_tensor
                 self._factors[self._embedding] = 2.0 ** round(math.log2(math.sqrt(embedding.weight.shape[-1])))
 
     def read(self, name: str) -> torch.Tensor:
-        """A weight by its name in the model."""
+        """Draws a weight by its name in the model."""
         tensor = self._drawn(name)
         if name == self._head and self._embedding is not None:
             tensor += _HEAD_LEAN * self._drawn(self._embedding).roll(1, 0)
@@ -82,7 +82,7 @@ class RandomWeights:
 
 
 def _score_norm_factor(attention: Any) -> float:
-    """For normed queries and keys of dimension D, whose products have a deviation near sqrt(D) times the scaling."""
+    """Factor for norms of queries and keys; the scores' standard deviation is near sqrt(D) times ``scaling``."""
     if not hasattr(attention, "q_norm") or not hasattr(attention, "scaling"):
         return 1.0
     deviation = attention.scaling * math.sqrt(attention.head_dim)

@@ -1,7 +1,7 @@
-"""From a source of dense weights to a module that holds them in their formats.
+"""Fills a module with weights in their formats, from a source of dense weights.
 
-A source knows weights by the model's names: a checkpoint, a seed, a draft's folder. A recipe gives each name a format.
-Planning, done once on the dense module, pairs them; filling reads one weight after another.
+A source (a checkpoint, a seed or a draft's folder) knows weights by the model's names. A recipe gives each name a
+format. Planning runs once on the dense module and pairs names with formats; filling reads one weight at a time.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from flashpte.export.weights.formats import FORMATS
 
 
 class WeightSource(Protocol):
-    """Where the weights of a module come from."""
+    """A source of a module's weights."""
 
     def read(self, name: str) -> torch.Tensor:
-        """A dense weight by its name in the module."""
+        """Reads a dense weight by its name in the module."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Which format a weight gets, by its name.
+    """Assigns a format to each weight by its name.
 
     Attributes:
-        default: the format of a weight that no rule names.
+        default: the format of weights that match no rule.
         rules: pairs of a regular expression, which must match the whole name, and a format; the first match counts.
 
     Raises:
-        ExportError: there is no such format, or an expression is none.
+        ExportError: a format is unknown, or an expression is not valid.
     """
 
     default: str
@@ -51,19 +51,19 @@ class Recipe:
                 raise ExportError(f"weight formats: {pattern!r} is not a regular expression ({error})") from error
 
     def format_of(self, name: str) -> str:
-        """The name of a weight's format."""
+        """The name of the format for a weight."""
         return next((format for pattern, format in self.rules if re.fullmatch(pattern, name)), self.default)
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The recipe as plain data, for the manifest."""
         return {"default": self.default, "rules": [list(rule) for rule in self.rules]}
 
 
 def read_recipe(entry: Any, dtype: str) -> Recipe:
-    """The recipe in a manifest's ``weight_formats``; one without says that every weight has the model's dtype.
+    """Reads the recipe in a manifest's ``weight_formats``; without that entry every weight has the model's dtype.
 
     Raises:
-        ExportError: it is not as ``export-model`` writes it, or names a format that this version does not know.
+        ExportError: the entry is not as ``export-model`` writes it, or names a format that this version does not know.
     """
     if entry is None:
         return Recipe(dtype)
@@ -75,7 +75,7 @@ def read_recipe(entry: Any, dtype: str) -> Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedWeight:
-    """One weight of a module: its name and shape while it is dense, and the format it gets."""
+    """One weight of a module: the name and shape of its dense tensor, and its format."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,10 +83,10 @@ class PlannedWeight:
 
 
 def plan_weights(module: nn.Module, recipe: Recipe) -> tuple[PlannedWeight, ...]:
-    """The weights of a dense module on the meta device, which then reads them in their formats.
+    """Assigns formats to the weights of a dense module on the meta device, and adapts the module to them.
 
     Raises:
-        ExportError: a format cannot hold a weight that a rule gives it.
+        ExportError: a format cannot hold a weight that a rule assigns to it.
     """
     weights = tuple(
         PlannedWeight(name, tuple(tensor.shape), recipe.format_of(name)) for name, tensor in module.state_dict().items()
@@ -100,9 +100,9 @@ def fill_weights(module: nn.Module, weights: Sequence[PlannedWeight], source: We
     """Gives a planned module its weights, one at a time.
 
     Args:
-        module: what :func:`plan_weights` was given.
-        weights: what it returned.
-        source: where they come from; ``None`` for memory that nobody has touched, enough to trace a model of any size
+        module: the module given to :func:`plan_weights`.
+        weights: the result of :func:`plan_weights`.
+        source: the source of the weights; ``None`` for untouched memory, which is enough to trace a model of any size
             but not to run it.
     """
     tensors: dict[str, torch.Tensor] = {}

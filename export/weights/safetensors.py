@@ -1,8 +1,8 @@
-"""Weights of a Hugging Face folder: safetensors files, mapped into memory and handed out tensor by tensor.
+"""Reads the weights of a Hugging Face folder from memory-mapped safetensors files, tensor by tensor.
 
-A mapped tensor is read from disk when it is first used, so a model that is larger than memory can be opened. Names are
-brought to those of a text-only checkpoint (``model.layers.N....``, ``lm_head.weight``) first; what belongs to vision or
-audio is skipped by name.
+A mapped tensor is read from disk when it is first used, so a model larger than memory can be opened. Names are
+converted to those of a text-only checkpoint (``model.layers.N....``, ``lm_head.weight``). Tensors for vision and audio
+are skipped by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OTHER_MODALITIES = re.compile(
     r"^(model\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|audio_model|multi_modal_projector"
     r"|mm_projector|embed_vision|embed_audio)\."
 )
-# written by old releases; every model computes its own
+# old releases stored it; every model computes its own
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -45,7 +45,7 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: where it is, under which name, and what its header says."""
+    """One tensor of a checkpoint: its file, its name there, and the shape and dtype in the file's header."""
 
     file: Path
     name: str
@@ -54,7 +54,7 @@ class StoredTensor:
 
 
 def text_name(stored: str) -> str | None:
-    """The name a stored tensor has in a text-only checkpoint, or ``None`` for one that the text model does not use."""
+    """A stored tensor's name in a text-only checkpoint, or ``None`` if the text model does not use it."""
     if _OTHER_MODALITIES.match(stored) or _COMPUTED.search(stored):
         return None
     for prefix, replacement in _TEXT_PREFIXES:
@@ -67,7 +67,7 @@ def open_file(path: Path) -> safe_open:
     """Maps one safetensors file.
 
     Raises:
-        ExportError: the file cannot be read, is truncated, or is something else.
+        ExportError: the file cannot be read, is truncated, or is not a safetensors file.
     """
     try:
         return safe_open(path, framework="pt")
@@ -79,11 +79,11 @@ def open_file(path: Path) -> safe_open:
 
 
 class Checkpoint:
-    """The tensors of a folder by their text-only names; opening it reads headers only.
+    """The tensors of a folder by their text-only names; opening a folder reads only the headers.
 
     Raises:
-        ExportError: there are no safetensors, a file is missing or broken, an index names a tensor that its file does
-            not hold, or two stored tensors have the same name.
+        ExportError: there are no safetensors, a file is missing or broken, the index names a tensor that its file does
+            not hold, or two stored tensors have the same text-only name.
     """
 
     def __init__(self, folder: Path):
@@ -127,7 +127,11 @@ class Checkpoint:
         return names
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor backed by its file: bytes are read when they are used."""
+        """A tensor backed by its file, whose bytes are read when they are used.
+
+        Raises:
+            ExportError: the file cannot be read.
+        """
         stored = self.tensors[name]
         try:
             return self._files[stored.file].get_tensor(stored.name)
@@ -141,7 +145,7 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -
     Args:
         checkpoint: the opened folder.
         model: the model that the folder's config describes, perhaps cut to its first layers.
-        total_layers: how many layers the config describes; tensors of cut layers are not asked for.
+        total_layers: number of layers that the config describes; tensors of cut layers are ignored.
 
     Raises:
         ExportError: a tensor is missing, unexpected, of another shape, or of a dtype that is not a plain float.
