@@ -1,1 +1,1 @@
-"""The file format: what a ``.pte``, a ``.ptd`` and a manifest look like, and the folder that holds them."""
+"""The file formats of ``.pte``, ``.ptd`` and manifest, and the folder that holds them."""

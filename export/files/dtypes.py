@@ -1,4 +1,4 @@
-"""Dtypes by the names that files have them under."""
+"""Dtypes and their names in files."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
+    """The name of a dtype: ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def read_dtype(name: str) -> torch.dtype:
-    """``torch.bfloat16`` for ``"bfloat16"``.
+    """The dtype of a name: ``torch.bfloat16`` for ``"bfloat16"``.
 
     Raises:
         ValueError: there is no such dtype.

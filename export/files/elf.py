@@ -1,4 +1,4 @@
-"""Reads the few things of an ELF file that a check of a compiled model needs."""
+"""Reads the parts of an ELF file that checks of a compiled model need."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _STT_FUNC, _STB_WEAK, _SHN_UNDEF = 2, 2, 0
 
 
 class ElfError(ValueError):
-    """The bytes are no ELF file of the kind expected."""
+    """The bytes are not an ELF file of the expected kind."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """A symbol: its address (``value``), and whether it is defined here."""
+    """A symbol; ``value`` is its address, and ``is_defined`` says whether this file defines it."""
 
     name: str
     value: int
@@ -47,7 +47,7 @@ class Elf:
         data: the file's bytes.
 
     Raises:
-        ElfError: it is something else.
+        ElfError: the data is something else.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -61,25 +61,26 @@ class Elf:
 
     @property
     def is_host_code(self) -> bool:
-        """Whether it holds code for a CPU."""
+        """Whether the file holds code for a CPU."""
         return self.machine in (_MACHINE_X86_64, _MACHINE_AARCH64)
 
     @property
     def cuda_arch(self) -> str:
-        """``sm_80``, ``sm_90``, ... of a cubin.
+        """The architecture of a cubin: ``sm_80``, ``sm_90``, ...
 
-        The "a" of an architecture-specific cubin (``sm_90a``) is left out: newer assemblers do not record it here.
+        The "a" of an architecture-specific cubin (``sm_90a``) is omitted, because newer assemblers do not record it
+        here.
 
         Raises:
-            ElfError: it is no cubin.
+            ElfError: the file is not a cubin.
         """
         if self.machine != _MACHINE_CUDA:
             raise ElfError("not a cubin")
-        # Two layouts of e_flags: that of ptxas up to 12.9 for GPUs up to Hopper, and a newer ABI.
+        # e_flags has two layouts: one of ptxas up to 12.9 for GPUs up to Hopper, and one of a newer ABI.
         return f"sm_{self.flags >> 8 & 0xFF if self.os_abi == _CUDA_ABI_8 else self.flags & 0xFF}"
 
     def needed(self) -> tuple[str, ...]:
-        """Names of the shared libraries it is linked with."""
+        """Names of the shared libraries that the file is linked with."""
         for section in self.sections:
             if section.kind == _DYNAMIC:
                 strings = self._bytes(self.sections[section.link])
@@ -88,7 +89,7 @@ class Elf:
         return ()
 
     def symbols(self) -> Iterator[Symbol]:
-        """Symbols of all its symbol tables."""
+        """Yields the symbols of all symbol tables."""
         for section in self.sections:
             if section.kind in (_SYMTAB, _DYNSYM):
                 strings = self._bytes(self.sections[section.link])
@@ -105,7 +106,11 @@ class Elf:
                         )
 
     def at_address(self, start: int, end: int) -> bytes:
-        """Bytes between two virtual addresses of one section."""
+        """Bytes between two virtual addresses in one section.
+
+        Raises:
+            ElfError: no section holds both addresses.
+        """
         for section in self.sections:
             if section.kind == _PROGBITS and section.address <= start <= end <= section.address + section.size:
                 offset = section.offset - section.address
@@ -113,7 +118,7 @@ class Elf:
         raise ElfError(f"no section holds addresses {start:#x} to {end:#x}")
 
     def section(self, name: str) -> bytes | None:
-        """Contents of a section, by name."""
+        """Contents of the section ``name``; ``None`` if there is none."""
         return next((self._bytes(section) for section in self.sections if section.name == name), None)
 
     def _read_sections(self) -> tuple[_Section, ...]:

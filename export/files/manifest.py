@@ -1,4 +1,4 @@
-"""What is written next to a lowered model, for people and for tools."""
+"""Writes ``manifest.json``, which describes a lowered model to people and tools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from flashpte.export.files.names import GENERATOR, MANIFEST_NAME
 
 MANIFEST_VERSION = 2
-"""Version 2 says what each layer remembers (``states``); a runner of version 1 would go back wrongly."""
+"""Version 2 has rules for each layer's state (``states``); a runner of version 1 would go back wrongly."""
 
 READ_VERSIONS = (1, 2)
 _VERSIONED = ("flashpte", "torch", "triton", "executorch", "transformers")
@@ -22,11 +22,11 @@ _CHUNK = 8 << 20
 
 
 def versions() -> dict[str, str]:
-    """Versions of the installed packages that decide what comes out; those that are not installed are left out."""
+    """Versions of the packages that affect the output; packages that are not installed are omitted."""
     found = {}
     for name in _VERSIONED:
         if name in sys.modules and hasattr(sys.modules[name], "__version__"):
-            found[name] = str(sys.modules[name].__version__)  # torch's says which build it is
+            found[name] = str(sys.modules[name].__version__)  # torch's version includes its build
         else:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 found[name] = importlib.metadata.version(name)
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """The SHA-256 of a file as hex, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -43,7 +43,7 @@ def sha256(path: Path) -> str:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a folder, the manifest excepted."""
+    """Size in bytes and SHA-256 of every file in a folder except the manifest, by relative path."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -61,9 +61,9 @@ def build_manifest(
     files: Mapping[str, Any],
     caller: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest: ``caller``'s keys, then ours, which win. JSON-ready and the same for the same input.
+    """Builds the manifest, ready for JSON and the same for the same input; its own keys override ``caller``'s.
 
-    ``methods`` holds what ``lowering`` says of each: inputs, outputs and the buffers that it writes to.
+    ``methods`` holds lowering's description of each method: inputs, outputs and the buffers that it writes to.
     """
     return {
         **caller,
@@ -80,7 +80,7 @@ def build_manifest(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """Writes ``manifest.json``."""
+    """Writes ``manifest.json`` and returns its path."""
     path = folder / MANIFEST_NAME
     path.write_text(json.dumps(manifest, indent=2) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""The folder that ``export-model`` wrote: its manifest, read and checked, before anything in it is run."""
+"""Reads and checks a folder that ``export-model`` wrote, before anything in it is run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from flashpte.export.files.signature import MethodSignature, read_signature
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """An export whose manifest was read and, unless told otherwise, whose files are the ones it describes.
+    """An export whose manifest was read.
 
     Attributes:
         path: the folder.
-        manifest: what ``manifest.json`` says.
+        manifest: contents of ``manifest.json``.
         signatures: inputs and outputs of each method, by name.
-        verified: whether sizes and hashes were compared.
+        verified: whether the files' sizes and hashes were compared with the manifest's.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class ModelFolder:
 
     @property
     def arch(self) -> str:
-        """The architecture that its kernels were compiled for, ``sm_90``."""
+        """The architecture that its kernels were compiled for, such as ``sm_90``."""
         return str(self.manifest["arch"])
 
     @property
@@ -72,18 +72,18 @@ def open_folder(
 
     Args:
         path: the folder.
-        unverified: do not compare sizes and hashes. Whoever wrote the files then decides what runs.
+        unverified: do not compare sizes and hashes; any files with the right names are then run.
         progress: called with a short line for each file that is read.
 
     Raises:
-        ProgramError: there is no manifest, it is not one of ours, or a file is missing, truncated or another one.
+        ProgramError: there is no manifest, flashpte did not write it, or a file is missing, truncated or another file.
     """
     folder = read_folder(path, unverified=unverified)
     return folder if unverified else verify_files(folder, progress)
 
 
 def read_folder(path: Path | str, *, unverified: bool = False) -> ModelFolder:
-    """The quick part of :func:`open_folder`: the manifest, and files of its sizes (with ``unverified``, of any size).
+    """The quick part of :func:`open_folder`: reads the manifest and, unless ``unverified``, compares file sizes.
 
     Raises:
         ProgramError: see :func:`open_folder`.

@@ -14,7 +14,7 @@ MODEL_NAMES = {"pte": PTE_NAME, "pt2": PT2_NAME}
 OUTPUT_NAMES = (PTE_NAME, PT2_NAME, PTD_NAME, MANIFEST_NAME)
 
 GENERATOR = "flashpte"
-"""The manifest's ``generator``: marks a folder as ours."""
+"""The manifest's ``generator``, which marks a folder as written by flashpte."""
 
 COPY_OPERATORS = ("et_copy::_h2d_copy", "et_copy::_d2h_copy")
 """ExecuTorch operators that a method of a ``.pte`` may call around its delegate: copies between host and device."""

@@ -1,4 +1,4 @@
-"""Output folders that are either complete or not there."""
+"""Writes output folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class OutputError(ExportError):
 
 
 def check_output_folder(output: Path) -> None:
-    """Raises unless ``output`` can be created, is empty, or holds an earlier export of ours and nothing else.
+    """Checks that ``output`` can be created, is empty, or holds only an earlier export by flashpte.
 
     Raises:
-        OutputError: with one line that says what to do.
+        OutputError: none of these holds; the text is one line that says what to do.
     """
     try:
         _check_place(output, resolve_output(output))
-    except OSError as error:  # a name that is too long, a folder that may not be listed
+    except OSError as error:  # the name is too long, or a folder must not be listed
         raise OutputError(f"cannot use {output}: {error.strerror}") from error
 
 
 def resolve_output(output: Path) -> Path:
-    """The folder that ``output`` stands for: renaming must move the folder, not a link to it.
+    """Follows links to the real folder, because renaming must move the folder and not a link to it.
 
     Raises:
-        OutputError: it is a link to nothing.
+        OutputError: the link is broken or leads in a circle.
     """
     if output.is_symlink() and not output.exists():
         raise OutputError(f"{output} is a link to {os.readlink(output)}, which does not exist")
@@ -48,7 +48,7 @@ def resolve_output(output: Path) -> Path:
 def _check_place(named: Path, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise OutputError(f"{named} is a file: name a folder")
-    # The finished folder is renamed into place, which these two would not survive.
+    # The finished folder is renamed into place, which cannot replace the current folder or a mount point.
     if output == Path.cwd():
         raise OutputError(f"{named} is the current folder, which cannot be replaced: name another one, such as out")
     if output.is_mount():
@@ -72,7 +72,7 @@ def _check_place(named: Path, output: Path) -> None:
 
 
 def _written_files(folder: Path) -> set[Path] | None:
-    """The files of the export that a folder's manifest describes; ``None`` without a manifest of ours."""
+    """The files of the export that a folder's manifest describes; ``None`` without a manifest by flashpte."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
     except (OSError, ValueError, RecursionError):
@@ -84,7 +84,7 @@ def _written_files(folder: Path) -> set[Path] | None:
 
 
 def _foreign_entry(folder: Path, written: set[Path]) -> Path | None:
-    """The first entry of a folder that is neither one of the files written nor a folder with such a file."""
+    """The first entry of a folder that is neither a written file nor a folder that holds one."""
     folders = {parent for path in written for parent in path.parents}
     for path in sorted(folder.rglob("*")):
         is_folder = path.is_dir() and not path.is_symlink()
@@ -94,10 +94,10 @@ def _foreign_entry(folder: Path, written: set[Path]) -> Path | None:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raises unless the file system that holds ``folder`` (or will) has ``needed`` bytes free.
+    """Checks that the file system of ``folder``, which need not exist yet, has ``needed`` bytes free.
 
     Raises:
-        OutputError: with both numbers.
+        OutputError: it has less; the text gives both sizes.
     """
     folder = folder.absolute()
     while not folder.exists():
@@ -115,16 +115,16 @@ def _size(count: int) -> str:
 def atomic_folder(output: Path) -> Iterator[tuple[Path, Path]]:
     """Yields two empty folders, ``(result, scratch)``; on success ``result`` becomes ``output``.
 
-    Both are on ``output``'s file system. Whatever ends the block early (an error, Ctrl-C), ``output`` is as it was
-    and both folders are gone. Signals wait while folders change places and while they are removed.
+    Both are on ``output``'s file system. If anything ends the block early (an error, Ctrl-C), ``output`` is unchanged
+    and both folders are deleted. Signals wait while folders are moved or deleted.
 
     Raises:
-        OutputError: ``output`` cannot be written, or meanwhile holds what :func:`check_output_folder` refuses.
+        OutputError: ``output`` cannot be written, or :func:`check_output_folder` now refuses it.
     """
     named, output = output, resolve_output(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A name of fixed length: one made from the output's could be too long.
+        # The name has a fixed length; one derived from the output's could be too long.
         staging = Path(tempfile.mkdtemp(prefix=".flashpte-", dir=output.parent))
     except OSError as error:
         raise OutputError(f"cannot write into {output.parent}: {error.strerror}") from error
@@ -142,7 +142,7 @@ def atomic_folder(output: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _commit(result: Path, named: Path, output: Path, replaced: Path) -> None:
-    check_output_folder(named)  # again: it may have appeared, or got other files, while the export ran
+    check_output_folder(named)  # check again: the folder may have appeared or changed during the export
     try:
         if output.exists():
             output.rename(replaced)

@@ -1,4 +1,4 @@
-"""Opens a ``.pte`` and its ``.ptd`` and says what is in them, without ExecuTorch's runtime and without a GPU."""
+"""Reads the contents of a ``.pte`` and its ``.ptd``, without ExecuTorch's runtime and without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PTD_HEADER_OFFSET = 8
 
 
 class ContentsError(ExportError):
-    """The file is not what it should be."""
+    """A file is missing, truncated, or not what it should be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Cubin:
     """A compiled GPU kernel.
 
     Attributes:
-        symbol: the name AOTInductor gave it in the shared library.
+        symbol: its name in the shared library, from AOTInductor.
         arch: ``sm_80``, ``sm_90``, ...
-        kernels: entry points, named after the Python functions they were written as.
-        data: the ELF file.
+        kernels: entry points, named after their Python functions.
+        data: bytes of the ELF file.
     """
 
     symbol: str
@@ -48,9 +48,9 @@ class SharedLibrary:
     """A method's host code.
 
     Attributes:
-        data: the ELF file.
-        needed: shared libraries it is linked with.
-        undefined: symbols its loader must find elsewhere (weak ones left out).
+        data: bytes of the ELF file.
+        needed: shared libraries that it is linked with.
+        undefined: symbols that its loader must find elsewhere, without weak ones.
         cubins: the kernels inside.
     """
 
@@ -62,7 +62,7 @@ class SharedLibrary:
 
 @dataclasses.dataclass(frozen=True)
 class WeightEntry:
-    """How a method uses a named tensor of the ``.ptd``; strides and offset are in elements."""
+    """A method's view of a named tensor in the ``.ptd``; strides and offset are in elements."""
 
     fqn: str
     key: str
@@ -78,14 +78,14 @@ class Method:
     """One method of a ``.pte`` that runs code.
 
     Attributes:
-        name: the method.
-        delegates: the backends it calls, in order.
-        operators: ExecuTorch operators it calls itself (copies between host and device).
-        compile_specs: what the delegate was compiled with.
+        name: name of the method.
+        delegates: the backends that it calls, in order.
+        operators: ExecuTorch operators that it calls itself (copies between host and device).
+        compile_specs: compile specs of the delegate.
         library: the delegate's code.
-        weights: tensors bound by FQN when the method is loaded, constants and mutable buffers alike.
-        argument_order: for each argument of the delegate, which of the method's inputs it is (the order differs).
-        result_order: for each output of the method, which of the delegate's results it is.
+        weights: tensors bound by FQN when the method is loaded: constants and mutable buffers.
+        argument_order: for each argument of the delegate, the index of the method's input (the order differs).
+        result_order: for each output of the method, the index of the delegate's result.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class PteContents:
-    """What :func:`inspect_pte` found.
+    """The result of :func:`inspect_pte`.
 
     Attributes:
         methods: methods that run code, by name.
@@ -113,7 +113,7 @@ class PteContents:
     data: Mapping[str, memoryview] = dataclasses.field(repr=False)
 
     def weight(self, method: str, fqn: str) -> torch.Tensor:
-        """A copy of a named tensor, as ``method`` sees it.
+        """A copy of a named tensor, with the shape and strides that ``method`` uses.
 
         Raises:
             KeyError: the method has no such tensor.
@@ -147,7 +147,7 @@ def inspect_pte(path: Path | str) -> PteContents:
 
 @contextlib.contextmanager
 def _plain_errors(path: Path, kind: str) -> Iterator[None]:
-    """Whatever a parser makes of bytes that it was not made for becomes one line."""
+    """Turns any error of a parser on bytes of another kind into one line."""
     try:
         yield
     except ContentsError as error:
@@ -180,7 +180,7 @@ def _read_pte(content: bytes) -> tuple[dict[str, Method], dict[str, Any]]:
 
 
 def _constant_value(plan: Any) -> Any:
-    """The value a constant method returns: a scalar, a string, or a list of them."""
+    """The value that a constant method returns: a scalar, a string, or a list of them."""
     found = []
     for index in plan.outputs:
         value = plan.values[index].val
@@ -212,12 +212,12 @@ def _call_order(plan: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Follows the delegate's arguments and results through the copies between host and device.
 
     Returns:
-        For each argument of the delegate, which input of the method it is; for each output of the method, which result
-        of the delegate it is. A delegate's arguments are its inputs, then its results.
+        For each argument of the delegate, the index of the method's input; for each output of the method, the index of
+        the delegate's result. A delegate's arguments are its inputs, then its results.
     """
     from executorch.exir.schema import DelegateCall, KernelCall
 
-    origin: dict[int, int] = {}  # a copy: the value it was copied from
+    origin: dict[int, int] = {}  # copy -> the value that it was copied from
     called: list[int] | None = None
     for instruction in plan.chains[0].instructions:
         call = instruction.instr_args
@@ -274,10 +274,10 @@ class _Reader:
 
 
 def read_library(data: bytes) -> SharedLibrary:
-    """Reads a shared library made by AOTInductor with its kernels embedded.
+    """Reads a shared library made by AOTInductor, with embedded kernels.
 
     Raises:
-        ContentsError: it is not one.
+        ContentsError: the data is not such a library.
     """
     try:
         elf = Elf(data)
@@ -295,7 +295,7 @@ def read_library(data: bytes) -> SharedLibrary:
 
 
 def _cubins(elf: Elf, addresses: Mapping[str, int]) -> Iterator[Cubin]:
-    """Kernels are embedded as ``__<kernel>_start`` ... ``__<kernel>_end``."""
+    """Yields the embedded kernels, which lie between the symbols ``__<kernel>_start`` and ``__<kernel>_end``."""
     for name, start in sorted(addresses.items()):
         end = addresses.get(name.removesuffix("_start") + "_end")
         if name.startswith("__") and name.endswith("_start") and end is not None:
@@ -306,7 +306,7 @@ def _cubins(elf: Elf, addresses: Mapping[str, int]) -> Iterator[Cubin]:
 
 
 def read_ptd(path: Path | str) -> Iterator[tuple[str, memoryview]]:
-    """Yields the named entries of a ``.ptd``; the file is mapped, not read, so it may be larger than memory.
+    """Yields keys and bytes of the entries of a ``.ptd``; the file is mapped, so it may be larger than memory.
 
     Raises:
         ContentsError: the file is missing, truncated or of another kind.
@@ -339,7 +339,7 @@ def _read_entries(path: Path) -> list[tuple[str, memoryview]]:
 
 @contextlib.contextmanager
 def _quiet_flatc() -> Iterator[None]:
-    """ExecuTorch reads the table with the program flatc, which prints its usage when it cannot."""
+    """Silences the program flatc, with which ExecuTorch reads the table; on bad input it prints its usage."""
     from executorch.exir._serialize import _flatbuffer
 
     stock = _flatbuffer._run_flatc

@@ -1,4 +1,4 @@
-"""What a method takes and returns, read from the manifest, and the check of a call against it."""
+"""A method's inputs and outputs, read from the manifest, and the check of a call against them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashpte.export.common.errors import UsageError
 from flashpte.export.files.dtypes import dtype_name, read_dtype
 
 Size = int | tuple[int, int | None]
-"""A static size, or the smallest and the largest of a dynamic one (``None``: no limit)."""
+"""A static size, or the smallest and largest value of a dynamic size (``None``: no limit)."""
 
 
 class InputError(UsageError):
@@ -21,7 +21,10 @@ class InputError(UsageError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: its name, dtype, sizes, and for dynamic sizes the expression that equal ones share."""
+    """One input or output: its name, dtype and sizes, and the expressions of dynamic sizes, by dimension.
+
+    Sizes with the same expression are equal.
+    """
 
     name: str
     dtype: torch.dtype
@@ -48,10 +51,10 @@ class MethodSignature:
         return all(isinstance(size, int) for spec in self.inputs for size in spec.shape)
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Compares the tensors of a call with the signature: number, dtype, rank, sizes; equal dynamic sizes.
+        """Compares the tensors of a call with the signature: number, dtypes, ranks, sizes and equal dynamic sizes.
 
         Raises:
-            InputError: naming the first input that does not fit, and what would.
+            InputError: an input does not fit; the text names the first such input and what it should be.
         """
         if len(inputs) != len(self.inputs):
             names = ", ".join(map(str, self.inputs))
@@ -86,7 +89,7 @@ def _fits(size: int, allowed: Size) -> bool:
 
 
 def read_signature(name: str, method: Mapping[str, Any]) -> MethodSignature:
-    """The signature that a manifest's entry of a method describes.
+    """Reads a method's signature from its entry in the manifest.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: the entry is not as ``export-model`` writes it.

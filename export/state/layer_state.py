@@ -113,4 +113,4 @@ class LayerState(Protocol):
         """An empty layer of a transformers ``Cache``, for the eager model of a check."""
 
     def read_reference(self, layer: Any) -> Mapping[str, torch.Tensor]:
-        """A reference layer's tensors after a sequence, by names as in :attr:`StateRules.buffers`, without the batch."""
+        """A reference layer's tensors after a sequence, by the names of its rules, without the batch dimension."""
