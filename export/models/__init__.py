@@ -1,4 +1,4 @@
-"""Models that can be exported: the registry of targets, caches, and the methods of the exported programs."""
+"""Models that can be exported: the registry of targets, the modules, and the methods of the exported programs."""
 
 from flashpte.export.models.registry import TargetSpec, get_target, list_targets
 

@@ -1,4 +1,4 @@
-"""The attention that Hugging Face layers call while a program is traced: one SDPA node each."""
+"""The attention that Hugging Face layers call during tracing: one SDPA node per layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from flashpte.export.common.errors import ExportError
 
 ATTENTION_NAME = "fpte_sdpa"
-"""Hugging Face name of :func:`attend`. It must not contain "flash": such names are looked up as flash-attn packages."""
+"""Hugging Face name of :func:`attend`; it must not contain "flash", because transformers takes that for flash-attn."""
 
 
 def attend(
@@ -25,22 +25,22 @@ def attend(
     scaling: float | None = None,
     **_kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Hugging Face attention implementation: one SDPA call, grouped heads left grouped, the mask bool.
+    """Hugging Face attention implementation: one SDPA call with grouped heads and a bool mask.
 
     Args:
         module: the attention layer (unused; part of the interface).
-        query: [1, H_q, T, D].
-        key: [1, H_kv, S, D].
-        value: [1, H_kv, S, D].
+        query: [1, H_q, T, D], any float dtype.
+        key: [1, H_kv, S, D], same dtype.
+        value: [1, H_kv, S, D], same dtype.
         attention_mask: bool [1, 1, T, S], true where a row attends.
         dropout: must be 0.
         scaling: factor on the scores; ``None`` means 1 / sqrt(D).
 
     Returns:
-        The result [1, T, H_q, D], and ``None`` in the place of attention weights.
+        The result [1, T, H_q, D], and ``None`` instead of attention weights.
 
     Raises:
-        ExportError: there is no mask, or dropout is on.
+        ExportError: there is no mask, or dropout is not 0.
     """
     if attention_mask is None or dropout != 0.0:
         raise ExportError(f"{type(module).__name__}: exported attention needs a mask and no dropout")

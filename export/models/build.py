@@ -1,7 +1,7 @@
-"""Hugging Face modules as the source of programs: built without memory, cut in depth, and described by what they are.
+"""Builds Hugging Face modules without memory, cuts their layers, and reads the facts that an export needs.
 
-Sizes are read from modules and not from configs: the fields of a config differ between releases of transformers, the
-sizes that the modules were built with are what runs.
+Sizes are read from modules, not from configs: config fields differ between releases of transformers, but the modules
+have the sizes that run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flashpte.export.models.attention_interface import ATTENTION_NAME
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
 
-# These recompute frequencies from the values of the positions: a branch on data, or a write to a buffer.
+# These recompute frequencies from the positions, with a branch on data or a write to a buffer.
 _UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
 _LEAST_SIZES = {
@@ -34,16 +34,16 @@ _LEAST_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What the exporter needs to know about a model.
+    """The facts about a model that an export needs.
 
     Attributes:
-        states: what each layer remembers, in layer order.
+        states: the state of each layer, in layer order.
         vocab_size: V of the logits.
         hidden_size: C of the hidden states between layers.
-        max_positions: the longest sequence that the model was made for.
-        window: the sliding window, or ``None`` without sliding layers.
-        bos_id: id of the token that starts a sequence, if the config says.
-        eos_ids: ids of the tokens that end one; empty if the config does not say.
+        max_positions: most positions that the model was made for.
+        window: the sliding window in tokens, or ``None`` without sliding layers.
+        bos_id: id of the token that starts a sequence; ``None`` if the config has none.
+        eos_ids: ids of the tokens that end a sequence; empty if the config has none.
     """
 
     states: tuple[LayerState, ...]
@@ -56,9 +56,9 @@ class ModelFacts:
 
 
 class EmptyTensorsOnMeta(TorchFunctionMode):
-    """Sends ``torch.empty`` to the meta device: weights cost nothing, computed buffers (RoPE) keep their values.
+    """Sends ``torch.empty`` to the meta device: weights use no memory, and computed buffers (RoPE) keep their values.
 
-    ``torch.device("meta")`` would take the computed, non-persistent buffers too, and no checkpoint restores those.
+    ``torch.device("meta")`` would also move computed, non-persistent buffers, which no checkpoint restores.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,19 +69,23 @@ class EmptyTensorsOnMeta(TorchFunctionMode):
 
 
 def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's fields of a multimodal config; those of a text config as they are."""
+    """The text model's fields of a multimodal config; a text config's fields unchanged.
+
+    Raises:
+        ExportError: ``text_config`` is not an object.
+    """
     text = fields.get("text_config")
     if text is None:
         return dict(fields)
     if not isinstance(text, Mapping):
         raise ExportError(f"not a valid config: text_config is a {type(text).__name__}, not an object")
-    # said once, at the top, for the whole model
+    # set once, at the top level, for the whole model
     shared = ("tie_word_embeddings", "quantization_config")
     return {**{name: fields[name] for name in shared if name in fields}, **text}
 
 
 def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, Any]) -> nn.Module:
-    """Builds a transformers causal language model for inference, its large weights on the meta device.
+    """Builds a transformers causal language model for inference, with its weights on the meta device.
 
     Args:
         config_class: name of the config class in transformers.
@@ -89,19 +93,19 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         fields: fields of the config.
 
     Raises:
-        ExportError: transformers is too old for the model, a field is invalid, or the model needs what cannot be
-            exported (a quantised checkpoint, RoPE frequencies that depend on the input).
+        ExportError: transformers is too old for the model, a field is invalid, or the model has a feature that cannot
+            be exported (a quantized checkpoint, RoPE frequencies that depend on the input).
     """
     if not (hasattr(transformers, config_class) and hasattr(transformers, model_class)):
         raise ExportError(f"transformers {transformers.__version__} has no {model_class}; install a newer one")
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise ExportError(f"config.json names a quantised checkpoint ({method}); give the unquantised one")
+        raise ExportError(f"config.json names a quantized checkpoint ({method}); give the unquantized one")
     if problem := wrong_size(fields):
         raise ExportError(f"not a valid {config_class}: {problem}")
     try:
         config = getattr(transformers, config_class).from_dict(dict(fields))
-        # attention layers look this name up whenever they run
+        # attention layers look up this name on every call
         config._attn_implementation = ATTENTION_NAME
         _check_rope(config)
         with EmptyTensorsOnMeta():
@@ -119,10 +123,10 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
 
 
 def _order_sets(model: nn.Module) -> None:
-    """Makes modules that keep a set of strings keep it sorted.
+    """Replaces sets of strings in modules by sorted lists.
 
-    Gemma 4 computes its position embeddings for each of a set of layer types: which comes first in the trace would
-    depend on the process's hash seed, and equal exports would not have equal bytes.
+    Gemma 4 computes position embeddings for each layer type in a set. Their order in the trace would depend on the
+    process's hash seed, and equal exports would have different bytes.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -131,7 +135,10 @@ def _order_sets(model: nn.Module) -> None:
 
 
 def wrong_size(fields: Mapping[str, Any]) -> str | None:
-    """The first size among a config's fields that no model can have; transformers divides by some of them."""
+    """Describes the first impossible size among a config's fields; ``None`` if all are possible.
+
+    transformers divides by some of these sizes.
+    """
     for name, least in _LEAST_SIZES.items():
         value = fields.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -155,18 +162,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _untyped(module: nn.Module) -> Any:
-    """The same module; what a Hugging Face module has is not known to a type checker."""
+    """The same module as ``Any``, because type checkers do not know the attributes of Hugging Face modules."""
     return module
 
 
 def cut_layers(model: nn.Module, count: int) -> None:
-    """Keeps the first ``count`` layers, as they are.
+    """Keeps the first ``count`` layers, unchanged.
 
-    The config keeps its own number: built from a shortened config, some models turn their last layer into another
-    kind (Gemma 4 forces full attention there), and it would no longer fit the checkpoint.
+    The config keeps its number of layers. Built from a shortened config, some models make their last layer another kind
+    (Gemma 4 forces full attention there), which would not fit the checkpoint.
 
     Raises:
-        UsageError: the model has fewer layers.
+        UsageError: ``count`` is less than 1 or more than the model's layers.
     """
     layers = decoder_layers(model)
     if not 1 <= count <= len(layers):
@@ -178,7 +185,7 @@ def attention_of(layer: nn.Module) -> LayerState:
     """The cache of a Hugging Face layer with attention.
 
     Raises:
-        ExportError: its query heads cannot be grouped over its key heads.
+        ExportError: the number of query heads is not a multiple of the number of key heads.
     """
     attn = _untyped(layer).self_attn
     heads, kv_heads = (linear.out_features // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
@@ -188,14 +195,14 @@ def attention_of(layer: nn.Module) -> LayerState:
 
 
 def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = attention_of) -> ModelFacts:
-    """Reads the facts off a model made by :func:`build_causal_lm`.
+    """Reads the facts from a model made by :func:`build_causal_lm`.
 
     Args:
         model: the model.
-        layer_state: what a layer remembers; a target whose layers are no Hugging Face attention brings its own.
+        layer_state: returns a layer's state; targets with layers other than Hugging Face attention provide their own.
 
     Raises:
-        ExportError: its query heads cannot be grouped over its key heads.
+        ExportError: the number of query heads is not a multiple of the number of key heads.
     """
     states = tuple(layer_state(layer) for layer in decoder_layers(model))
     windows = [window for state in states if (window := getattr(state, "window", None)) is not None]
@@ -214,18 +221,18 @@ def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = 
 
 
 class TiedHead(nn.Module):
-    """The output projection of a model with tied embeddings: reads the embedding's weight where it is.
+    """The output projection of a model with tied embeddings, which reads the embedding's weight in place.
 
-    A head that registers the same parameter once more gives the exported program a second input, and leaves to
-    chance which of the two names the weight is stored under.
+    A head that registered the same parameter again would give the exported program a second input, and either of the
+    two names could become the stored one.
     """
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple: not a child module, so not a second name
+        self._embedding = (embedding,)  # a tuple, so that it is not a child module with a second name
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., C] -> logits [..., V]."""
+        """Maps hidden states [..., C] to logits [..., V]."""
         return F.linear(hidden, self._embedding[0].weight)
 
 

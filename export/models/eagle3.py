@@ -1,8 +1,8 @@
-"""An EAGLE-3 draft head: three hidden states of the target become one feature, and one decoder layer proposes tokens.
+"""An EAGLE-3 draft head: fuses (usually three) hidden states of the target; one decoder layer then proposes tokens.
 
 Source of the formulas: Li et al., "EAGLE-3: Scaling up Inference Acceleration of Large Language Models via
-Training-Time Test" (arXiv 2503.01840), and for the flags the published checkpoints' configs
-(:mod:`flashpte.export.models.eagle3_config`). With e a token's embedding and f the feature of the position before it::
+Training-Time Test" (arXiv 2503.01840); the flags follow the configs of published checkpoints
+(:mod:`flashpte.export.models.eagle3_config`). e is a token's embedding, f the feature of the position before it::
 
     f  = fc(concatenate(taps))                          FeatureFusion; later steps feed back their own g
     x  = concatenate(norm(e), norm(f))                  twice the hidden size
@@ -37,7 +37,7 @@ _ATTENTION: dict[str, Callable[..., nn.Module]] = {"llama": LlamaAttention, "qwe
 
 
 def layer_config(config: DraftConfig) -> Any:
-    """The transformers config of the draft's layer; fields that the checkpoint leaves out have that class's defaults.
+    """The transformers config of the draft's layer; fields missing in the checkpoint get that class's defaults.
 
     Raises:
         ExportError: a size is impossible, or transformers refuses the fields.
@@ -59,7 +59,7 @@ def layer_config(config: DraftConfig) -> Any:
 
 
 class FeatureFusion(nn.Module):
-    """The target's tapped hidden states, n of [1, T, C_t], to the draft's feature [1, T, C]."""
+    """Fuses the target's n tapped hidden states, each [1, T, C_t], to the draft's feature [1, T, C]."""
 
     def __init__(self, config: DraftConfig, taps: int, target_hidden_size: int):
         super().__init__()
@@ -72,7 +72,7 @@ class FeatureFusion(nn.Module):
         self.fc = nn.Linear(width, layer.hidden_size, bias=False)
 
     def forward(self, taps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Hidden states [1, T, C_t], as many as there are taps -> feature [1, T, C]."""
+        """Fuses one hidden state [1, T, C_t] per tap to the feature [1, T, C]."""
         if self.fc_norm is not None:
             taps = [norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)]
         joined = torch.cat(tuple(taps), -1)
@@ -82,7 +82,7 @@ class FeatureFusion(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """The decoder layer of a draft, whose attention reads the token's embedding beside the feature."""
+    """The decoder layer of a draft; its attention reads the token's embedding and the feature, concatenated."""
 
     def __init__(self, config: DraftConfig, layer: Any):
         super().__init__()
@@ -105,7 +105,7 @@ class DraftLayer(nn.Module):
         mask: torch.Tensor,
         cache: StateView,
     ) -> torch.Tensor:
-        """Embeddings and features [1, T, C], mask bool [1, 1, T, S] -> features of the next step [1, T, C]."""
+        """Maps embeddings and features [1, T, C] to the next step's features [1, T, C]; mask is bool [1, 1, T, S]."""
         normalised = self.hidden_norm(features)
         residual = normalised if self.norm_before_residual else features
         joined = torch.cat((self.input_layernorm(embeds), normalised), -1)
@@ -121,14 +121,14 @@ def _with_mlp_bias(layer: Any) -> Any:
 
 
 class DraftHead(nn.Module):
-    """One step of the chain: a token and the feature before it, to a proposal and the feature after it.
+    """One step of the chain: maps a token and the feature before it to a proposal and the feature after it.
 
     Attributes:
         embed_tokens: the draft's own embedding, or ``None`` to use the target's.
-        lm_head: the output projection, or ``None`` where it is tied to the embedding.
-        d2t: int64 [V_d], what to add to a draft token's id for the target's id; ``None`` where the ids are the same.
+        lm_head: the output projection, or ``None`` if it is tied to the embedding.
+        d2t: int64 [V_d], offsets to add to draft ids for target ids; ``None`` if the ids are the same.
         hidden_size: C.
-        attention: what the draft's cache must hold.
+        attention: the state of the draft's layer.
     """
 
     def __init__(self, config: DraftConfig, *, own_embedding: bool, own_head: bool, own_map: bool):
@@ -161,11 +161,11 @@ class DraftHead(nn.Module):
 
         Args:
             tokens: int64 [1, T], the tokens that follow the features' positions.
-            features: [1, T, C], of the positions before the tokens.
+            features: [1, T, C], features of the positions before the tokens.
             input_pos: int64 [T], positions of the features; row i writes its keys there.
             mask: bool [1, 1, T, S], true where a row attends to a slot of the draft's cache.
-            cache: where the layer writes its keys and values.
-            embedding: [V, C], the table that turns tokens into vectors.
+            cache: the cache that the layer writes its keys and values to.
+            embedding: [V, C], the embedding table.
 
         Returns:
             Logits of the last row over the draft's vocabulary [1, 1, V_d] and the feature after it [1, 1, C].
@@ -177,25 +177,25 @@ class DraftHead(nn.Module):
         return F.linear(normalised, head), normalised if self.norm_output else hidden
 
     def to_target_ids(self, draft_ids: torch.Tensor) -> torch.Tensor:
-        """Ids of the draft's vocabulary, int64, to the target's, of the same shape."""
+        """Maps int64 ids of the draft's vocabulary to the target's; the shape stays the same."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
 
 def build_draft(
     config: DraftConfig, taps: int, target_hidden_size: int, *, own_embedding: bool, own_head: bool, own_map: bool
 ) -> tuple[FeatureFusion, DraftHead]:
-    """Builds both parts for inference, parameters on the meta device.
+    """Builds both parts of a draft for inference, with parameters on the meta device.
 
     Args:
-        config: what the draft computes.
-        taps: how many hidden states of the target are fused.
+        config: config of the draft.
+        taps: number of the target's hidden states to fuse.
         target_hidden_size: C_t.
-        own_embedding: the checkpoint has an embedding; without one the target's is used.
-        own_head: the checkpoint has an output projection; without one the embedding is used.
-        own_map: the checkpoint has a map from draft to target ids; without one they are the same.
+        own_embedding: whether the checkpoint has an embedding; otherwise the draft uses the target's.
+        own_head: whether the checkpoint has an output projection; otherwise the draft uses the embedding.
+        own_map: whether the checkpoint maps draft ids to target ids; otherwise they are the same.
 
     Raises:
-        ExportError: the config describes no possible layer.
+        ExportError: the config does not describe a possible layer.
     """
     try:
         with EmptyTensorsOnMeta():
@@ -211,11 +211,11 @@ class Draft:
     """A draft head that fits a target.
 
     Attributes:
-        config: what it computes.
-        chain: K, how many tokens it proposes at a time.
+        config: its config.
+        chain: K, number of tokens that it proposes at a time.
         taps: hidden states of the target that it reads: 0 is the embedding, k the output of layer k - 1.
-        fusion: part that runs in the target's methods.
-        head: part that runs in ``draft_decode``.
+        fusion: the part that runs in the target's methods.
+        head: the part that runs in ``draft_decode``.
     """
 
     config: DraftConfig
@@ -226,5 +226,5 @@ class Draft:
 
     @property
     def window(self) -> int | None:
-        """Sliding window of the draft's attention."""
+        """Sliding window of the draft's attention in tokens; ``None`` for full attention."""
         return self.head.attention.window

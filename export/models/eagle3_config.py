@@ -1,4 +1,4 @@
-"""The config of an EAGLE-3 draft head, from either family of checkpoints, as one checked value.
+"""Parses and checks the config of an EAGLE-3 draft head, from either family of checkpoints.
 
 Two families of ``config.json`` are in use:
 
@@ -6,9 +6,9 @@ Two families of ``config.json`` are in use:
 - *speculators* (vLLM's speculators library): ``speculators_model_type`` at the top, the layer's fields nested in
   ``transformer_layer_config``.
 
-They say the same things with other defaults and, for the layers to tap, in another numbering. A field is used, or
-known not to matter when a draft runs, or must have the one value that is implemented; anything else is refused by name,
-because a flag that is passed over silently makes a draft that proposes nonsense.
+They hold the same information with different defaults and number the tapped layers differently. A field is used, or is
+known not to matter when a draft runs, or must have the one value that is implemented. Any other field is refused by
+name, because a draft that ignores a flag proposes nonsense.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flashpte.export.common.errors import ExportError
 
 AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
-# model_type of the draft's layer -> transformers' config class; a qwen3 layer normalises queries and keys per head
+# model_type of the draft's layer -> transformers' config class; a qwen3 layer normalizes queries and keys per head
 CONFIG_CLASSES = {"llama": "LlamaConfig", "qwen3": "Qwen3Config"}
 
 _NORM_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -37,7 +37,7 @@ _LAYER_FIELDS = (
 
 _WINDOW_FIELDS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 
-# field -> the only value for which this implementation computes what the field asks for
+# field -> the only value that is implemented
 _FIXED: dict[str, Any] = {
     "num_hidden_layers": 1,
     "logit_scale": 1.0,
@@ -52,7 +52,7 @@ _FIXED: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
 }
 
-# Training, bookkeeping and token ids: nothing that a draft computes depends on them.
+# Training, bookkeeping and token ids, which do not affect what a draft computes.
 _INERT = frozenset(
     {
         *("_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache"),
@@ -70,24 +70,24 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """What an EAGLE-3 draft head computes.
+    """The config of an EAGLE-3 draft head, which says what it computes.
 
     Shape legend: C hidden size of the draft, C_t of the target, V target vocabulary, V_d draft vocabulary.
 
     Attributes:
-        family: ``"speculators"``, ``"flat"``, or ``"random"`` for one that was made up to fit a target.
-        model_type: ``llama`` or ``qwen3``, the kind of the draft's one layer.
+        family: ``"speculators"``, ``"flat"``, or ``"random"`` for a random draft made to fit a target.
+        model_type: ``llama`` or ``qwen3``, the kind of the draft's only layer.
         layer: fields of the transformers config of that layer.
         draft_vocab_size: V_d.
         target_hidden_size: C_t that the checkpoint was trained for; ``None`` for the draft's own hidden size.
         taps: the target's hidden states to fuse: 0 is the embedding, k the output of layer k - 1; ``None`` for the
             target's default.
-        norm_before_residual: the normalised feature, not the feature, is the residual.
-        norm_before_fc: one RMSNorm over the concatenated taps before they are fused.
-        fc_norm: one RMSNorm for each tap before they are concatenated and fused.
-        norm_output: the feature handed to the next step of the chain is the one after the last norm.
-        tie_word_embeddings: a missing output projection is the embedding.
-        window: sliding window of the draft's attention, ``None`` for every position.
+        norm_before_residual: whether the residual is the normalized feature instead of the feature.
+        norm_before_fc: whether one RMSNorm covers the concatenated taps before they are fused.
+        fc_norm: whether each tap has its own RMSNorm before they are concatenated and fused.
+        norm_output: whether the next step of the chain gets the feature after the last norm instead of before it.
+        tie_word_embeddings: whether the embedding replaces a missing output projection.
+        window: sliding window of the draft's attention in tokens; ``None`` for full attention.
     """
 
     family: str
@@ -114,11 +114,11 @@ def parse_draft_config(fields: Mapping[str, Any], origin: Path) -> DraftConfig:
     """Reads the config of a draft head of either family.
 
     Args:
-        fields: the ``config.json``.
-        origin: that file, for errors.
+        fields: contents of the ``config.json``.
+        origin: path of that file, for errors.
 
     Raises:
-        ExportError: naming the field that is missing, unknown, wrong, or asks for what is not implemented.
+        ExportError: a field is missing, unknown, wrong or not implemented; the text names it.
     """
     if "speculators_model_type" in fields or "transformer_layer_config" in fields:
         return _parse_speculators(fields, origin)
@@ -136,7 +136,7 @@ def _parse_speculators(fields: Mapping[str, Any], origin: Path) -> DraftConfig:
     _check_fields(fields, {*_DRAFT_FIELDS, *nested}, origin)
     _check_fields(layer, {*_LAYER_FIELDS, *_WINDOW_FIELDS, "tie_word_embeddings"}, origin, "transformer_layer_config.")
     if fields.get("norm_before_residual") is None:
-        # speculators takes a missing flag for false, vLLM for true
+        # a missing flag means false in speculators and true in vLLM
         raise ExportError(f"{origin} does not say norm_before_residual, which changes what the draft computes; add it")
     tied = {"tie_word_embeddings": _flag(fields, "tie_word_embeddings", origin) or layer.get("tie_word_embeddings")}
     return _build("speculators", layer, {**fields, **tied}, _layer_ids(fields, origin), origin)
@@ -155,7 +155,8 @@ def _parse_flat(fields: Mapping[str, Any], origin: Path) -> DraftConfig:
     taps = _layer_ids(fields, origin)
     nested = _layer_ids(eagle, origin, "eagle_config.")
     if nested is not None:
-        # here a number names the layer whose output is taken (SGLang adds one); at the top it is vLLM's numbering
+        # in eagle_config, a number names the layer whose output is tapped (SGLang adds 1); at the top level, numbers
+        # are vLLM's
         nested = tuple(layer + 1 for layer in nested)
         if taps not in (None, nested):
             raise ExportError(f"{origin}: {AUX_LAYERS} and eagle_config.{AUX_LAYERS} name different layers")

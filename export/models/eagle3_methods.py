@@ -10,13 +10,15 @@ method             takes                                           returns
                    input_pos int64 [T]                             vocabulary; feature [1, 1, C] after it
 =================  ==============================================  ==============================================
 
-K is the chain, V the target's vocabulary, C the draft's hidden size. Features are the fused taps: what the draft reads,
-and a third of the bytes of the hidden states. A row of ``draft_decode`` is the feature of position p and the token at
-p + 1; its ``input_pos`` is p. It returns what follows its last row, so the next step of the chain takes (proposal,
-feature, p + 1). It takes 1 to ``get_max_draft_tokens`` rows: a prompt's, those that a round accepted, or one step's.
+K is the chain, V the target's vocabulary, C the draft's hidden size. Features are the fused taps that the draft reads;
+they have a third of the bytes of the hidden states. A row of ``draft_decode`` is the feature of position p and the
+token at p + 1; its ``input_pos`` is p. The method returns the results of its last row, so the next step of the chain
+takes (proposal, feature, p + 1). It takes 1 to ``get_max_draft_tokens`` rows: those of a prompt, those that a round
+accepted, or the one of a step.
 
-``prefill`` and ``target_verify`` share the target's cache (``kv_cache.*``), ``draft_decode`` has its own
-(``draft_cache.*``). The draft proposes its most likely token, no distribution: see :mod:`flashpte.export.speculative`.
+``prefill`` and ``target_verify`` share the target's cache (``kv_cache.*``); ``draft_decode`` has its own
+(``draft_cache.*``). The draft proposes its most likely token, not a distribution: see
+:mod:`flashpte.export.speculative`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from flashpte.export.state.model_state import ModelState
 def recorded_taps(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
     """Fills a mapping with hidden states [1, T, C_t] while the model runs.
 
-    Tap 0 is the embedding, k the output of layer k - 1; that of the last layer is taken before the final norm.
+    Tap 0 is the embedding, k the output of layer k - 1. The last layer's output is taken before the final norm.
     """
     found: dict[int, torch.Tensor] = {}
 
@@ -69,7 +71,7 @@ def recorded_taps(model: nn.Module, taps: Sequence[int]) -> Iterator[dict[int, t
 
 
 class TargetMethod(CausalLMMethod):
-    """A method of the target that also returns what the draft reads."""
+    """A method of the target that also returns the features for the draft."""
 
     def __init__(
         self, model: nn.Module, kv_cache: ModelState, fusion: FeatureFusion, taps: Sequence[int], *, all_logits: bool
@@ -79,7 +81,7 @@ class TargetMethod(CausalLMMethod):
         self.taps = tuple(taps)
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        """``tokens`` int64 [1, T], ``input_pos`` int64 [T] -> logits [1, 1 or T, V] and features [1, T, C]."""
+        """Maps tokens int64 [1, T] at ``input_pos`` int64 [T] to logits [1, 1 or T, V] and features [1, T, C]."""
         with recorded_taps(self.model, self.taps) as found:
             logits = super().forward(tokens, input_pos)
         return logits, self.feature_fusion([found[tap] for tap in self.taps])
@@ -88,7 +90,7 @@ class TargetMethod(CausalLMMethod):
 class DraftMethod(nn.Module):
     """One forward of the draft with its cache, as one exportable call.
 
-    Without an embedding of its own the draft reads the target's, under the name that the target's methods store it by.
+    A draft without its own embedding reads the target's, under the name that it has in the target's methods.
     """
 
     def __init__(self, model: nn.Module, draft: DraftHead, draft_cache: ModelState):
@@ -103,7 +105,11 @@ class DraftMethod(nn.Module):
     def forward(
         self, tokens: torch.Tensor, features: torch.Tensor, input_pos: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens int64 [1, T], features [1, T, C], positions int64 [T] -> proposal int64 [1, 1], feature [1, 1, C]."""
+        """Takes tokens int64 [1, T], features [1, T, C] and ``input_pos`` int64 [T].
+
+        Returns:
+            The proposal int64 [1, 1] and the feature after it [1, 1, C].
+        """
         masks = self.draft_cache.masks(input_pos)
         logits, feature = self.draft(
             tokens,
@@ -128,7 +134,7 @@ def _embedding_name(model: nn.Module) -> str:
 
 
 def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:
-    """Hangs the target's embedding weight, and nothing else of the target, below ``root`` under its own name."""
+    """Registers the target's embedding weight, and nothing else of the target, below ``root`` under its own name."""
     module = root
     for name in path:
         child = nn.Module()
@@ -140,13 +146,13 @@ def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:
 def export_with_draft(
     model: nn.Module, kv_cache: ModelState, draft: Draft, draft_cache: ModelState, spec: MethodSpec
 ) -> ExportedProgram:
-    """Exports one method of a target with a draft; ``decode``, which the draft does not use, is the plain one.
+    """Exports one method of a target with a draft; ``decode`` is the plain method, because the draft does not use it.
 
     Args:
-        model: the target, its attention implementation ours.
+        model: the target, with the attention implementation :data:`ATTENTION_NAME`.
         kv_cache: the target's cache.
-        draft: the draft, its weights loaded.
-        draft_cache: the draft's cache, one layer.
+        draft: the draft, with loaded weights.
+        draft_cache: the draft's cache, with one layer.
         spec: the method.
     """
     if spec.name == DECODE:
@@ -172,8 +178,9 @@ def export_with_draft(
 def draft_constants(draft: Draft, specs: Sequence[MethodSpec]) -> dict[str, Any]:
     """Values that a runner reads from a program with a draft, by the name of the method that returns each.
 
-    ``get_chain_len`` K; ``get_taps`` the hidden states that are fused (0 the embedding, k the output of layer k - 1);
-    ``get_feature_size`` C; ``get_draft_vocab_size`` V_d; ``get_max_draft_tokens`` the most rows of ``draft_decode``.
+    ``get_chain_len`` is K, ``get_feature_size`` C and ``get_draft_vocab_size`` V_d. ``get_taps`` lists the fused hidden
+    states (0 is the embedding, k the output of layer k - 1). ``get_min_draft_tokens`` and ``get_max_draft_tokens`` are
+    the fewest and most rows of ``draft_decode``.
     """
     values: dict[str, Any] = {
         "get_chain_len": draft.chain,

@@ -11,7 +11,7 @@ from flashpte.export.models.registry import TargetSpec
 if TYPE_CHECKING:
     from torch import nn
 
-# what every size shares: 5 sliding layers to 1 full one, no v_proj on full layers, no per-layer embeddings
+# common to all sizes: 5 sliding layers per full one, no v_proj on full layers, no per-layer embeddings
 _ARCHITECTURE: dict[str, Any] = {
     "model_type": "gemma4_text",
     "attention_k_eq_v": True,
@@ -34,7 +34,7 @@ GEMMA4_31B: dict[str, Any] = {
     "sliding_window": 1024,
     "max_position_embeddings": 262_144,
 }
-"""30.7 B parameters; a checkpoint's own config.json takes its place."""
+"""Config of the model with 30.7 B parameters; a checkpoint's own config.json replaces it."""
 
 GEMMA4_SMALL: dict[str, Any] = {
     **_ARCHITECTURE,
@@ -51,9 +51,9 @@ GEMMA4_SMALL: dict[str, Any] = {
     "sliding_window": 64,
     "max_position_embeddings": 4096,
 }
-"""One period of the layer pattern; the default length of 256 makes a ring of 128 slots wrap."""
+"""Config with one period of the layer pattern; the default length of 256 makes a ring of 128 slots wrap."""
 
-# Features of other Gemma 4 models that this target does not export, by the config field that switches them on.
+# Features of other Gemma 4 models that this target does not export, by the config field that enables them.
 _UNSUPPORTED = {
     "enable_moe_block": "mixture-of-experts layers",
     "num_kv_shared_layers": "layers that share keys and values",
@@ -62,10 +62,10 @@ _UNSUPPORTED = {
 
 
 def build(fields: Mapping[str, Any]) -> nn.Module:
-    """The Gemma 4 text model for the fields of a ``gemma4`` or ``gemma4_text`` config, parameters on meta.
+    """Builds the Gemma 4 text model from the fields of a ``gemma4`` or ``gemma4_text`` config, with parameters on meta.
 
     Raises:
-        ExportError: the config belongs to another member of the family (experts, shared caches, ...).
+        ExportError: the config is not valid, or belongs to another model of the family (experts, shared caches, ...).
     """
     from flashpte.export.models.build import build_causal_lm, text_fields
 

@@ -18,7 +18,11 @@ _CLASSES = {
 
 
 def build(fields: Mapping[str, Any]) -> nn.Module:
-    """The causal language model that a config of one of the supported types describes, parameters on meta."""
+    """Builds the causal language model that a Llama or Qwen3 config describes, with parameters on meta.
+
+    Raises:
+        ExportError: the config is not valid or cannot be exported.
+    """
     from flashpte.export.models.build import build_causal_lm
 
     config_class, model_class = _CLASSES[fields["model_type"]]

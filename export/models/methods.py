@@ -1,4 +1,4 @@
-"""The methods of an exported language model: what each takes and returns, and how it becomes an ``ExportedProgram``.
+"""The methods of an exported language model: their inputs and results, and how each becomes an ``ExportedProgram``.
 
 =================  ======================  ====================  ========================================
 method             ``tokens`` int64        ``input_pos`` int64   result
@@ -10,8 +10,8 @@ method             ``tokens`` int64        ``input_pos`` int64   result
 
 With a draft, methods also exchange features: :mod:`flashpte.export.models.eagle3_methods`.
 
-Positions are consecutive and ascending. Logits have the model's dtype: widening them adds no information, and a
-Hugging Face model returns the same.
+Positions are consecutive and ascending. Logits have the model's dtype, as in a Hugging Face model: widening them would
+add no information.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from flashpte.export.state.kv_cache import SLIDING
 from flashpte.export.state.model_state import ModelState
 
 MIN_PREFILL_CHUNK = 2
-"""One token is what decode is for, with other kernels. Starting at 2 also keeps clear of the sizes 0 and 1, which
-symbolic shapes in PyTorch treat apart; a length from 1 does trace, but code generation for it is untried."""
+"""Fewest tokens of one prefill call. Decode handles one token, with other kernels. Starting at 2 also avoids the sizes
+0 and 1, which PyTorch's symbolic shapes special-case; a range from 1 traces, but its code generation is untested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """One method: its name, how many tokens a call may hold, and whether it returns the logits of all of them."""
+    """One method: its name, the fewest and most tokens of a call, and whether it returns the logits of all of them."""
 
     name: str
     min_tokens: int
@@ -61,15 +61,15 @@ def plan_methods(
     """The methods to export, in the order prefill, decode, target_verify, draft_decode.
 
     Args:
-        max_prefill_chunk: the largest number of tokens of one prefill call, at least 2.
+        max_prefill_chunk: most tokens of one prefill call, at least 2.
         verify_window: M of target_verify (2..16); ``None`` leaves that method out.
-        only: export this method alone.
-        min_prefill_chunk: the smallest number of tokens of one prefill call.
-        decode: whether there is a ``decode``.
-        draft: whether there is a ``draft_decode``; it takes as many rows as the longest of the other calls, or one.
+        only: export this method alone; ``None`` for all.
+        min_prefill_chunk: fewest tokens of one prefill call.
+        decode: whether to export ``decode``.
+        draft: whether to export ``draft_decode``; it takes 1 row to as many as the longest call of the other methods.
 
     Raises:
-        UsageError: ``only`` names a method that is not there.
+        UsageError: ``only`` names a method that is not exported with these arguments.
     """
     specs = [MethodSpec(PREFILL, min_prefill_chunk, max_prefill_chunk)]
     if decode:
@@ -94,10 +94,10 @@ _NEEDS: dict[str, tuple[str | Option, ...]] = {
 
 
 class CausalLMMethod(nn.Module):
-    """A Hugging Face causal language model together with its cache, as one exportable call.
+    """A Hugging Face causal language model and its cache, as one exportable call.
 
-    Every method wraps the same ``model`` and ``kv_cache`` under the same names, so equal names (``model.<name in the
-    checkpoint>``, ``kv_cache.k_<layer>``) mean the same tensor in all of them.
+    Every method wraps the same ``model`` and ``kv_cache`` under the same names, so a name (``model.<name in the
+    checkpoint>``, ``kv_cache.k_<layer>``) means the same tensor in all methods.
     """
 
     def __init__(self, model: nn.Module, kv_cache: ModelState, *, all_logits: bool):
@@ -107,23 +107,23 @@ class CausalLMMethod(nn.Module):
         self.all_logits = all_logits
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
-        """``tokens`` int64 [1, T], ``input_pos`` int64 [T] -> logits [1, 1, V], or [1, T, V] with ``all_logits``."""
+        """Maps tokens int64 [1, T] at ``input_pos`` int64 [T] to logits [1, 1, V], or [1, T, V] with ``all_logits``."""
         masks = self.kv_cache.masks(input_pos)
         output = self.model(
             input_ids=tokens,
             position_ids=input_pos[None],
-            # a model without sliding layers may know no mask per layer type (Llama does not)
+            # a model without sliding layers may not support a mask per layer type (Llama does not)
             attention_mask=masks if SLIDING in masks else next(iter(masks.values())),
             past_key_values=self.kv_cache.view(input_pos),
             use_cache=True,
-            # the head over a large vocabulary runs for one row; 0 means all rows
+            # run the head, with its large vocabulary, only for the last row; 0 means all rows
             logits_to_keep=0 if self.all_logits else 1,
         )
         return output.logits
 
 
 def example_length(spec: MethodSpec) -> int:
-    """Tokens to trace a method with; any length does, a mid one keeps clear of the ends, which might be special."""
+    """Number of tokens to trace a method with: the middle of its range, because the ends might be special-cased."""
     return (spec.min_tokens + spec.max_tokens + 1) // 2
 
 
@@ -132,14 +132,14 @@ def export_method(
 ) -> ExportedProgram:
     """Exports one method of a model whose attention implementation is :data:`ATTENTION_NAME`.
 
-    Tracing is non-strict: the Python of the model runs as it is, so its decorators, caches and output classes need
-    no support by TorchDynamo, and tracing is several times faster; every shape decision is still guarded.
+    Tracing is non-strict: the model's Python runs directly, so TorchDynamo need not support its decorators, caches and
+    output classes, and tracing is several times faster. Every shape decision is still guarded.
 
     Args:
         model: the causal language model.
         kv_cache: its cache.
         spec: the method.
-        module: what to export in the place of a plain :class:`CausalLMMethod`.
+        module: module to export instead of a plain :class:`CausalLMMethod`.
     """
     length = example_length(spec)
     tokens = torch.zeros(1, length, dtype=torch.int64)
@@ -163,8 +163,8 @@ def constant_methods(
 ) -> dict[str, Any]:
     """Values that a runner reads from the program, by the name of the method that returns each.
 
-    ``get_<method>_logits`` is ``"last"`` for a method that returns the last token's logits and ``"all"`` for one
-    that returns every token's. Token ids that are not known are left out.
+    ``get_<method>_logits`` is ``"last"`` for a method that returns the last token's logits, and ``"all"`` for one that
+    returns every token's. Unknown token ids are omitted.
     """
     values: dict[str, Any] = {
         "get_max_seq_len": max_seq_len,

@@ -1,6 +1,6 @@
-"""The targets of ``export-model --target NAME``: what each is, as data, and how to find one by name.
+"""The targets of ``export-model --target NAME`` as data, and how to find one by name.
 
-Importing this module imports neither torch nor transformers: listing targets and refusing a misspelt one is instant.
+This module imports neither torch nor transformers, so listing targets and refusing a misspelled name is instant.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from flashpte.export.state.layer_state import LayerState
 
 ENTRY_POINT_GROUP = "flashpte.targets"
-"""Installed packages offer targets of their own here: ``name = "package.module:TARGET"``, a :class:`TargetSpec`."""
+"""Entry points of installed packages with targets: ``name = "package.module:TARGET"``, a :class:`TargetSpec`."""
 
 
 def default_taps(layers: int) -> tuple[int, ...]:
-    """Hidden states that an EAGLE-3 draft reads when its config names none: low, middle and high.
+    """Hidden states that an EAGLE-3 draft reads when its config names none: one low, one middle, one high.
 
-    ``(2, n // 2, n - 3)`` is what the published drafts were trained with (vLLM and SGLang assume it, too); a model
-    that is too shallow for three different ones is tapped at the outputs of its first, middle and last layer.
+    Published drafts were trained with ``(2, n // 2, n - 3)``, which vLLM and SGLang also assume. A model with fewer
+    than 7 layers is tapped at the outputs of its first, middle and last layer.
 
     Args:
-        layers: n, decoder layers of the target, at least 1.
+        layers: n, number of decoder layers of the target, at least 1.
 
     Returns:
-        Ascending, in the numbering of :class:`TargetSpec`: 0 is the embedding, k the output of layer k - 1.
+        The taps, ascending, numbered as in :class:`TargetSpec`: 0 is the embedding, k the output of layer k - 1.
     """
     if layers >= 7:
         return (2, layers // 2, layers - 3)
@@ -43,29 +43,29 @@ def default_taps(layers: int) -> tuple[int, ...]:
 class TargetSpec:
     """A model family that can be exported.
 
-    Its vocabulary, hidden size and sliding window are read off the built model
+    Its vocabulary, hidden size and sliding window are read from the built model
     (:class:`flashpte.export.models.build.ModelFacts`), because config fields differ between releases of transformers.
 
     Attributes:
-        name: what ``--target`` takes.
+        name: value of ``--target``.
         description: one line for ``--list-targets``.
         model_types: values of ``model_type`` in a ``config.json`` that this target accepts.
-        build: makes the causal language model that a config describes, parameters on the meta device and attention
-            implementation :data:`flashpte.export.models.attention_interface.ATTENTION_NAME`; see
-            :func:`flashpte.export.models.build.build_causal_lm`. Takes the fields of a ``config.json``.
-        config: fields of the full-size model, or ``None`` when only a checkpoint or ``--config`` can say.
+        build: takes the fields of a ``config.json`` and makes the causal language model that they describe, with
+            parameters on the meta device and the attention implementation
+            :data:`flashpte.export.models.attention_interface.ATTENTION_NAME`; see
+            :func:`flashpte.export.models.build.build_causal_lm`.
+        config: fields of the full-size model; ``None`` if an export needs a checkpoint or ``--config``.
         small_config: fields of the ``--small`` model: the same architecture, exported in a few minutes.
         max_seq_len: default of ``--max-seq-len``; a model with fewer positions lowers it.
         small_max_seq_len: the same for ``--small``.
-        taps: hidden states that a draft reads when its own config names none, from the number of decoder layers;
+        taps: maps the number of decoder layers to the hidden states that a draft reads when its own config names none;
             0 is the embedding, k the output of layer k - 1.
-        min_forward: fewest tokens that one forward may hold; more than 1 rules out ``decode``.
-        max_forward: most tokens that one forward may hold, beside the sliding window, which always bounds it (the ring
-            of keys is twice the window); ``None`` for no bound of the target's own.
-        weight_formats: which weights are stored in another format than the export's dtype: pairs of a regular
-            expression for the whole name (``model.layers.0.mlp.up_proj.weight``) and the name of a format; the first
-            match counts.
-        layer_state: what a decoder layer remembers between calls; ``None`` for layers of Hugging Face attention.
+        min_forward: fewest tokens of one forward; more than 1 rules out ``decode``.
+        max_forward: most tokens of one forward; ``None`` for no limit from the target. The sliding window is always a
+            limit too, because the ring of keys is twice the window.
+        weight_formats: formats of weights that do not have the export's dtype: pairs of a regular expression for the
+            whole name (``model.layers.0.mlp.up_proj.weight``) and the name of a format; the first match counts.
+        layer_state: returns the state of a decoder layer; ``None`` for layers with Hugging Face attention.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _load(entry: EntryPoint) -> TargetSpec:
 
 
 def list_targets() -> tuple[TargetSpec, ...]:
-    """Every target, built in and installed, by name; a built-in one wins over an installed one of the same name."""
+    """Every target, built in or installed, sorted by name; a built-in one hides an installed one of the same name."""
     builtin = _builtin_targets()
     installed = {name: _load(entry) for name, entry in _installed_targets().items() if name not in builtin}
     return tuple(sorted([*builtin.values(), *installed.values()], key=lambda spec: spec.name))
@@ -114,8 +114,8 @@ def get_target(name: str) -> TargetSpec:
     """Finds a target by name.
 
     Raises:
-        UsageError: there is none; the message suggests a close name.
-        ExportError: an installed package offers something else under that name.
+        UsageError: there is no such target; the text suggests a close name.
+        ExportError: an installed package's entry point of that name is not a :class:`TargetSpec`.
     """
     builtin = _builtin_targets()
     if name in builtin:
@@ -133,6 +133,6 @@ def targets_for(model_type: str) -> tuple[str, ...]:
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """``did you mean ...?`` when a known name is close, else the list of names."""
+    """``did you mean ...?`` if a known name is close, or else the list of known names."""
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

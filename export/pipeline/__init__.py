@@ -1,4 +1,4 @@
-"""From a target and options to a lowered model: plan, programs, replaced attention, files."""
+"""Turns a target and options into a lowered model: plan, programs, replaced attention, files."""
 
 from flashpte.export.pipeline.plan import ExportPlan, plan_export
 from flashpte.export.pipeline.programs import (

@@ -1,4 +1,4 @@
-"""A draft head planned for one target: what is decided, and refused, before any weight is read."""
+"""Plans a draft head for a target: makes all decisions and refusals before any weight is read."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from flashpte.export.weights.draft import (
 from flashpte.export.weights.recipe import WeightSource, fill_weights, plan_weights
 
 RANDOM_VOCAB_SIZE = 32_000
-"""Draft vocabulary of a random draft, as published ones have; half the target's where that is smaller."""
+"""Vocabulary size of a random draft, as in published ones; half the target's if that is smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftPlan(Draft):
-    """A draft head on the meta device, fitted to a target, and where its weights come from.
+    """A draft head on the meta device, fitted to a target, and the source of its weights.
 
     Attributes:
-        files: its checkpoint, checked against the modules; ``None`` for a random draft.
+        files: its checkpoint, already checked against the modules; ``None`` for a random draft.
         target_vocab_size: V.
     """
 
@@ -44,7 +44,7 @@ class DraftPlan(Draft):
     target_vocab_size: int
 
     def load_weights(self, dtype: torch.dtype, seed: int | None) -> None:
-        """Gives the draft its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
+        """Gives the draft its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory."""
         if self.files is not None:
             self._fill(dtype, DraftWeights(self.files, self.target_vocab_size))
         elif seed is not None:
@@ -54,7 +54,7 @@ class DraftPlan(Draft):
             self.fill_uninitialised(dtype)
 
     def fill_uninitialised(self, dtype: torch.dtype) -> None:
-        """Memory for every weight without touching it."""
+        """Gives every weight untouched memory, which is enough for tracing."""
         self._fill(dtype, None)
 
     def _fill(self, dtype: torch.dtype, source: WeightSource | None) -> None:
@@ -63,21 +63,21 @@ class DraftPlan(Draft):
             fill_weights(part, plan_weights(part, recipe), source)
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says about the draft."""
+        """The draft's entry in ``manifest.json``."""
         return {**self.config.manifest, "taps": list(self.taps), "chain": self.chain}
 
 
 def plan_draft(options: ExportOptions, spec: TargetSpec, facts: ModelFacts) -> DraftPlan | None:
-    """Fits the draft that the options ask for to a target; ``None`` if they ask for none.
+    """Fits the draft in the options to a target; returns ``None`` if the options have no draft.
 
     Args:
-        options: what was asked for.
+        options: options of the export.
         spec: the target.
         facts: the target's sizes, after its layers were cut.
 
     Raises:
         UsageError: the chain is out of range, or the options conflict.
-        ExportError: the draft's folder is broken, asks for what is not implemented, or does not fit the target.
+        ExportError: the draft's folder is broken, needs something that is not implemented, or does not fit the target.
     """
     check_options(options)
     if not options.speculates:
@@ -127,7 +127,7 @@ def _check_fit(files: DraftFiles, facts: ModelFacts, taps: tuple[int, ...]) -> N
 
 
 def _random_plan(spec: TargetSpec, facts: ModelFacts, chain: int) -> DraftPlan:
-    """A draft of the size that one for this target would have, with every part that published drafts have."""
+    """A random draft with a typical size for this target and every part of published drafts."""
     first = next(state for state in facts.states if isinstance(state, AttentionState))
     size = min(RANDOM_VOCAB_SIZE, max(1, facts.vocab_size // 2))
     config = DraftConfig(

@@ -1,4 +1,4 @@
-"""How long sequences and forwards may be: defaults, bounds, and what to say when a flag is out of them."""
+"""Lengths of sequences and forwards: their defaults and bounds, and errors for options outside the bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from flashpte.export.state.model_state import state_bytes
 
 
 def sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts) -> int:
-    """Positions that the caches hold: the option's, or the target's default, at most what the model was made for."""
+    """Positions that the caches hold: the option's value, or the target's default limited to the model's positions.
+
+    Raises:
+        UsageError: the option is less than 2 or more than the model's positions.
+        ExportError: the default is less than 2.
+    """
     if options.max_seq_len is None:
         default = min(spec.small_max_seq_len if options.small else spec.max_seq_len, facts.max_positions)
         if default < 2:
@@ -34,7 +39,11 @@ def sequence_length(spec: TargetSpec, options: ExportOptions, facts: ModelFacts)
 
 
 def check_cache_size(layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype) -> None:
-    """Raises an ExportError if the caches are larger than this machine's memory."""
+    """Checks that the caches fit in this machine's memory.
+
+    Raises:
+        ExportError: they do not.
+    """
     needed = state_bytes(layers, max_seq_len, dtype)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -45,7 +54,7 @@ def check_cache_size(layers: Sequence[LayerState], max_seq_len: int, dtype: torc
 
 
 def forward_bound(spec: TargetSpec, facts: ModelFacts, max_seq_len: int, draft: DraftPlan | None) -> tuple[int, str]:
-    """Most tokens that one forward may hold, and what says so."""
+    """Most tokens of one forward, and the reason for that limit."""
     bounds = [(max_seq_len, "the sequence length")]
     if facts.window is not None:
         bounds.append((facts.window, "the sliding window"))
@@ -57,7 +66,12 @@ def forward_bound(spec: TargetSpec, facts: ModelFacts, max_seq_len: int, draft: 
 
 
 def prefill_chunk(spec: TargetSpec, options: ExportOptions, facts: ModelFacts, limit: int, reason: str) -> int:
-    """Most tokens of one prefill call; ``limit`` and ``reason`` come from :func:`forward_bound`."""
+    """Most tokens of one prefill call; ``limit`` and ``reason`` come from :func:`forward_bound`.
+
+    Raises:
+        UsageError: the option is out of range.
+        ExportError: the model or the target leaves no possible length.
+    """
     least = max(MIN_PREFILL_CHUNK, spec.min_forward)
     if facts.window is not None and facts.window < least:
         raise ExportError(f"the model's sliding_window is {facts.window}, must be at least {least}")
@@ -72,10 +86,10 @@ def prefill_chunk(spec: TargetSpec, options: ExportOptions, facts: ModelFacts, l
 
 
 def check_verify_window(spec: TargetSpec, options: ExportOptions, window: int | None, limit: int, reason: str) -> None:
-    """Checks the tokens of one target_verify call against the target, the draft and the kernel.
+    """Checks the number of tokens of one target_verify call against the target, the draft and the kernel.
 
     Raises:
-        UsageError: there are too few or too many.
+        UsageError: ``window`` is too small or too large.
     """
     if window is None:
         return

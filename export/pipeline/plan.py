@@ -1,4 +1,4 @@
-"""What an export will be: a model without memory for its weights, and all that is decided before they are read."""
+"""Plans an export: builds the model without memory for its weights and makes all decisions before they are read."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 @dataclasses.dataclass(frozen=True)
 class ExportPlan:
-    """A model on the meta device and everything that is decided before its weights are read.
+    """A model on the meta device and all decisions that precede reading its weights.
 
     Attributes:
-        options: what was asked for.
+        options: options of the export.
         model: the causal language model; its weights are on the meta device until :func:`export_programs`.
         facts: its sizes and token ids.
         config: fields of the config that the model was built from.
         total_layers: layers before ``options.layers`` cut them.
         max_seq_len: positions that the caches hold.
         methods: the methods to export.
-        recipe: which format each weight gets.
+        recipe: assigns a format to each weight.
         weights: the model's weights, each with its format.
-        source: where they come from: an opened checkpoint, its tensors checked against the model by name and shape, or
-            a seed; ``None`` for an export that can only be traced.
-        draft: the draft head, likewise; ``None`` without one.
+        source: source of the weights: an opened checkpoint, already checked against the model by name and shape, or a
+            seed; ``None`` for an export that can only be traced.
+        draft: plan of the draft head; ``None`` without one.
     """
 
     options: ExportOptions
@@ -73,12 +73,12 @@ class ExportPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of activations, and of what has no other: weights without a rule of their own, caches, logits."""
+        """Dtype of activations, caches, logits and all weights without a rule of their own."""
         return DTYPES[self.options.dtype]
 
     @property
     def constant_methods(self) -> dict[str, Any]:
-        """See :func:`flashpte.export.models.methods.constant_methods`, and ``draft_constants`` for those of a draft."""
+        """Values of the constant methods; see ``methods.constant_methods`` and ``eagle3_methods.draft_constants``."""
         values = constant_methods(
             self.methods,
             max_seq_len=self.max_seq_len,
@@ -95,7 +95,7 @@ class ExportPlan:
 
     @property
     def states(self) -> tuple[StateRules, ...]:
-        """What a runner must know about the state of each layer, the draft's last."""
+        """Rules for the state of each layer; the draft's come last."""
         target = state_rules(self.facts.states, TARGET_STATE)
         return (
             target
@@ -109,7 +109,7 @@ class ExportPlan:
         return () if self.options.checkpoint is None else tuple(tokenizer_files(self.options.checkpoint))
 
     def manifest(self) -> dict[str, Any]:
-        """What manifest.json says about the model; holds no path, so equal exports have equal manifests."""
+        """The model's entries in ``manifest.json``; they hold no path, so equal exports have equal manifests."""
         options = self.options
         weights: Any = None
         if options.checkpoint is not None:
@@ -136,11 +136,11 @@ class ExportPlan:
 
 
 def plan_export(options: ExportOptions) -> ExportPlan:
-    """Builds the model without memory for its weights and checks everything that needs none.
+    """Builds the model without memory for its weights and makes all checks that do not need the weights.
 
     Raises:
         UsageError: an option is unknown, out of the model's range, or conflicts with another.
-        ExportError: the config or the checkpoint is missing, broken, or does not fit the target.
+        ExportError: the config or the checkpoint is missing, is broken, or does not fit the target.
     """
     spec = get_target(options.target)
     check_options(options)

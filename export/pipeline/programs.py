@@ -1,7 +1,7 @@
-"""From a plan to a lowered model, in stages that can be called one by one.
+"""Turns a plan into a lowered model, in stages that can be called one by one.
 
 ``plan_export`` -> ``export_programs`` -> ``replace_attention`` -> ``flashpte.export.lowering.lower``.
-``export_model`` runs what follows the plan; ``preview_routing`` stops before weights are read and code is generated.
+``export_model`` runs all stages after the plan; ``preview_routing`` reads no weights and generates no code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[str], None]
 
 
 def load_weights(plan: ExportPlan) -> None:
-    """Gives the plan's model its weights: the checkpoint's, random ones, or (to trace only) uninitialised memory."""
+    """Gives the plan's model its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory."""
     fill_weights(plan.model, plan.weights, plan.source)
     if plan.draft is not None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
@@ -44,7 +44,7 @@ def export_programs(
 
     Args:
         plan: from :func:`plan_export`.
-        trace_only: leave the weights uninitialised: graphs are right, results are not.
+        trace_only: leave the weights uninitialized; the graphs are right, but their results are not.
         progress: called with the name of each stage.
 
     Returns:
@@ -73,12 +73,15 @@ def export_programs(
 def replace_attention(
     programs: Mapping[str, ExportedProgram], progress: Progress | None = None, keep: Collection[str] = ()
 ) -> tuple[dict[str, ExportedProgram], dict[str, RoutingReport]]:
-    """Runs :func:`flashpte.passes.replace_sdpa` on every program; the input is left as it was.
+    """Runs :func:`flashpte.passes.replace_sdpa` on every program; does not change the input programs.
 
     Args:
         programs: methods by name.
         progress: called with the name of each stage.
-        keep: methods to hand on as they are; they are not in the reports.
+        keep: methods to return unchanged, without a report.
+
+    Returns:
+        The new programs and the routing reports, by method.
     """
     from flashpte.passes import replace_sdpa
 
@@ -94,14 +97,14 @@ def replace_attention(
 
 
 def preview_routing(plan: ExportPlan, *, progress: Progress | None = None) -> dict[str, RoutingReport]:
-    """What the replace pass does to each method of a plan; reads no weights and writes nothing."""
+    """Routing reports of the replace pass for each method of a plan; reads no weights and writes nothing."""
     programs = export_programs(plan, trace_only=True, progress=progress)
     return replace_attention(programs, progress, plan.kept_attention)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What :func:`export_model` leaves behind: the lowered files and, by method, what the pass did."""
+    """The result of :func:`export_model`: the lowered files and, by method, the reports of the replace pass."""
 
     lowered: LoweredModel
     reports: dict[str, RoutingReport]
@@ -115,12 +118,12 @@ def export_model(
     format: Format = "pte",
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Exports, replaces and lowers; ``export-model --help`` describes the same for a command line.
+    """Exports the programs, replaces attention and lowers them; ``export-model --help`` describes the command line.
 
     Args:
         plan: from :func:`plan_export`, with a checkpoint or a random seed.
-        output_dir: folder to make; it appears when everything in it is complete.
-        arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, else ``sm_90``.
+        output_dir: folder to write; it appears when everything in it is complete.
+        arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, or ``sm_90`` without a GPU.
         format: ``"pte"``, or ``"pt2"`` for one method as a plain AOTInductor package.
         progress: called with the name of each stage.
 
@@ -132,7 +135,7 @@ def export_model(
     from flashpte.export.lowering.preflight import check_surroundings
 
     check_has_weights(plan.options)
-    check_surroundings(output_dir, plan.extra_files)  # lower asks again, but minutes from now
+    check_surroundings(output_dir, plan.extra_files)  # ``lower`` checks again, but only minutes later
     programs = export_programs(plan, progress=progress)
     reports: dict[str, RoutingReport] = {}
     if plan.options.attention == "flashpte":

@@ -53,7 +53,7 @@ def test_rope_that_depends_on_the_input_is_refused(tiny, rope_type):
 
 
 def test_quantised_checkpoints_are_refused(tiny):
-    with pytest.raises(ExportError, match=r"quantised checkpoint \(fp8\)"):
+    with pytest.raises(ExportError, match=r"quantized checkpoint \(fp8\)"):
         hugging_face.build({**tiny("llama"), "quantization_config": {"quant_method": "fp8"}})
 
 
