@@ -1,9 +1,9 @@
 # make demo   sets up .venv and exports the built-in small Gemma 4 to demo-output/model.pte (no GPU needed)
 # make test   sets up .venv and runs the tests that need no GPU
-# make test-fast  the tests of a second or less: no lowering, no interpreted kernels
-# make test-sweep the cases of wide grids that make test leaves out (tests/support/grids.py)
-# make test-gpu   the tests that need a GPU
-# make lint   formatting, lint, types
+# make test-fast  runs the tests that take a second or less: no lowering, no interpreted kernels
+# make test-sweep runs the cases of wide grids that make test leaves out (tests/support/grids.py)
+# make test-gpu   runs the tests that need a GPU
+# make lint   checks formatting, lint and types
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS)
 demo: $(VENV)/.installed
 	$(BIN)/export-model --target gemma4-31b --small --random-weights --verify-window 4 --output-dir $(DEMO_OUTPUT)
 
-# Triton decides between compiling and interpreting when a kernel is decorated, so each needs a process of its own.
+# Triton chooses between compiling and interpreting when a kernel is decorated, so each mode needs its own process.
 test: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not sweep" tests/kernels
 	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep"
@@ -49,7 +49,7 @@ check-tools:
 	  { echo "the venv module of $(PYTHON) is missing: install it (Debian: apt install python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is missing: install it (Debian: apt install g++)"; exit 1; }
 
-# --no-compile: of the 20,000 modules that are installed, Python compiles those that are used when they are first used.
+# --no-compile: 20,000 modules are installed; Python compiles the few that are used at their first import.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | check-tools
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,7 +1,7 @@
 """Maps the top-level folders to one import package, ``flashpte``; everything else is in pyproject.toml.
 
-``package_dir`` with a list of packages spelled out works in an editable install and then misses a new
-subpackage in the wheel, so each room's subpackages are collected here.
+A hand-written list of packages works in an editable install, but the wheel would miss a new subpackage. So this file
+collects each room's subpackages.
 """
 
 from setuptools import find_packages, setup

@@ -1,4 +1,4 @@
-"""The same pass for plain AOTInductor: write a .pt2 anywhere, run it from Python on a GPU.
+"""The replace pass for plain AOTInductor: write a .pt2 anywhere, then run it from Python on a GPU.
 
 python examples/own_model_to_pt2.py build model-folder     # needs no GPU
 python examples/own_model_to_pt2.py run model-folder       # on a GPU, same torch version
@@ -28,7 +28,7 @@ class Encoder(torch.nn.Module):
 
 
 def model_and_inputs():
-    """The same module and inputs in both runs."""
+    """The module and inputs, the same for ``build`` and ``run``."""
     torch.manual_seed(0)
     model = Encoder().to(torch.bfloat16).eval().requires_grad_(False)
     x = torch.randn(BATCH, 300, HEADS * HEAD_DIM, dtype=torch.bfloat16)

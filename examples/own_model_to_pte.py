@@ -1,8 +1,8 @@
-"""The replace pass inside your own export script: your module, your masks, one call.
+"""The replace pass in your own export script: your module, your masks, one call.
 
     python examples/own_model_to_pte.py OUTPUT_DIR
 
-Needs no GPU. The module below knows nothing of flashpte: it calls scaled_dot_product_attention with a dense mask over
+Needs no GPU. The module below does not depend on flashpte: it calls scaled_dot_product_attention with a dense mask over
 its whole cache, as exported models do.
 """
 
@@ -59,7 +59,7 @@ def main(output_dir: str) -> None:
         programs[name], reports[name] = replace_sdpa(program)
     print(format_table(reports))
 
-    # Both methods in one call, so that the .pte holds one KV cache for them.
+    # Lower both methods in one call, so that they share one KV cache in the .pte.
     lowered = lower(programs, output_dir=output_dir, arch="sm_90")
     print(f"{', '.join(lowered.methods)} for {lowered.arch} in {output_dir}")
 

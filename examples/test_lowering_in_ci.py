@@ -1,4 +1,4 @@
-"""A lowering test for your CI: no GPU needed, fails when attention stops reaching the kernels.
+"""A lowering test for your CI: needs no GPU, and fails when attention no longer reaches the kernels.
 
 pytest examples/test_lowering_in_ci.py
 """
