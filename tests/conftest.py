@@ -1,4 +1,4 @@
-"""Which tests can run in this process, and memory that punishes reading what nobody wrote."""
+"""Marks and skips tests that cannot run in this process, and fills uninitialized memory with NaN."""
 
 from __future__ import annotations
 

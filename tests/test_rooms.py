@@ -1,4 +1,4 @@
-"""The rooms of the package, drawn from its imports: nothing imports a room above its own."""
+"""The rooms of the package and their imports: no room imports one above its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of every supported architecture, and exports to run: made elsewhere, or made here."""
+"""Tiny Hugging Face models of every supported architecture, and exports to run, made here or on another machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = {
         "num_key_value_heads": 2,
         "head_dim": 16,
     },
-    # full attention below, sliding above
+    # full attention first, then sliding
     "qwen3-sliding": {
         **_SIZES,
         "model_type": "qwen3",
@@ -72,13 +72,13 @@ TARGETS = {"llama": "hf", "qwen3": "hf", "qwen3-sliding": "hf", "gemma4": "gemma
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Fields of a tiny config by name; a copy, free to change."""
+    """Fields of a tiny config, by name; the result is a copy that tests may change."""
     return lambda name: copy.deepcopy(TINY[name])
 
 
 @pytest.fixture(scope="session")
 def reference():
-    """A Hugging Face model with its own attention; large random weights, norms and scalars away from one."""
+    """A Hugging Face model with its own attention and large random weights; norms and scalars differ from 1."""
 
     def build(fields):
         config_class, model_class = CLASSES[fields["model_type"]]
@@ -110,7 +110,7 @@ MODELS = {
     "llama-pt2": ["--target", "hf", "--max-prefill-chunk", "512", "--method", "prefill", "--format", "pt2"],
 }
 COMMON = ["--random-weights", "--max-seq-len", "4096"]
-# A head of its own: with random weights, one that is tied to the embedding repeats the last token for ever.
+# An untied head: with random weights, a head tied to the embedding repeats the last token forever.
 UNTIED = {**GEMMA4_SMALL, "tie_word_embeddings": False}
 LLAMA = {
     "model_type": "llama",
@@ -127,7 +127,7 @@ CONFIGS = {"llama": LLAMA, "llama-pt2": LLAMA, "gemma-draft": UNTIED}
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    """The folder of an export by name; from ``FLASHPTE_GPU_MODELS``, where a machine without a GPU may have made it."""
+    """The folder of an export, by name; ``FLASHPTE_GPU_MODELS`` may hold exports made on a machine without a GPU."""
     made: dict[str, Path] = {}
     given = os.environ.get("FLASHPTE_GPU_MODELS")
 
@@ -165,7 +165,7 @@ class Ended:
 
 @pytest.fixture(scope="session")
 def run_model_process():
-    """Calls ``run-model`` in a process of its own: one that fails on the GPU cannot be used afterwards."""
+    """Calls ``run-model`` in its own process, because a process cannot use the GPU after an error on it."""
 
     def call(*arguments, **environment):
         code = "import sys; from flashpte.export.cli import run_main; sys.exit(run_main())"

@@ -1,4 +1,4 @@
-"""Attention problems that tests and benchmarks share: inputs, masks, the float64 answer and the allowed error."""
+"""Attention problems for tests and benchmarks: inputs, masks, the float64 answer and the allowed error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LAYOUTS = ("contiguous", "blhd", "sliced", "expanded")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention problem. ``layout`` says how key and value lie in memory (see :func:`keys_in`)."""
+    """One attention problem; ``layout`` is the memory layout of keys and values (see :func:`keys_in`)."""
 
     q_len: int
     kv_len: int
@@ -86,7 +86,7 @@ class Problem:
     def call(
         self, dim_order: tuple[int, ...] = (0, 2, 1, 3), intervals: Intervals | None = None, **changes
     ) -> AttentionCall:
-        """As launchers take it; with ``intervals`` instead of the mask, where there are any."""
+        """The problem as launchers take it; given intervals replace the mask."""
         mask = self.mask if intervals is None else None
         causal = self.is_causal and intervals is None
         call = AttentionCall(self.query, self.key, self.value, self.scale, causal, dim_order, mask, intervals)
@@ -94,7 +94,7 @@ class Problem:
 
 
 def positions(case: Case) -> torch.Tensor:
-    """Positions ``[L_q]`` of the query rows: the end of a context that fills most of the buffer."""
+    """Positions int64 ``[L_q]`` of the query rows, at the end of a context that fills most of the buffer."""
     context = max(case.q_len, min(case.kv_len, case.kv_len - case.kv_len // 5))
     return torch.arange(case.q_len) + context - case.q_len
 
@@ -122,7 +122,7 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         case "bool_window":
             return context & (keys > pos - window)
         case "bool_ring":
-            # A ring of kv_len slots after it wrapped: live keys at both ends, dead ones in between.
+            # A ring of kv_len slots after it wrapped: live keys at both ends, dead keys between them.
             slot_pos = keys + torch.div(pos.max() + kv_len // 3 - keys, kv_len, rounding_mode="floor") * kv_len
             distance = pos + kv_len // 3 - slot_pos
             return ((slot_pos >= 0) & (distance >= 0) & (distance < max(1, kv_len // 2)))[None, None]
@@ -153,7 +153,7 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
         case "float_all_min":
             return torch.full((1, 1, q_len, kv_len), minimum, dtype=case.dtype)
         case "float_min_rows":
-            # Even rows hold nothing but the dtype's minimum, which is finite: such a row is the mean of the values.
+            # Even rows hold only the dtype's minimum, which is finite: their result is the mean of the values.
             mask = noise(1, 1, q_len, kv_len)
             mask[:, :, ::2] = minimum
             return mask
@@ -161,7 +161,7 @@ def make_mask(case: Case, generator: torch.Generator) -> torch.Tensor | None:
 
 
 def make_intervals(kind: str, case: Case) -> Intervals:
-    """A mask given as intervals over a case's keys; what :meth:`Intervals.dense` makes of it is the definition."""
+    """A mask given as intervals over a case's keys; :meth:`Intervals.dense` defines it."""
     generator = torch.Generator().manual_seed(case.seed)
     q_len, kv_len = case.q_len, case.kv_len
     pos, keys = positions(case), torch.arange(kv_len)
@@ -220,9 +220,9 @@ def with_intervals(case: Case, kind: str, device: str = "cpu") -> tuple[Problem,
 
 
 def keys_in(layout: str, batch: int, heads: int, length: int, dim: int, dtype, generator) -> torch.Tensor:
-    """Random ``[B, H_kv, L, D]`` whose memory is laid out as named; memory around a view holds NaN.
+    """Random ``[B, H_kv, L, D]`` with the named memory layout; memory around a view holds NaN.
 
-    ``blhd`` is a ``[B, L, H, D]`` cache seen transposed, ``sliced`` the live part of a larger buffer, ``expanded`` one
+    ``blhd`` is a transposed ``[B, L, H, D]`` cache, ``sliced`` the live part of a larger buffer, and ``expanded`` one
     batch entry repeated with stride 0.
     """
     data = torch.randn(batch, heads, length, dim, generator=generator).to(dtype)
@@ -239,7 +239,7 @@ def keys_in(layout: str, batch: int, heads: int, length: int, dim: int, dtype, g
 
 
 def _to(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
-    """Moves a view to ``device`` with its strides, and the memory around it, as they are."""
+    """Moves a view to ``device`` with its strides and the memory around it."""
     if tensor is None or device == "cpu":
         return tensor
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
@@ -275,13 +275,13 @@ def exact(problem: Problem) -> torch.Tensor:
 def written_out(problem: Problem, dims: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Attention in float32 with every sum written out: one accumulator, one term after the other, in a given order.
 
-    No matrix product takes part, so that it is the same on every processor: additions, multiplications and divisions of
-    float32 are exactly rounded everywhere, and only a BLAS adds up in an order of its own.
+    It uses no matrix product, so the result is the same on every processor: float32 additions, multiplications and
+    divisions are exactly rounded everywhere; only a BLAS adds in an order of its own.
 
     Args:
-        problem: what to compute.
-        dims: int64 ``[D]``, the order in which head dims are summed.
-        keys: int64 ``[L_kv]``, the order in which keys are.
+        problem: the problem.
+        dims: int64 ``[D]``, the order in which to sum head dims.
+        keys: int64 ``[L_kv]``, the order in which to sum keys.
 
     Returns:
         float32 ``[B, H_q, L_q, D_v]``.
@@ -311,7 +311,7 @@ def written_out(problem: Problem, dims: torch.Tensor, keys: torch.Tensor) -> tor
 
 
 def plain_error(problem: Problem, answer: torch.Tensor) -> float:
-    """The largest error of :func:`written_out` in four orders: forwards, backwards and two at random."""
+    """The largest error of :func:`written_out` over four orders: forwards, backwards and two random ones."""
     generator = torch.Generator().manual_seed(0)
 
     def orders(count: int) -> list[torch.Tensor]:
@@ -330,12 +330,12 @@ def two_ulp(problem: Problem, answer: torch.Tensor) -> float:
 
 
 def check(problem: Problem, out: torch.Tensor) -> float:
-    """Asserts that ``out`` is near enough to the float64 answer; returns error over bound.
+    """Asserts that ``out`` is close enough to the float64 answer; returns error over bound.
 
-    The bound is 2 ulp of the output dtype at the largest value, or twice :func:`plain_error` if that is more. The
-    yardstick is not PyTorch's math backend, because that is a BLAS: how exact one is depends on how many partial sums
-    the processor's instructions keep, and its largest error in a few rows is a matter of luck. The same correct program
-    was at 1.6 times twice the error of the math backend under AVX-512, and below it under AVX2.
+    The bound is 2 ulp of the output dtype at the largest value, or twice :func:`plain_error` if that is more. PyTorch's
+    math backend is no yardstick, because it is a BLAS: its accuracy depends on how many partial sums the processor's
+    instructions keep, and its largest error in a few rows is a matter of luck. One correct program had 1.6 times twice
+    the math backend's error under AVX-512, and less than twice that error under AVX2.
     """
     answer = exact(problem)
     assert out.dtype == problem.query.dtype

@@ -1,4 +1,4 @@
-"""Compiling kernels for a named arch on a machine with no GPU: launchers run, kernels compile, nothing is launched."""
+"""Compiles kernels for a named arch on a machine without a GPU: launchers run, kernels compile, nothing is launched."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Compiled:
 
 
 class ReachedLlvmError(Exception):
-    """Carries Triton's last intermediate code of its own (TTGIR), where compiling is to end there."""
+    """Carries the last intermediate code of Triton itself (TTGIR), to end compiling there."""
 
 
 def _end_at_llvm(*stage: Any) -> tuple[str, str] | None:
-    """What Triton asks for a key when given nothing, else to change the stages of compiling."""
+    """A Triton hook: returns a cache key without arguments, or else changes the stages of compiling."""
     if not stage:
         return "end at llvm", "end at llvm"
 
@@ -47,15 +47,15 @@ def _end_at_llvm(*stage: Any) -> tuple[str, str] | None:
 def compiling_for(arch: str, to_the_end: bool = True) -> Iterator[list[Any]]:
     """Inside, launchers given CPU tensors compile their kernels for ``arch`` and append them to the list.
 
-    The list holds :class:`Compiled`, or unless ``to_the_end`` pairs of a kernel's name and its TTGIR, which takes a
-    fraction of the time.
+    The list holds :class:`Compiled`. Without ``to_the_end`` it holds pairs of a kernel's name and its TTGIR, which
+    takes a fraction of the time.
     """
     compiled: list[Any] = []
 
     class CompileOnly:
         def __init__(self, kernel):
             self.kernel = kernel
-            # Remembers the arch that it was first compiled for, whatever it is compiled for later.
+            # It remembers the first arch that it was compiled for.
             kernel.device_caches.clear()
 
         def __getitem__(self, grid):
@@ -88,7 +88,7 @@ def compiling_for(arch: str, to_the_end: bool = True) -> Iterator[list[Any]]:
         for module in (split_k.tuning,):
             stack.callback(setattr, module, "current_arch", module.current_arch)
             module.current_arch = lambda device: tuning.limits(arch)
-        # Remembers the first arch's limit, and would check later archs against it.
+        # It remembers the first arch's limit and would check later archs against it.
         stack.callback(triton_compiler.max_shared_mem.cache_clear)
         triton_compiler.max_shared_mem.cache_clear()
         backend = triton.backends.backends["nvidia"]

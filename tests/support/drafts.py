@@ -1,4 +1,4 @@
-"""EAGLE-3 draft heads for tests: checkpoints of both families on disk, and the same maths written plainly, uncached."""
+"""EAGLE-3 draft heads for tests: checkpoints of both families on disk, and the same math in plain, uncached form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYER = {
 
 
 def speculators_config(layer=None, **fields):
-    """A config.json of vLLM's speculators library."""
+    """A config.json as vLLM's speculators library writes it."""
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
@@ -59,12 +59,12 @@ def flat_config(**fields):
 
 
 def settings(config):
-    """The config's flags and its layer's fields as one mapping, whatever the family."""
+    """The config's flags and its layer's fields as one mapping, for either family."""
     return {**config, **config.get("transformer_layer_config", {}), **config.get("eagle_config", {})}
 
 
 def draft_tensors(config, taps=3, target_hidden=HIDDEN, seed=11):
-    """Random tensors, d2t and t2d among them, by the names that both families share (``layer.*`` in the one layer)."""
+    """Random tensors, including d2t and t2d, by the names common to both families (``layer.*`` for the layer)."""
     s = settings(config)
     hidden, inner, width = s["hidden_size"], s["intermediate_size"], taps * target_hidden
     q, kv = s["num_attention_heads"] * s["head_dim"], s["num_key_value_heads"] * s["head_dim"]
@@ -109,7 +109,7 @@ def draft_tensors(config, taps=3, target_hidden=HIDDEN, seed=11):
 
 
 def write_draft(folder, config, tensors, prefix=None, shards=1):
-    """Writes a checkpoint; ``prefix`` names the layer (default: as the config's family does)."""
+    """Writes a checkpoint; ``prefix`` names the layer (default: that of the config's family)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     prefix = prefix or ("layers.0." if "speculators_model_type" in config else "midlayer.")
@@ -136,7 +136,7 @@ def _norm(x, weight, eps):
 
 
 class ReferenceDraft:
-    """EAGLE-3 as its paper and the checkpoints' flags define it, for a whole sequence at once and without a cache."""
+    """EAGLE-3 as its paper and the checkpoints' flags define it, for a whole sequence at once, without a cache."""
 
     def __init__(self, config, tensors, embedding):
         self.s, self.t, self.rope_scale = settings(config), tensors, 1.0
@@ -150,7 +150,7 @@ class ReferenceDraft:
         return _norm(x, self.t[f"{name}.weight"], self.s["rms_norm_eps"])
 
     def fuse(self, taps):
-        """Hidden states [T, C_t] -> features [T, C]."""
+        """Fuses hidden states [T, C_t] to features [T, C]."""
         if self.s.get("fc_norm"):
             taps = [self.norm(tap, f"fc_norm.{i}") for i, tap in enumerate(taps)]
         joined = torch.cat(list(taps), -1)
@@ -165,13 +165,13 @@ class ReferenceDraft:
         if kind == "linear":
             frequencies /= rope["factor"]
         if kind == "llama3":
-            # long waves are slowed down by the factor, short ones are not, with a ramp in between
+            # long wavelengths are scaled by the factor, short ones are not; there is a ramp between them
             turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             share = ((turns - low) / (high - low)).clamp(0, 1)
             frequencies = share * frequencies + (1 - share) * frequencies / rope["factor"]
         if kind == "yarn":
-            # slowed down from the pair of dims that turns beta_slow times in the original length, kept up to beta_fast
+            # scaled from the dim pair that turns beta_slow times in the original length; unscaled up to beta_fast
             original = rope["original_max_position_embeddings"]
             low, high = (
                 d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -184,7 +184,7 @@ class ReferenceDraft:
         return frequencies
 
     def rotate(self, x):
-        """[T, H, D] at positions 0..T-1."""
+        """Rotates x [T, H, D] for positions 0..T-1."""
         angles = torch.outer(torch.arange(len(x)).double(), self.frequencies())
         cos, sin = (self.rope_scale * f(angles).float()[:, None].repeat(1, 1, 2) for f in (torch.cos, torch.sin))
         half = x.shape[-1] // 2
@@ -207,7 +207,7 @@ class ReferenceDraft:
         return self.linear(torch.einsum("hqk,khd->qhd", weights, v).flatten(1), "layer.self_attn.o_proj")
 
     def step(self, tokens, features):
-        """Tokens [T] after the features [T, C] of positions 0..T-1 -> logits [V_d] of the last row, its feature [C]."""
+        """Maps tokens [T] after features [T, C] of positions 0..T-1 to the last row's logits [V_d] and feature [C]."""
         e = self.norm(self.embedding[tokens], "layer.input_layernorm")
         f = self.norm(features, "layer.hidden_norm")
         h = (f if self.s.get("norm_before_residual") else features) + self.attention(torch.cat((e, f), -1))
@@ -219,7 +219,7 @@ class ReferenceDraft:
         return (n @ head.T)[-1], (n if self.s.get("norm_output") else g)[-1]
 
     def chain(self, tokens, taps, count):
-        """Proposals after a sequence: tokens [n] and the taps [n - 1, C_t] of all but the last."""
+        """Proposals after a sequence, from its tokens [n] and the taps [n - 1, C_t] of all but the last token."""
         features, tokens, proposals = self.fuse(taps), tokens[1:].clone(), []
         for _ in range(count):
             logits, feature = self.step(tokens, features)

@@ -14,8 +14,8 @@ LONGEST = 512
 class DynamicAttention(torch.nn.Module):
     """``forward(x [1, T, WIDTH], input_pos [T])``: layers over caches ``[1, KEYS, H_kv, D]`` with two masks.
 
-    Even layers are causal, which is proven; the mask of odd layers has holes and stays a tensor. The rotation of the
-    queries makes a tensor that eager PyTorch and Inductor lay out in different ways.
+    Even layers have a causal mask, which is proven. The mask of odd layers has holes and stays a tensor. Eager PyTorch
+    and Inductor lay out the rotated queries in different ways.
     """
 
     def __init__(self, layers: int = 2, dtype: torch.dtype = torch.bfloat16):

@@ -1,4 +1,4 @@
-"""A program that runs on a CPU: the methods of an export as eager PyTorch, in the place of compiled ones."""
+"""A program that runs on a CPU: the methods of an export in eager PyTorch, instead of compiled ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashpte.export.state.model_state import ModelState
 
 
 def signatures(methods, vocabulary=512, dtype=torch.bfloat16, feature_size=None):
-    """Signatures of ``{name: (fewest, most)}`` tokens; with a draft's ``feature_size``, of a program with a draft."""
+    """Signatures of methods ``{name: (fewest, most tokens)}``; ``feature_size`` is that of a program with a draft."""
     found = {}
     for name, (low, high) in methods.items():
         size, dynamic = (low, {}) if low == high else ((low, high), "s0")
@@ -38,11 +38,11 @@ def signatures(methods, vocabulary=512, dtype=torch.bfloat16, feature_size=None)
 
 
 class EagerProgram:
-    """Methods of a plan's model over one cache, called as those of a ``Program``.
+    """Methods of a plan's model over one cache, called like those of a ``Program``.
 
-    Tests make it wrong: ``unshared`` names a method that gets a cache of its own for one layer, ``swapped`` one whose
-    inputs change places, ``late`` one whose positions are off by one, ``restarted`` one whose every call counts them
-    from 0.
+    Options make it wrong. ``unshared`` names a method with its own cache for one layer, ``swapped`` one with swapped
+    inputs, ``late`` one whose positions are off by one, and ``restarted`` one that counts positions from 0 in every
+    call.
     """
 
     def __init__(self, plan, *, unshared=None, swapped=None, late=None, restarted=None):
@@ -107,7 +107,7 @@ class EagerProgram:
 
 
 def small_plan(**options):
-    """The built-in small Gemma 4 with random weights, in bfloat16; with ``chain`` a random draft."""
+    """The built-in small Gemma 4 with random weights in bfloat16; with ``chain``, a random draft too."""
     defaults = dict(target="gemma4-31b", small=True, random_seed=0)
     if "chain" not in options:
         defaults["verify_window"] = 5

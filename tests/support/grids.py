@@ -1,8 +1,8 @@
-"""The tiers: which cases of a wide grid are marked ``sweep``, for ``make test-sweep``, and which tests ``slow``.
+"""The tiers of tests: which cases of a wide grid are marked ``sweep`` (``make test-sweep``), and which tests ``slow``.
 
-A grid crosses shapes, archs or masks with each other, and most of its cases repeat what others show. Those that stay
-cover every value of every axis, and each case in which a fault was once found. Sweep after a change of a kernel, of a
-table of tiles, or of a proof.
+A grid crosses shapes, archs or masks, and most of its cases repeat what others show. The remaining cases cover every
+value of every axis, and each case that once found a fault. Run the sweep after a change to a kernel, a table of tiles
+or a proof.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 
 KEPT = {
-    # Cubins of every tile: the arch that has a kernel of its own, and the two ends of the others.
+    # Cubins of every tile: the arch with its own kernel, and the two ends of the others.
     "test_resources.py::test_no_spills_but_those_listed_and_no_more_shared_memory_than_there_is": (
         r"sm_90-(64|128|256|512)-(decode|verify 16|prefill)-positions|sm_90-(256|512)-verify 5-positions"
         r"|sm_90-320-|sm_90-192-verify of many|sm_90-128-prefill-tensor|sm_90-256-verify 16-tensor"
         r"|sm_80-(128|256)-(verify 16|prefill)-positions|sm_8[69]-512-prefill-positions|sm_120-512-decode-positions"
     ),
     "test_tuning.py::test_choices_compile_within_the_shared_memory_of_their_arch": r"(256|512)-.*-(sm_86|sm_90)",
-    # Interpreted kernels: a second a program of a launch.
+    # Interpreted kernels take one second per program of a launch.
     "test_interpreted.py::test_dispatch_takes_one_kernel": (
         r"(True|False)-(bool_head|float_min_rows|is_causal)-(5|17)|True-(none|bool_context|bool_batch)-(16|40)"
         r"|True-none-1"
@@ -33,10 +33,10 @@ KEPT = {
     # Rewritten programs.
     "test_mask_structure.py::test_proven_masks_are_computed_from_positions": r"5-False-False|40-True-True",
     "test_forms.py::test_ranks": r"-(5|40)-(True|False)",
-    # Processes of their own.
+    # Tests with their own processes.
     "test_endings.py::test_a_signal_in_the_middle": r"2-130|15-143",
 }
-"""By the end of the test's id without its case, a regular expression that finds the cases which stay."""
+"""By the end of the test's id without its case: a regular expression for the cases that stay in ``make test``."""
 
 SLOW = (
     "tests/kernels/test_resources.py",
@@ -61,7 +61,7 @@ SLOW = (
     "tests/passes/test_written_attention.py",
     "tests/test_packaging.py",
 )
-"""How the ids of tests begin which are marked ``slow``: ``make test-fast`` leaves them out."""
+"""Beginnings of the ids of tests that are marked ``slow``, which ``make test-fast`` leaves out."""
 
 
 def is_swept(test: str, case: str) -> bool:

@@ -1,4 +1,4 @@
-"""One launch of each kernel, to run under a memory checker: ``compute-sanitizer python tests/support/memcheck.py``."""
+"""Launches each kernel once under a memory checker: ``compute-sanitizer python tests/support/memcheck.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder as export-model writes it, without the compiled code: files and a manifest that fits them."""
+"""A folder as export-model writes it but without the compiled code: files and a manifest that fits them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_model_folder(
     files: Mapping[str, bytes] | None = None,
     package: str = "pte",
 ) -> Path:
-    """Writes ``files`` and their manifest into ``folder`` and returns it; ``described`` is what a plan adds to it."""
+    """Writes ``files`` and their manifest to ``folder`` and returns it; ``described`` holds a plan's entries."""
     files = files or {"model.pte": b"code", "aoti_cuda_blob.ptd": b"weights"}
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -16,9 +16,9 @@ def module_of(function, *, persistent=True, **parts):
     """A module that calls ``function(module, *inputs)``.
 
     Args:
-        function: what it computes.
+        function: the function to call.
         persistent: whether buffers are part of the state dict.
-        parts: its buffers (tensors), parameters and submodules by name.
+        parts: buffers (tensors), parameters and submodules, by name.
     """
     module = _Module(function)
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Copies of the kernels package with one line changed: a test of the tests."""
+"""Copies of the kernels package with one changed line, to test the tests."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def mutant(folder: Path, file: str, old: str, new: str, module: str) -> ModuleTy
     Args:
         folder: where to put the copy.
         file: path of the changed file in the package, such as ``"primitives.py"``.
-        old: text that must occur in it; every occurrence is replaced.
+        old: text that must occur in the file; every occurrence is replaced.
         new: its replacement.
-        module: which module of the copy to import, such as ``"split_k"``.
+        module: the module of the copy to import, such as ``"split_k"``.
     """
     name = f"mutant_kernels_{next(_COUNTER)}"
     package = folder / name

@@ -1,4 +1,4 @@
-"""Small modules around attention, exported: what the pass tests rewrite."""
+"""Small exported modules around attention, which the pass tests rewrite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashpte.kernels.tuning import tiled_map_block
 
 
 class Attention(torch.nn.Module):
-    """``forward(q, k, v, mask)`` calls SDPA with fixed options and hands the result on as models do."""
+    """``forward(q, k, v, mask)`` calls SDPA with fixed options and returns the result as models do."""
 
     def __init__(self, **options):
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(torch.nn.Module):
 
 
 class CachedLayers(torch.nn.Module):
-    """``layers`` attention layers over caches ``[1, H_kv, L, D]`` with one mask that each of them expands."""
+    """``layers`` attention layers over caches ``[1, H_kv, L, D]``; each layer expands the same mask."""
 
     def __init__(self, layers: int = 3, length: int = 64, heads: int = 4, heads_kv: int = 2, dim: int = 16):
         super().__init__()
@@ -46,7 +46,7 @@ class CachedLayers(torch.nn.Module):
             v_cache.index_copy_(2, pos, new * 2)
             expanded = mask.expand(1, self.heads, -1, -1)
             out = F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=expanded, enable_gqa=True)
-            # A view, which only works on [B, L_q, H, D] memory.
+            # This view works only on [B, L_q, H, D] memory.
             x = out.transpose(1, 2).view(1, length, self.heads * self.dim)
         return x
 
@@ -54,7 +54,7 @@ class CachedLayers(torch.nn.Module):
 def qkv(
     q_len: int = 1, kv_len: int = 64, heads: int = 4, heads_kv: int = 4, dim: int = 16, batch: int = 1, seed: int = 0
 ):
-    """Random ``(query, key, value)``, float32."""
+    """Random float32 ``(query, key, value)``."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, heads, q_len, dim, generator=generator)
     key, value = (torch.randn(batch, heads_kv, kv_len, dim, generator=generator) for _ in range(2))
@@ -62,7 +62,7 @@ def qkv(
 
 
 def exported(module: torch.nn.Module, args: tuple, dynamic_shapes=None) -> ExportedProgram:
-    """Exports for inference."""
+    """Exports a module for inference."""
     with torch.no_grad():
         return export(module.eval(), args, dynamic_shapes=dynamic_shapes)
 
@@ -80,7 +80,7 @@ def cached_program(q_len: int, dynamic: tuple[int, int] | None = None, **options
 
 
 def mask_tensors(program: ExportedProgram, rows, keys: int) -> list[torch.fx.Node]:
-    """Nodes of a program whose result is as large as a mask: ``rows`` by ``keys`` in its last two dimensions."""
+    """Nodes of a program whose result has the size of a mask: ``rows`` by ``keys`` in its last two dimensions."""
     found = []
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -95,7 +95,7 @@ def calls(program: ExportedProgram, name: str) -> list[torch.fx.Node]:
 
 
 class _MapChecker(torch.fx.Interpreter):
-    """Runs a rewritten program and compares every tile map an attention is given with the map of its mask then."""
+    """Runs a rewritten program and compares the tile map of every attention with the map of its current mask."""
 
     def __init__(self, module: torch.fx.GraphModule):
         super().__init__(module)
@@ -126,9 +126,9 @@ class _MapChecker(torch.fx.Interpreter):
 
 
 def check_maps(program: ExportedProgram, args: tuple) -> int:
-    """Asserts that every attention of a rewritten program gets the map of the mask it gets; returns how many have one.
+    """Asserts that every attention of a rewritten program gets the map of its mask; returns the number of maps.
 
-    On a CPU the operators ignore the maps, so that a wrong one would not show in results.
+    On a CPU the operators ignore the maps, so results would not show a wrong one.
     """
     checker = _MapChecker(copy.deepcopy(program.module()))
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""The rooms of the package and who imports whom, read from the source.
+"""The rooms of the package and their imports, read from the source.
 
 Run it to write the picture into ``docs/design.md``::
 
     python tests/support/rooms.py
 
-Every import counts, inside functions and under ``TYPE_CHECKING`` too.
+Every import counts, also inside functions and under ``TYPE_CHECKING``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- rooms: written by tests/support/rooms.py -->", "<!-- end of rooms -->"
 
-# Lowest first: a room imports only rooms above it in this list. A module belongs to the room with the longest name
-# that begins its own.
+# Lowest first: a room imports only rooms above it in this list. A module belongs to the room with the longest name that
+# is a prefix of its own.
 ROOMS = (
     "kernels",
     "passes.graph",
@@ -44,7 +44,7 @@ ROOMS = (
 
 
 def room_of(module: str) -> str | None:
-    """The room of ``flashpte.<...>``; ``None`` for the empty packages that only hold rooms."""
+    """The room of module ``flashpte.<...>``; ``None`` for the empty packages that only hold rooms."""
     name = module.removeprefix("flashpte").removeprefix(".")
     found = [room for room in ROOMS if name == room or name.startswith(f"{room}.")]
     return max(found, key=len, default=None)
@@ -75,7 +75,7 @@ def imported(source: str, known: dict[str, Path]) -> Iterator[str]:
 
 
 def arrows(root: Path = ROOT) -> dict[str, dict[str, list[str]]]:
-    """For each room, the rooms that it imports, each with the modules that do."""
+    """For each room, the rooms that it imports, each with the importing modules."""
     known = modules(root)
     found: dict[str, dict[str, list[str]]] = {room: {} for room in ROOMS}
     for name, path in known.items():
@@ -99,7 +99,7 @@ def _has_code(path: Path) -> bool:
 
 
 def upward(found: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Imports of a room that stands higher; without any there is no cycle either."""
+    """Imports of a higher room; without any there is no cycle either."""
     return [
         line
         for room, others in found.items()
@@ -110,7 +110,7 @@ def upward(found: dict[str, dict[str, list[str]]]) -> list[str]:
 
 
 def picture(found: dict[str, dict[str, list[str]]]) -> str:
-    """A Mermaid graph; an arrow that follows from two others is left out."""
+    """A Mermaid graph, without arrows that follow from two others."""
     reach: dict[str, set[str]] = {}
     for room in ROOMS:
         reach[room] = set(found[room]).union(*(reach.get(other, set()) for other in found[room]))
@@ -123,14 +123,14 @@ def picture(found: dict[str, dict[str, list[str]]]) -> str:
 
 
 def page_with_picture(page: str, drawn: str) -> str:
-    """The page with the picture between its markers."""
+    """The page, with the picture between its markers."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{drawn}\n{END}{after}"
 
 
 def main() -> int:
-    """Prints what is wrong, or draws."""
+    """Prints errors, or writes the picture."""
     found = arrows()
     wrong = [*upward(found), *(f"{name} is in no room" for name in homeless())]
     if wrong:

@@ -1,11 +1,11 @@
-"""Whether a change of the source leaves the exported files as they were.
+"""Shows whether a change of the source leaves the exported files unchanged.
 
 Before the change:  python tests/support/same_bytes.py record before.json
 After it:           python tests/support/same_bytes.py compare before.json
 
-Each case is exported by ``export-model`` in a process of its own. Files are compared by their SHA-256; where they
-differ, the machine code of their kernels is: the ``.text`` sections of each cubin, in which neither a kernel's name nor
-the line of its source stands.
+``export-model`` exports each case in its own process. Files are compared by their SHA-256. Where they differ, the
+machine code of their kernels is compared: the ``.text`` sections of each cubin, which hold neither the kernel's name
+nor its source line.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ CASES = {
     "demo-pt2": (*GEMMA, "--format", "pt2", "--method", "decode"),
     "llama-pt2": (*HF, "--format", "pt2", "--method", "prefill"),
 }
-"""Arguments of ``export-model``, by the name of the case; CONFIG stands for a file that holds ``LLAMA``."""
+"""Arguments of ``export-model``, by case; CONFIG stands for a file that holds ``LLAMA``."""
 
 Digests = dict[str, dict[str, str]]
 
 
 def digests(arguments: tuple[str, ...]) -> Digests:
-    """SHA-256 of the files of one export, and of the machine code of its kernels by method and entry points."""
+    """SHA-256 of one export's files, and of the machine code of its kernels by method and entry points."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, config = Path(scratch) / "out", Path(scratch) / "config.json"
         config.write_text(json.dumps(LLAMA))
@@ -91,7 +91,7 @@ def _sha256(data: bytes) -> str:
 
 
 def differences(before: Digests, after: Digests) -> list[str]:
-    """One line for each file or, in one of the two, kernel that is not the same."""
+    """One line for each file that differs or, if a kernel differs or is missing, for that kernel."""
     found = []
     for kind in ("files", "machine code"):
         for name in sorted({*before[kind], *after[kind]}):
@@ -101,7 +101,7 @@ def differences(before: Digests, after: Digests) -> list[str]:
 
 
 def main() -> int:
-    """Records or compares; returns 0 where all files are the same, or the machine code is with ``--code-only``."""
+    """Records or compares; returns 0 if all files are the same, or with ``--code-only`` if the machine code is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path, help="digests; record adds to a file that exists")

@@ -1,11 +1,11 @@
-"""Whether a change of the source leaves the code of the attention kernels as it was.
+"""Shows whether a change of the source leaves the code of the attention kernels unchanged.
 
 Before the change:  python tests/support/same_kernels.py record before.json
 After it:           python tests/support/same_kernels.py compare before.json
 
-The operators' launchers are called as PyTorch calls them, for calls of every kind on several archs; kernels are
-compiled and not launched. The script compares Triton's last own intermediate code (TTGIR), from which all machine code
-follows, apart from the names of values, the lines of the source and the order of constants. It takes 90 s of CPU time;
+The operators' launchers are called as PyTorch calls them, for all kinds of calls on several archs. Kernels are compiled
+but not launched. The script compares the last intermediate code of Triton itself (TTGIR), from which all machine code
+follows, except for names of values, source lines and the order of constants. It takes 90 s of CPU time;
 ``same_bytes.py`` compares the machine code of whole exports.
 """
 
@@ -32,7 +32,7 @@ CONSTANT = re.compile(r"\s*(%[-\w.$]+) = (arith\.constant .*)")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An operator, a problem and which intervals are its mask (``None``: what the problem has)."""
+    """An operator, a problem, and the intervals that are its mask (``None``: the problem's own mask)."""
 
     op: str
     case: Case
@@ -64,7 +64,7 @@ CALLS = (
 
 
 def digests(arch: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
-    """Of each kernel that the calls compile: its name with the call's, and the SHA-256 of its code."""
+    """Yields, for each kernel that the calls compile, its name with the call's, and the SHA-256 of its code."""
     for number, call in enumerate(CALLS):
         problem, intervals = build(call.case), None
         if call.intervals is not None:
@@ -84,7 +84,7 @@ def digests(arch: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
 
 
 def without_names(code: str) -> str:
-    """TTGIR with values and functions numbered in order, without locations, and with constants where they are used."""
+    """TTGIR with values and functions numbered in order, without locations, and with constants at their uses."""
     lines = [line for line in code.splitlines() if not line.startswith("#loc")]
     lines = [re.sub(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", line) for line in lines]
     constants = dict(match.groups() for line in lines if (match := CONSTANT.fullmatch(line)))
@@ -98,7 +98,7 @@ def without_names(code: str) -> str:
 
 
 def main() -> int:
-    """Records or compares; returns 0 where all code is the same."""
+    """Records or compares; returns 0 if all code is the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path)

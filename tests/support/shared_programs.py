@@ -1,4 +1,4 @@
-"""Exported programs of several methods, run on a CPU over the same caches."""
+"""Runs exported programs of several methods on a CPU over shared caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CACHES = ("kv_cache.", "draft_cache.")
 
 
 class SharedPrograms:
-    """Runs programs on the same caches, as a runtime that shares buffers by name does. They start full of 3.0."""
+    """Runs programs on shared caches, as a runtime that shares buffers by name does. The caches start full of 3.0."""
 
     def __init__(self, programs):
         self.modules = {name: program.module() for name, program in programs.items()}

@@ -1,4 +1,4 @@
-"""Hugging Face models of a size for tests that look at graphs, with stock attention and random weights."""
+"""Small Hugging Face models with stock attention and random weights, for tests that inspect graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = {
 
 
 def hugging_face(name: str, config: str | None = None, **fields) -> torch.nn.Module:
-    """``{name}ForCausalLM`` of a ``{config or name}Config`` of :data:`SMALL` sizes; ``fields`` go before."""
+    """``{name}ForCausalLM`` with a ``{config or name}Config`` of :data:`SMALL` sizes; ``fields`` override them."""
     import transformers
 
     torch.manual_seed(0)

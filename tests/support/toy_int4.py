@@ -1,4 +1,4 @@
-"""A 4-bit weight format in one file: packed values and a scale per row, in the place of a linear layer's weight."""
+"""A 4-bit weight format in one file: packed values and one scale per row replace a linear layer's weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flashpte.export.common.errors import ExportError
 
 
 class Int4Linear(nn.Module):
-    """Two values a byte, the earlier column in the low half; value v of scale s stands for (v - 8) s."""
+    """A linear layer with two values per byte, earlier column in the low half; v with scale s stands for (v - 8) s."""
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__()

@@ -1,6 +1,6 @@
-"""A target whose second layer is recurrent: a short convolution and a delta rule, in the place of attention.
+"""A target whose second layer is recurrent: a short convolution and a delta rule replace attention.
 
-Its state is two buffers, which go back by snapshots alone: the last inputs of the convolution, and a matrix that every
+Its state is two buffers, which go back only by snapshots: the last inputs of the convolution, and a matrix that every
 token changes. With k, v, q of one head, b in (0, 1) and the state S [D_k, D_v]::
 
     S_t = S_{t-1} + k_t b_t (v_t - k_t^T S_{t-1}),    out_t = q_t^T S_t
@@ -37,9 +37,9 @@ CONFIG = {
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentState:
-    """What the recurrent layer remembers."""
+    """The state of the recurrent layer."""
 
-    goes_back: str = "snapshot"  # a test makes it wrong
+    goes_back: str = "snapshot"  # a test sets this to a wrong value
     mask_name = None
 
     def buffers(self, max_seq_len, dtype):
@@ -63,7 +63,7 @@ class RecurrentState:
 
 
 class _View:
-    """The buffers during one call; a sequence that begins at position 0 begins with zeros."""
+    """The buffers during one call; a sequence that starts at position 0 starts with zeros."""
 
     def __init__(self, conv, delta, input_pos):
         self._buffers, self._later = (conv, delta), input_pos[0] > 0
@@ -77,7 +77,7 @@ class _View:
 
 
 class _Reference(LinearAttentionLayer):
-    """The same for the eager model: tensors of its own."""
+    """The same state for the eager model, with its own tensors."""
 
     conv = delta = None
 
@@ -91,7 +91,7 @@ class _Reference(LinearAttentionLayer):
 
 
 class DeltaRule(nn.Module):
-    """Takes the place of an attention layer of one head."""
+    """Replaces an attention layer; has one head."""
 
     def __init__(self, hidden_size, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The C++ wrapper that AOTInductor writes around a program's kernels: how to get it, and what it allocates."""
+"""Gets the C++ wrapper that AOTInductor writes around a program's kernels, and reads what it allocates."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from flashpte.export.lowering.executorch import write_pte
 
 
 class HaveSource(Exception):
-    """Stops a lowering once its wrapper was generated, before minutes of C++."""
+    """Stops a lowering after its wrapper is generated, before minutes of C++ compiling."""
 
 
 @functools.cache
 def _compiled_kernels() -> Path:
-    """A folder for the kernels that Triton compiled: the wrapper does not depend on who compiled them, or when."""
+    """A folder for kernels that Triton compiled; the wrapper does not depend on who compiled them or when."""
     folder = Path(tempfile.mkdtemp(prefix="flashpte-kernels-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -36,7 +36,7 @@ def _compiled_kernels() -> Path:
 
 @contextlib.contextmanager
 def keeping_wrappers() -> Iterator[list[str]]:
-    """Inside, ``lower`` appends the wrapper of each method to the list, and goes on."""
+    """Inside, ``lower`` appends each method's wrapper to the list and continues."""
     sources: list[str] = []
 
     def keeping(arch, scratch, package, restore_views, on_wrapper):
@@ -53,7 +53,7 @@ def keeping_wrappers() -> Iterator[list[str]]:
 
 
 def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool = True, name: str = "sm_90") -> str:
-    """The wrapper of a program lowered to a ``.pte`` for an arch."""
+    """The wrapper of a program lowered to a ``.pte`` for the arch ``name``."""
     sources = []
 
     def keep(source):
@@ -61,7 +61,7 @@ def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool 
         raise HaveSource
 
     arch = find_arch(name)
-    (scratch / "triton").symlink_to(_compiled_kernels())  # where the lowering lets Triton keep them
+    (scratch / "triton").symlink_to(_compiled_kernels())  # the place where the lowering makes Triton keep them
     with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", restore_views, keep):
         write_pte({"forward": program}, scratch, "flashpte", {})
     if not sources:
@@ -70,7 +70,7 @@ def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool 
 
 
 def kernel_sources(program: ExportedProgram, scratch: Path, patch: pytest.MonkeyPatch) -> str:
-    """The Triton source of the kernels that Inductor writes for a program on sm_90; none is compiled."""
+    """The Triton source of the kernels that Inductor writes for a program on sm_90; compiles none."""
     sources = []
 
     def make(target, original):
@@ -92,7 +92,7 @@ def kernel_sources(program: ExportedProgram, scratch: Path, patch: pytest.Monkey
 
 
 def allocated(source: str, length: int | None = None) -> list[tuple[int, str]]:
-    """Number of elements and dtype of each buffer that the wrapper allocates, with ``length`` for the dynamic size."""
+    """Number of elements and dtype of each buffer that the wrapper allocates; a dynamic size counts as ``length``."""
     plain = re.sub(r"(\d)L\b", r"\1", source).replace("static_cast<int64_t>", "").replace("c10::", "")
     plain = re.sub(r"\bs\d+\b", str(length), plain)
     arrays = dict(re.findall(r"int64_t (int_array_\d+)\[\] = \{([^}]+)\}", plain))

@@ -1,4 +1,4 @@
-"""Deliberately wrong copies of a good export, whose manifest fits them: what ``run-model --check`` must find."""
+"""Deliberately wrong copies of a good export, with manifests that fit them, which ``run-model --check`` must find."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PTE, PTD = "model.pte", "aoti_cuda_blob.ptd"
 
 
 def perturb_weight(good: Path, out: Path, name: str = "layers.1.self_attn.o_proj", share: float = 1 / 16) -> Path:
-    """Part of one weight has another sign: the first elements of the tensor with ``name`` in its name.
+    """Flips the sign of the first elements of the first tensor with ``name`` in its name.
 
-    A ``share`` of 0 is one element.
+    ``share`` is the fraction of elements to flip; 0 flips one element.
     """
     _copy(good, out)
     path = out / PTD
@@ -40,15 +40,15 @@ def _itemsize(folder: Path, key: str) -> int:
 
 
 def unshare_cache(good: Path, out: Path, method: str = "decode", fqn: str = "kv_cache.k_1") -> Path:
-    """One method's cache has a name of its own, so that what others write does not reach it."""
-    other = fqn[:-1] + "x"  # as long as before: it is a string in compiled code
+    """Gives one method's cache its own name, so that it does not see what other methods write."""
+    other = fqn[:-1] + "x"  # the same length as before, because it is a string in compiled code
     _copy(good, out)
 
     def rename(file):
         plan = next(p for p in file.program.execution_plan if p.name == method)
         payload = file.program.backend_delegate_data[plan.delegates[0].processed.index]
         old = bytes(payload.data)
-        # <length> name <length> key: the key, which says where the bytes are, stays
+        # <length> name <length> key; the key, which locates the bytes, stays
         named = len(fqn).to_bytes(4, "little") + fqn.encode()
         assert old.count(named) == 1
         payload.data = old.replace(named, len(fqn).to_bytes(4, "little") + other.encode())
@@ -70,7 +70,7 @@ def unshare_cache(good: Path, out: Path, method: str = "decode", fqn: str = "kv_
 
 
 def swap_inputs(good: Path, out: Path, method: str = "decode") -> Path:
-    """A method's compiled code gets its two inputs in the other order."""
+    """Swaps the two inputs of a method's compiled code."""
     _copy(good, out)
 
     from executorch.exir.schema import DelegateCall
@@ -101,7 +101,7 @@ def _copy(good: Path, out: Path) -> None:
 
 
 def _describe_again(folder: Path) -> Path:
-    """Sizes and hashes of the manifest, as they are now."""
+    """Updates the sizes and hashes in the manifest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for name in manifest["files"]:

@@ -1,4 +1,4 @@
-"""The check of a program with a draft: passes what is right, finds what is wrong in the draft and in what it reads."""
+"""The check of a program with a draft passes correct programs and finds errors in the draft and its inputs."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def plan():
 
 @pytest.fixture(scope="module")
 def rebuilt(plan):
-    """From what the manifest says, not from the plan's own modules; one evaluation serves all tests."""
+    """Rebuilds the models from the manifest, not from the plan's own modules; all tests share one evaluation."""
     model = rebuild(plan.manifest(), None)
     draft = rebuild_draft(plan.manifest(), model, None)
     pair = eager_pair(model, draft)
@@ -67,7 +67,7 @@ def test_a_right_program_passes(plan, rebuilt):
     report = check(program, plan, rebuilt, weights=weights, model_weights=named_weights(*rebuilt[:2]))
     assert report.passed, "\n".join(report.lines())
     assert report.weights_equal == len(weights)
-    # random weights, the draft's among them, are such that rounding moves little: else the bounds would hide errors
+    # random weights, including the draft's, must keep rounding errors small, or the bounds would hide real errors
     assert all(comparison.relative_allowed < 0.06 for comparison in report.comparisons), "\n".join(report.lines())
     assert {c.what for c in report.comparisons} == {
         *("prefill logits", "target_verify logits", "prefill features", "target_verify features"),
@@ -86,10 +86,10 @@ def test_a_right_program_passes(plan, rebuilt):
 
 
 def test_a_draft_at_late_positions(plan, rebuilt):
-    """All by one: rotary embeddings are relative, so that features stay about right, and only the cache tells."""
+    """All positions are late by one. Rotary embeddings are relative, so only the cache shows it clearly."""
     report = check(EagerProgram(plan, late="draft_decode"), plan, rebuilt)
     assert {"draft keys", "draft values"} <= failed(report) <= {"draft keys", "draft values", "draft_decode features"}
-    # far beyond what rounding on any processor does
+    # far more than rounding on any processor
     assert all(c.excess > 20 for c in report.comparisons if c.what in ("draft keys", "draft values"))
     assert not report.passed
 
@@ -140,7 +140,7 @@ def test_wrong_features(plan, rebuilt, method, change, what):
 
 
 def test_a_draft_that_is_compared_with_nothing(plan, rebuilt):
-    """Its cache under another name; no draft to compare it with; proposals that are all near ties."""
+    """The draft's cache has another name, there is no draft to compare with, or all proposals are near ties."""
     program = EagerProgram(plan)
     program.buffers["draft_cache.keys"] = program.buffers.pop("draft_cache.k_0")
     report = check(program, plan, rebuilt)
@@ -193,7 +193,7 @@ def test_walks_reach_every_position_and_skip_none(most, length):
 
 
 def test_the_reference_is_eagle3_as_plain_maths(tmp_path):
-    """Against arithmetic that shares no code with the modules."""
+    """The reference equals plain arithmetic that shares no code with the modules."""
     config = flat_config(norm_before_residual=True, fc_norm=True)
     tensors = draft_tensors(config, target_hidden=48)
     files = open_draft(write_draft(tmp_path, config, tensors))

@@ -1,4 +1,4 @@
-"""The check passes what is right and finds what is wrong, in programs that run eagerly."""
+"""The check passes correct programs and finds errors in wrong ones; all run eagerly."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def plan():
 
 @pytest.fixture(scope="module")
 def eager(plan):
-    """Rebuilt from what the manifest says, not from the plan's own model; one evaluation serves all tests."""
+    """Rebuilds the model from the manifest, not from the plan's own model; all tests share one evaluation."""
     model = rebuild(plan.manifest(), None)
     pair = eager_pair(model)
     for one in pair:
@@ -65,7 +65,7 @@ def test_a_right_program_passes(plan, eager):
         *("sliding keys", "sliding values", "full keys", "full values"),
     }
     assert max(start + count for _, count, start in program.calls) == LENGTH
-    assert not any(tensor.any() for tensor in program.buffers.values())  # left as it was
+    assert not any(tensor.any() for tensor in program.buffers.values())  # the check resets the buffers
     assert "check passed" in report.lines()
     assert report.to_dict()["passed"] is True
 
@@ -89,7 +89,7 @@ def test_a_perturbed_weight(plan, eager):
         report = check(program, plan, eager, weights=weights, model_weights=named_weights(eager[0]))
     finally:
         weight.data[:32] = rows
-    # It is in the last layer, behind every cache: logits alone can tell.
+    # The weight is in the last layer, after every cache, so only the logits show the error.
     assert failed(report) == {c.what for c in report.comparisons if c.what.endswith("logits")}
     assert report.weights_different == ("model.model.layers.5.mlp.down_proj.weight",)
 
@@ -193,7 +193,7 @@ def test_a_method_that_no_call_was_made_of(plan, eager, monkeypatch):
 
 
 def filled(steps):
-    """Steps without gaps: decodes in the place of what was taken out."""
+    """Fills gaps in steps with decodes."""
     position, found = 0, []
     for step in steps:
         found += [Step("decode", at, 1) for at in range(position, step.start)]
@@ -244,12 +244,12 @@ def test_the_bound_is_twice_the_eager_error_or_two_ulp():
     assert floor.passed
     shifted = compare("x", "", reference + torch.tensor([0.0, 0.07, 0.0, 0.0]), reference, reference, torch.bfloat16)
     assert not shifted.passed
-    # small everywhere, but everywhere: the rms bound
+    # a small error everywhere: only the rms bound catches it
     everywhere = compare("x", "", own + 0.09, reference, own, torch.bfloat16)
     assert everywhere.max_error <= everywhere.max_allowed
     assert not everywhere.passed
     assert not compare("x", "", reference * math.nan, reference, own, torch.bfloat16).passed
-    # nothing, and what broadcasts
+    # empty tensors, and shapes that broadcast
     assert not compare("x", "", reference[:0], reference[:0], own[:0], torch.bfloat16).passed
     assert not compare("x", "", torch.ones(1), torch.ones(4), torch.ones(4), torch.bfloat16).passed
 
@@ -260,7 +260,7 @@ def test_clear_choices_must_agree_and_close_ones_may_turn():
     truth[:, 1] = torch.tensor([0.99, 0.0, 0.0])
     own = truth + 0.02
     near = truth.clone()
-    near[0, 1] += 0.03  # turns the first choice
+    near[0, 1] += 0.03  # changes the first choice
     comparison, agreement = judge_greedy(near, truth, own, torch.bfloat16)
     assert comparison.passed
     assert (agreement.tokens, agreement.agreeing, agreement.above, agreement.wrong) == (3, 2, 2, ())
@@ -290,7 +290,7 @@ def test_a_walk_reaches_the_last_slot_without_gaps(limits):
     steps = plan_walk(limits)
     written = 0
     for step in steps:
-        assert step.start <= written  # never past what is there
+        assert step.start <= written  # never skips positions
         assert written - step.start <= 64
         assert step.end <= limits.max_seq_len
         if step.method == "prefill":
@@ -312,7 +312,7 @@ def test_a_walk_has_variety_and_bounds():
     steps = plan_walk(Limits(4096, (2, 64), True, 5))
     sizes = {step.count for step in steps if step.method == "prefill"}
     assert {2, 5, 17, 33, 63, 64} <= sizes
-    assert any(step.start < before.end for before, step in itertools.pairwise(steps))  # goes back
+    assert any(step.start < before.end for before, step in itertools.pairwise(steps))  # steps back
     only_decode = plan_walk(Limits(4096, None, True, None))
     assert len(only_decode) == 4096
     assert 64 < sum(step.compared for step in only_decode) <= 130

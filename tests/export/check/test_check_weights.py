@@ -1,4 +1,4 @@
-"""Every tensor is compared with something, or named."""
+"""Every tensor is compared, or named as not compared."""
 
 import torch
 

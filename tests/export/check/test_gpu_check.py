@@ -1,4 +1,4 @@
-"""``run-model --check`` on a GPU: good exports pass, deliberately wrong ones do not."""
+"""``run-model --check`` on a GPU passes good exports and fails deliberately wrong ones."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_wrong_one_fails(what, name, model_folder, run_model_process, tmp_path
     wrong = WRONG[what](model_folder(name), tmp_path / "wrong")
     done = run_model_process(wrong, "--check", "-q")
     assert done.code == 1, (done.err[-2000:], done.out[-3000:])
-    if what == "inputs" and not done.out:  # a token that is no position may end in an illegal access instead
+    if what == "inputs" and not done.out:  # a token used as a position may also end in an illegal access
         assert any(line.startswith("run-model: error: ") and "failed: " in line for line in done.err.splitlines())
         return
     assert done.out.splitlines()[-1] == "check FAILED"

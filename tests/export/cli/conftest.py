@@ -1,4 +1,4 @@
-"""A tiny Llama folder with a tokenizer, and ``export-model`` in this process."""
+"""A tiny Llama folder with a tokenizer, and ``export-model`` run in this process."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ class Outcome:
 
 @pytest.fixture
 def export_model(capsys):
-    """Calls ``export-model`` with arguments; returns its exit code and what it printed."""
+    """Calls ``export-model`` with arguments; returns its exit code and output."""
 
     def call(*arguments):
         capsys.readouterr()
@@ -78,7 +78,7 @@ class Lowered:
 
 @pytest.fixture
 def lowered(monkeypatch):
-    """Stands in for ``lower``: remembers its arguments and writes one file."""
+    """Replaces ``lower``: records its arguments and writes one file."""
     calls = []
 
     def lower(programs, *, output_dir, progress, **options):

@@ -1,4 +1,4 @@
-"""``export-model`` with an EAGLE-3 draft: methods, flags, and every draft that cannot be exported."""
+"""``export-model`` with an EAGLE-3 draft: its methods and flags, and drafts that cannot be exported."""
 
 import json
 
@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 SMALL = ("--target", "gemma4-31b", "--small", "--layers", "1", "--random-weights", "-q")
-# the draft of the tiny Llama checkpoint: 2 layers, of which it taps both
+# the draft of the tiny Llama checkpoint, which has 2 layers; the draft taps both
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 24,

@@ -1,4 +1,4 @@
-"""How ``export-model`` ends when it is interrupted, or when nobody reads what it prints."""
+"""``export-model`` ends cleanly after an interruption and when its output pipe is closed."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def test_interrupt_in_this_process(export_model, stand_in, output):
     ],
 )
 def test_a_signal_in_the_middle(tmp_path, number, code, said):
-    """A real process, ended while it exports: one line after the progress, and the folder is as it was."""
+    """Signals a real process during an export; it prints one line after the progress and leaves the folder unchanged."""
     process = start(*GEMMA[:-1], "--output-dir", tmp_path / "out")
     for line in process.stderr:
         if "export prefill" in line:
@@ -56,7 +56,7 @@ def start(*arguments, **kwargs):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """In the place of ``export_model``: stages and commits a folder, then does what the test asks for."""
+    """Replaces ``export_model``: stages and commits a folder, then calls the test's function."""
     import flashpte.export.pipeline as pipeline
     from flashpte.export.files.output_folder import atomic_folder
 

@@ -1,4 +1,4 @@
-"""Every wrong input: one line that names the thing, the exit code, and no output."""
+"""Every wrong input gives one line that names the problem, the right exit code, and no output."""
 
 import json
 

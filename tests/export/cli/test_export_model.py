@@ -1,4 +1,4 @@
-"""What ``export-model`` does when nothing is wrong, up to the call that generates code."""
+"""What ``export-model`` does with correct arguments, up to the call that generates code."""
 
 import json
 import os

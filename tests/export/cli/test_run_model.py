@@ -1,4 +1,4 @@
-"""``run-model`` on a machine without a GPU: flags, errors, and every task with a program that runs eagerly."""
+"""``run-model`` without a GPU: flags, errors, and every task with a program that runs eagerly."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def folder(plan, tmp_path_factory):
 
 @pytest.fixture
 def eager(plan, monkeypatch):
-    """In the place of the compiled program; the options that it was opened with are kept."""
+    """Replaces the compiled program by an eager one and records the options that it was opened with."""
     made = []
 
     def install(program=None):
@@ -175,7 +175,7 @@ def test_a_full_cache_ends_in_an_error_after_the_last_token(run_model, folder, e
 
 
 def test_text_in_and_out(run_model, folder, eager, plan, tmp_path):
-    """A folder with a tokenizer: one token for each letter, so what is fed and what comes out can be read off."""
+    """A folder whose tokenizer has one token per letter, so the test can read both input and output."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

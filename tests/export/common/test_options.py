@@ -1,4 +1,4 @@
-"""Errors name options: from Python the field, on a command line the flag."""
+"""Errors name options: the field in Python, the flag on a command line."""
 
 from __future__ import annotations
 

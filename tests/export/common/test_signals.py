@@ -1,4 +1,4 @@
-"""Signals that end a process, where a library drops the exception that they raise."""
+"""Signals end a process even where a library drops the exception that they raise."""
 
 import signal
 
@@ -10,7 +10,7 @@ from flashpte.export.common.signals import Terminated, raise_on_termination
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Python's own handlers, whatever this process was started with."""
+    """Restores Python's own signal handlers, whatever this process was started with."""
     own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
@@ -42,7 +42,7 @@ def ended_while_cleaning_up():
 
 
 def test_stages_of_a_cleanup_are_shown(capsys):
-    """While the exception is on its way nothing is raised in its place."""
+    """While the exception propagates, no second one is raised."""
     with pytest.raises(Terminated):
         ended_while_cleaning_up()
     assert "cleaning up" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The manifest and the files it describes, before anything is run."""
+"""The manifest and the files that it describes are checked before anything is run."""
 
 import json
 
@@ -22,7 +22,7 @@ FILES = {"model.pte": b"not really a program", "aoti_cuda_blob.ptd": bytes(range
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files that fit their manifest."""
+    """A folder with files that fit their manifest."""
     return write_model_folder(tmp_path, {"prefill": METHOD}, {"get_max_seq_len": 64}, files=FILES)
 
 

@@ -1,4 +1,4 @@
-"""Output folders are complete or not there."""
+"""Output folders appear complete or not at all."""
 
 import json
 import os
@@ -155,7 +155,7 @@ def test_a_mount_point_is_refused():
 def test_long_names(tmp_path):
     with pytest.raises(OutputError, match=r"cannot use .*: File name too long"):
         check_output_folder(tmp_path / ("x" * 300))
-    output = tmp_path / ("x" * 250)  # room for the name, none for a longer one made from it
+    output = tmp_path / ("x" * 250)  # the name fits, but a longer name derived from it would not
     check_output_folder(output)
     with atomic_folder(output):
         pass

@@ -1,4 +1,4 @@
-"""Inputs are checked before they reach compiled code, and architectures before it is loaded."""
+"""Inputs are checked before they reach compiled code, and architectures before code is loaded."""
 
 import pytest
 import torch
