@@ -1,6 +1,6 @@
-"""One method of dynamic length on a GPU: few rows take the split-K kernel, more the tiled one, over the same caches.
+"""One method of dynamic length on a GPU: few rows run the split-K kernel, more rows the tiled one, over shared caches.
 
-In float32, so that the comparison with the eager model is a close one.
+The dtype is float32, so that the comparison with the eager model is tight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flashpte.passes import replace_sdpa
 
 pytestmark = pytest.mark.gpu
 
-# Rows of the calls that follow each other, from the start of the cache; 741 of its 768 positions.
+# Rows of consecutive calls from the start of the cache; they fill 741 of its 768 positions.
 CALLS = (5, 17, 1, 16, 500, 1, 17, 1, 16, 5, 1, 160, 1)
 
 
@@ -36,7 +36,7 @@ def eager():
 
 
 def call(runner, model, rows, start, seed):
-    """The rows' results from the library, and those of eager PyTorch on the CPU."""
+    """The rows' results from the library and from eager PyTorch on the CPU."""
     x = torch.randn(1, rows, WIDTH, generator=torch.Generator().manual_seed(seed))
     position = torch.arange(start, start + rows)
     (out,) = runner.run("forward", x.cuda(), position.cuda())
@@ -47,7 +47,7 @@ def call(runner, model, rows, start, seed):
 def check(out, expected):
     assert out.shape == expected.shape
     assert not out.isnan().any()
-    # Matrix multiplies of a build for ExecuTorch may round to TF32: 10 bits.
+    # Matrix multiplies in a build for ExecuTorch may round to TF32, which has 10 mantissa bits.
     torch.testing.assert_close(out, expected, atol=5e-3 * expected.abs().max().item(), rtol=0)
 
 
@@ -62,7 +62,7 @@ def test_calls_that_follow_each_other(runner, eager):
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 500])
 @pytest.mark.parametrize("start", [0, 63, 200])
 def test_each_length_at_each_position(runner, eager, rows, start):
-    """After a prefill of what comes before; rows left in the cache by other calls lie behind the mask."""
+    """The cache is prefilled up to the position; the mask excludes rows that other calls left after it."""
     assert rows <= LONGEST
     model = copy.deepcopy(eager)
     if start:

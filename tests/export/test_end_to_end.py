@@ -1,7 +1,7 @@
-"""`export-model` for real, on a machine without a GPU: a sharded checkpoint of the small Gemma 4 in, a .pte out.
+"""`export-model` end to end on a machine without a GPU: from a sharded checkpoint of the small Gemma 4 to a .pte.
 
-One process exports with an EAGLE-3 draft for sm_90. Another one exports for sm_80 without a draft and then does what
-the first did, in another place: nothing of the first architecture may be left in the second's.
+One process exports with an EAGLE-3 draft for sm_90. Another one exports for sm_80 without a draft, then repeats the
+first export in another folder. Its second export must hold nothing of the first architecture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("end to end")]
 
-# Layers of both kinds in every place that the small model's period of 6 has: first, between two, last.
+# Layers of both kinds in every place that the small model's period of 6 has: first, middle and last.
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 LAYERS = len(KINDS)
 TAPS = [1, 2, 3]
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def draft(tmp_path_factory) -> Path:
-    """A draft head for that checkpoint, without an embedding of its own, in two shards."""
+    """A draft head for that checkpoint, without its own embedding, in two shards."""
     config = flat_config(
         hidden_size=256,
         intermediate_size=512,
@@ -81,7 +81,7 @@ def draft(tmp_path_factory) -> Path:
     return write_draft(tmp_path_factory.mktemp("draft"), config, tensors, shards=2)
 
 
-# What `export-model` does as a process, once for each list of arguments.
+# What the `export-model` process does, once for each list of arguments.
 PROGRAM = """
 import json, sys
 from flashpte.export.cli import main
@@ -98,7 +98,7 @@ def arguments(checkpoint: Path, draft: Path, out: Path, arch: str) -> list[str]:
 
 
 def export(*exports: list[str], cwd: Path, hash_seed: str, **environment: str) -> list[str]:
-    """Runs the exports one after another in a process of their own; returns what each printed."""
+    """Runs the exports one after another in a separate process; returns what each printed."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, json.dumps(exports)],
         capture_output=True,
@@ -112,7 +112,7 @@ def export(*exports: list[str], cwd: Path, hash_seed: str, **environment: str) -
 
 @pytest.fixture(scope="session")
 def fresh(checkpoint, draft, tmp_path_factory):
-    """A process that exports for sm_90: the folder and what was printed."""
+    """Exports for sm_90 in a new process; returns the folder and the printed text."""
     out = tmp_path_factory.mktemp("fresh") / "model"
     (printed,) = export(arguments(checkpoint, draft, out, "sm_90"), cwd=out.parent, hash_seed="1")
     return out, printed
@@ -120,7 +120,7 @@ def fresh(checkpoint, draft, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_after_another(checkpoint, draft, tmp_path_factory):
-    """A process that exports for sm_80, then for sm_90: the folders and what was printed."""
+    """Exports for sm_80 and then sm_90 in one process; returns the folders and the printed text."""
     folders = {
         "sm_80": tmp_path_factory.mktemp("first") / "model",
         "sm_90": tmp_path_factory.mktemp("second") / "a" / "deeper",
@@ -138,7 +138,7 @@ def one_after_another(checkpoint, draft, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def exported(request):
-    """An arch, the folder that was exported for it by a process that had done nothing else, and what was printed."""
+    """An arch, the folder exported for it by a process that exported nothing before, and the printed text."""
     if request.param == "sm_90":
         return request.param, *request.getfixturevalue("fresh")
     return request.param, *request.getfixturevalue("one_after_another")["sm_80"]
@@ -169,7 +169,7 @@ def test_each_method_is_one_library_of_our_kernels_for_the_arch(exported):
         assert set(method.operators) <= COPIES
         kernels = {kernel for cubin in method.library.cubins for kernel in cubin.kernels}
         assert METHODS[arch][name][0] in kernels
-        # Both masks are proven: their maps come from positions, and prefill, of dynamic length, holds verify as well.
+        # Both masks are proven, so their maps come from positions; prefill's dynamic length holds verify as well.
         assert {"_classify_intervals_kernel", "_compact_kernel"} <= kernels
         assert "_classify_kernel" not in kernels
         assert "_split_k_kernel" in kernels
@@ -283,6 +283,6 @@ def test_the_manifest_describes_the_files(exported):
 
 
 def test_the_same_input_gives_the_same_bytes(fresh, one_after_another):
-    """In another folder, with another hash seed and after another architecture in the same process."""
+    """The bytes are equal in another folder, with another hash seed and after another arch in the same process."""
     (out, _), (again, _) = fresh, one_after_another["sm_90"]
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}

@@ -1,7 +1,7 @@
-"""The exported file on a GPU: made with the GPU present, run from the .pte, compared with the eager model.
+"""An export made on a machine with a GPU: runs the .pte there and compares it with the eager model.
 
-In float32: rounding moves the logits of this small random model by about as much as they differ in bfloat16 (its scores
-are large), so that a bfloat16 comparison could not tell a wrong mask or cache.
+The dtype is float32. Attention scores of this small random model are large, so bfloat16 rounding moves its logits by
+about as much as they differ, and a bfloat16 comparison could not show a wrong mask or cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eager():
-    """The Hugging Face model itself, with its own attention, in float32, on the CPU."""
+    """The Hugging Face model with its own attention, in float32, on the CPU."""
     plan = plan_export(ExportOptions(target="gemma4-31b", small=True, random_seed=SEED, dtype="float32"))
     load_weights(plan)
     plan.model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""Small programs that exercise what lowering must get right, and one lowering that many tests look at."""
+"""Small programs that exercise what lowering must get right, and one lowering that many tests inspect."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _row_sums_kernel(x_ptr, mask_ptr, out_ptr, LENGTH, stride_h, stride_l, strid
 
 @triton_op("flashpte_test::row_sums", mutates_args=())
 def row_sums(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of ``x`` [1, H, L, D] that ``mask`` [1, H, 1, L] keeps, for any strides: [1, H, L]."""
+    """Sums each row of ``x`` [1, H, L, D] that ``mask`` [1, H, 1, L] keeps, for any strides; returns [1, H, L]."""
     heads, length, head_dim = x.shape[1:]
     out = torch.empty(1, heads, length, dtype=torch.float32, device=x.device)
     strides = (x.stride(1), x.stride(2), mask.stride(1))
@@ -46,7 +46,7 @@ def _(x, mask):
 
 
 class Attention(torch.nn.Module):
-    """One attention layer with a KV cache [B, L, H, D], in the shape of a language model's."""
+    """One attention layer with a KV cache [B, L, H, D], in the form of a language model's."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Attention(torch.nn.Module):
         self.out = torch.nn.Linear(HIDDEN, HIDDEN, **kwargs)
         for name in ("k_cache", "v_cache"):
             self.register_buffer(name, torch.zeros(1, KEYS, HEADS, HEAD_DIM, dtype=torch.bfloat16))
-        # An odd buffer: a view with an offset into a larger storage, with gaps in its memory.
+        # An odd buffer: a view with an offset into a larger storage and gaps in its memory.
         self.register_buffer("offsets", torch.arange(2 * HIDDEN + 1, dtype=torch.float32)[1::2])
 
     def forward(self, x, input_pos):
@@ -116,7 +116,7 @@ def contents(lowered):
 
 @pytest.fixture
 def cxx(tmp_path, monkeypatch):
-    """Sets CXX to two words, of which the first runs the rest and leaves a mark."""
+    """Sets CXX to two words; the first is a program that runs the rest and leaves a mark."""
     from flashpte.export.lowering.cross_compile.toolchain import find_compiler
 
     wrapper = tmp_path / "wrapper"

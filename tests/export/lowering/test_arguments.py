@@ -1,4 +1,4 @@
-"""Wrong arguments end in one line before anything is compiled or written."""
+"""Wrong arguments give one line of error before anything is compiled or written."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_a_reserved_method_name(program, tmp_path):
 
 
 class Module(torch.nn.Module):
-    """Calls ``function(self, x)``; holds a buffer ``total``."""
+    """Calls ``function(self, x)``; has a buffer ``total``."""
 
     def __init__(self, function, value=0.0):
         super().__init__()

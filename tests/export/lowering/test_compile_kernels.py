@@ -1,4 +1,4 @@
-"""Kernels are compiled in processes of their own, of which none outlives the call and none is needed."""
+"""Worker processes compile kernels; none of them outlives the call, and lowering works without them."""
 
 import errno
 import multiprocessing
@@ -14,7 +14,7 @@ from flashpte.export.lowering.cross_compile import compile_kernels
 
 
 class Kernel:
-    """Stands for Inductor's: compiling one leaves a file that names the process."""
+    """Stands for Inductor's kernel; compiling one leaves a file that names the process."""
 
     def __init__(self, folder, number, act=lambda: None):
         self.file, self.act = folder / str(number), act
@@ -32,7 +32,7 @@ def kernels(folder, count, acts=()):
 
 
 def processes(folder):
-    """Which process compiled which kernel; each kernel once."""
+    """The process that compiled each kernel; each kernel was compiled once."""
     found = {int(file.name): file.read_text().split() for file in folder.iterdir()}
     assert all(len(ids) == 1 for ids in found.values())
     return {number: int(ids[0]) for number, ids in found.items()}
@@ -82,14 +82,14 @@ def test_a_process_that_hangs_is_not_waited_for(tmp_path):
 
 
 def assemble():
-    """As Triton calls its assembler."""
+    """Starts a child process, as Triton starts its assembler."""
     subprocess.run(["sleep", "600.125"])
 
 
 def assembles(process):
     try:
         return (process / "cmdline").read_bytes() == b"sleep\x00600.125\x00"
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return False
 
 

@@ -1,4 +1,4 @@
-"""A declined attention is compiled as plain math, never by ExecuTorch's own replacement."""
+"""Declined attention is compiled as plain math, never by ExecuTorch's own replacement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.lowering
 
 
 class Declined(torch.nn.Module):
-    """One attention with dropout, one on keys whose head dim is not contiguous."""
+    """One attention with dropout, and one on keys with a non-contiguous head dim."""
 
     def forward(self, q, k, v):
         dropped = F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
@@ -22,7 +22,7 @@ class Declined(torch.nn.Module):
 
 
 def test_declined_attention_still_lowers_by_a_compiler_of_two_words(cxx, tmp_path):
-    # Of few rows, so that a copy of the keys is not worth it.
+    # Few rows, so that copying the keys does not pay.
     args = tuple(torch.randn(1, 4, rows, 64, dtype=torch.bfloat16) for rows in (4, 64, 64))
     program, report = replace_sdpa(torch.export.export(Declined(), args))
     assert [("dropout" in n.reason, "stride" in n.reason) for n in report.declined] == [(True, False), (False, True)]

@@ -1,4 +1,4 @@
-"""Which kernels of a lowered program are launched beside the end of the kernel before them."""
+"""Which kernels of a lowered program are launched before the previous kernel ends."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.lowering
 
 
 class DecodeBetween(torch.nn.Module):
-    """A decode and a verify that splits keys, with a kernel of Inductor's before and behind each."""
+    """A decode and a verify that split keys, with one of Inductor's kernels before and after each."""
 
     def forward(self, one, few, k, v):
         def attend(q):
@@ -44,7 +44,7 @@ def wrapper(request, tmp_path_factory):
 
 
 def launches(source: str) -> dict[str, bool]:
-    """Of every function that launches a kernel, by the kernel's name, whether the launch is a dependent one."""
+    """For each kernel that a function launches, by name: whether the launch is a dependent one."""
     found = re.findall(r"^\s*(launch\w*)\(kernels_\.(\w+),", source, re.M)
     return {kernel: helper == "launchDependentKernel" for helper, kernel in found}
 
@@ -61,7 +61,7 @@ def test_attention_is_launched_dependent_where_the_arch_can_and_nothing_else_is(
 
 
 def test_the_wait_does_not_make_arguments_written(tmp_path):
-    """Inductor assumes of assembly that it writes everything: it would copy the caches before every call."""
+    """Inductor assumes that assembly writes everything, so it would copy the caches before every call."""
     table = triton_kernel_wrap.kernel_side_table
     kernel = split_k._split_k_kernel
     tensors, constants = {}, {}
@@ -81,7 +81,7 @@ def test_the_wait_does_not_make_arguments_written(tmp_path):
 
 
 def instructions(cubin: bytes, folder) -> list[str]:
-    """Opcodes of a cubin in the order of its code."""
+    """Opcodes of a cubin, in the order of its code."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     command = [find_triton_tool("nvdisasm"), "-c", path]
@@ -92,13 +92,13 @@ def instructions(cubin: bytes, folder) -> list[str]:
 @pytest.mark.xdist_group("lowered")
 @pytest.mark.parametrize("method", ["decode", "prefill"])
 def test_what_is_embedded_waits_before_it_reads(contents, tmp_path, method):
-    """A dependent launch of a kernel that does not wait would read what is not written yet, now and then."""
+    """A dependent launch of a kernel that does not wait would sometimes read data that is not written yet."""
     waiting = set()
     for cubin in contents.methods[method].library.cubins:
         code = instructions(bytes(cubin.data), tmp_path)
         ours = {kernel for kernel in cubin.kernels if re.match("_(split_k|hopper|combine)_kernel", kernel)}
         assert bool(ours) == ("ACQBULK" in code)
         waiting |= ours
-        if ours and ours != {"_hopper_kernel"}:  # whose warps have code of their own, in any order
+        if ours and ours != {"_hopper_kernel"}:  # its warps have separate code, in any order
             assert code.index("ACQBULK") < min(code.index(read) for read in ("LDG", "STG"))
     assert waiting >= {"decode": {"_split_k_kernel", "_combine_kernel"}, "prefill": {"_hopper_kernel"}}[method]

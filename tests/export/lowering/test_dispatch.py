@@ -1,4 +1,4 @@
-"""A choice at run time, lowered: a host ``if`` between two kernels that read the caches where they are."""
+"""A choice at run time, lowered: a host ``if`` between two kernels that read the caches in place."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def program():
 
 @pytest.fixture(scope="module")
 def described(program):
-    """Before anything compiles the program."""
+    """The method's description, before anything compiles the program."""
     return describe_method(program)
 
 
@@ -47,8 +47,8 @@ def source(lowered_and_source):
 
 
 def test_one_method_holds_both_kernels_once(described, lowered_and_source):
-    lowered, _ = lowered_and_source  # with its self check
-    assert lowered.manifest["methods"]["forward"] == described  # the range asked for, whatever compiling made of it
+    lowered, _ = lowered_and_source  # includes its self check
+    assert lowered.manifest["methods"]["forward"] == described  # the declared range, whatever compiling made of it
     (method,) = inspect_pte(lowered.model).methods.values()
     kernels = [kernel for cubin in method.library.cubins for kernel in cubin.kernels]
     # Compiled once for each form of mask.
@@ -59,7 +59,7 @@ def test_one_method_holds_both_kernels_once(described, lowered_and_source):
 
 
 def test_the_host_decides_by_a_size(source):
-    """Each kernel's grid is empty where L_q is the other's; nothing is read back from the device."""
+    """Each kernel's grid is empty for the other kernel's L_q; nothing is read back from the device."""
     assert "aoti_torch_item" not in source
     calls = re.findall(r"^ *call_(_\w+_kernel)_\d+\(", source, re.MULTILINE)
     names = ("classify", "classify_intervals", "split_k", "combine", "hopper")
@@ -81,13 +81,13 @@ def test_the_host_decides_by_a_size(source):
 @pytest.mark.parametrize("length", [1, 16, 17, LONGEST])
 def test_neither_caches_nor_masks_are_copied(source, length):
     buffers = allocated(source, length)
-    # Both kernels write to one result.
+    # Both kernels write to the same result.
     wide = (length * HEADS * HEAD_DIM, "bfloat16")
     assert buffers.count(wide) <= 2 * LAYERS  # the rotated query and the result
     assert (KEYS * HEADS_KV * HEAD_DIM, "bfloat16") not in buffers
     assert (KEYS * HEADS * HEAD_DIM, "bfloat16") not in buffers
     assert (length * KEYS * HEADS, "bool") not in buffers
-    # What must exist: the mask that is not proven, not expanded.
+    # The mask that is not proven must exist, but not expanded.
     assert buffers.count((length * KEYS, "bool")) == 1
 
 
@@ -99,7 +99,7 @@ def test_inductor_by_itself_writes_a_mask_for_every_kernel_that_reads_it(program
 
 
 class InABranch(torch.nn.Module):
-    """Attention in a branch of the model's own, over a query that Inductor would lay out in another way."""
+    """Attention in a branch of the model's own, with a query that Inductor would lay out differently."""
 
     def forward(self, q, k, v, flag):
         attend = torch.nn.functional.scaled_dot_product_attention
@@ -121,7 +121,7 @@ def branching():
 
 
 def operand_strides(program, folder, monkeypatch):
-    """For each operand of a branch: the strides Inductor gave it, and those the branch was compiled for."""
+    """For each operand of a branch, the strides that Inductor gave it and those that the branch was compiled for."""
     from torch._inductor.lowering import lowerings
     from torch._inductor.virtualized import V
 

@@ -1,4 +1,4 @@
-"""What compilers say of a program becomes a line that says what to write instead."""
+"""Compilers' errors become one line that says what to write instead."""
 
 import re
 

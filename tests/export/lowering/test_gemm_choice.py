@@ -49,7 +49,7 @@ def test_choices_that_are_not_modelled_keep_their_order():
 
 
 def test_picks_are_near_the_best_of_an_h200():
-    """Against the recorded times of Inductor's choices; whichever of equal estimates is slowest counts."""
+    """Compares with recorded times of Inductor's choices; among equal estimates the slowest counts."""
     recorded = Path(__file__).parents[3] / "docs" / "benchmarks" / "h200-2026-11-20-gemm.json"
     arch = find_arch("sm_90")
     ratios = []

@@ -1,4 +1,4 @@
-"""What Inductor learns about a kernel written in Gluon."""
+"""What Inductor learns about a Gluon kernel."""
 
 import pytest
 import torch
@@ -30,12 +30,12 @@ def written(single_split: bool) -> set[str]:
 
 @pytest.mark.parametrize("single_split", [True, False])
 def test_a_split_that_is_alone_writes_the_result(single_split, tmp_path):
-    """Where a mask leaves few keys one of several splits writes the result, and the combining kernel does not."""
+    """If a mask leaves few keys, one of several splits writes the result, and the combine kernel does not."""
     with cross_compile(find_arch("sm_90"), tmp_path):
         assert written(single_split) == ({"out_ptr"} if single_split else set(RESULTS))
 
 
 def test_the_twin_has_all_pointers_of_the_kernel():
-    """A pointer that it does not have would count as neither read nor written."""
+    """A pointer that the twin lacks would count as neither read nor written."""
     twin = facts_of(_hopper_kernel).twin
     assert {name for name in _hopper_kernel.arg_names if name.endswith("_ptr")} < set(twin.arg_names)

@@ -1,4 +1,4 @@
-"""What Inductor learns of a kernel is learnt once for launches that are alike, and anew for others."""
+"""Kernel code is made once for equal launches, and again for different ones."""
 
 import sympy
 import torch
@@ -25,7 +25,7 @@ def tensor(dtype, *sizes):
 
 
 def asked(*launches):
-    """How often the original is asked for launches ``(kernel, arguments)``; each answer must be its own."""
+    """Number of calls of the original for launches ``(kernel, arguments)``; each caller must get its own list."""
     calls = []
 
     def generate_ttir(kernel, kwargs, metadata):
@@ -37,7 +37,7 @@ def asked(*launches):
         module, names = remembering(kernel, dict(kwargs), {})
         assert module[0] is getattr(kernel, "fn", kernel)
         assert names == list(kwargs)
-        names.clear()  # a caller's own
+        names.clear()  # the caller owns the list
     return len(calls)
 
 
@@ -68,7 +68,7 @@ def test_whatever_the_code_depends_on_asks_again():
 
 
 def configured(size, warps):
-    """A launch that names its number of warps, as PyTorch hands it on."""
+    """A launch that sets its number of warps, as PyTorch passes it on."""
     kernel = Autotuner(_first, _first.arg_names, [triton.Config({"SIZE": size}, num_warps=warps)], [], None, None)
     return kernel, {"x_ptr": tensor(torch.float16, 4), "n": 4}
 
@@ -79,7 +79,7 @@ def test_a_launch_with_one_configuration_is_known_by_it():
 
 
 def test_what_is_not_understood_is_never_remembered():
-    real = launch(x_ptr=torch.empty(4, dtype=torch.float16))  # its address may count
+    real = launch(x_ptr=torch.empty(4, dtype=torch.float16))  # the real tensor's address may matter
     assert asked(real, real) == 2
     odd = launch(SIZE=object())
     assert asked(odd, odd) == 2

@@ -1,4 +1,4 @@
-"""What manifest.json says about a method's tensors."""
+"""The manifest's description of a method's tensors."""
 
 import torch
 from torch.export import Dim
@@ -12,7 +12,7 @@ class Scale(torch.nn.Module):
 
 
 def test_a_declared_range_is_described_as_declared():
-    """From one on, although tracing takes every dynamic size for at least 2."""
+    """The range starts at 1, although tracing assumes that every dynamic size is at least 2."""
     for low, high in ((1, 9), (3, 9)):
         shapes = {"x": {1: Dim("rows", min=low, max=high)}, "factor": None}
         program = torch.export.export(Scale(), (torch.ones(1, 5), torch.ones(4)), dynamic_shapes=shapes)

@@ -1,4 +1,4 @@
-"""A Gluon kernel that lowering has never heard of: the facts in the kernel's own file are all that lowering needs."""
+"""A Gluon kernel that lowering does not know: the facts in the kernel's own file are all that lowering needs."""
 
 import ast
 import re
@@ -101,7 +101,7 @@ def test_its_source_is_written_out_with_all_that_it_uses():
 
 
 def test_it_is_compiled_as_gluon():
-    # Inductor decorates what it wrote as Triton's.
+    # Inductor decorates the source that it wrote with Triton's decorator.
     made = ast_source(lambda fn, *args, **kwargs: "Triton's")(JITFunction(_toy_kernel.fn), {"x_ptr": "*fp32"})
     assert isinstance(made, GluonASTSource)
     assert isinstance(made.fn, GluonJITFunction)
@@ -126,12 +126,12 @@ def test_a_program_with_it_lowers(arch, tmp_path):
     source = wrapper_source(torch.export.export(Toy(), (torch.randn(1000),)), tmp_path, name=arch)
     (helper,) = re.findall(r"^\s*(launch\w*)\(kernels_\._toy_kernel_0,", source, re.M)
     assert helper == ("launchDependentKernel" if arch == "sm_90" else "launchKernel")
-    # Memory for the kernel's result and for its cosine; none for a copy of what the kernel reads.
+    # Memory for the kernel's result and for its cosine, but not for a copy of its inputs.
     assert len(re.findall(r"aoti_torch_empty_strided\(", source)) == 2
 
 
 def test_export_names_no_kernel():
-    """Neither as a name in its code nor within a string."""
+    """Neither as a name in code nor in a string."""
     names = {facts.name for facts in registered() if not facts.kernel.fn.__module__.startswith("test_")}
     assert {"_split_k_kernel", "_tiled_kernel", "_hopper_kernel", "_combine_kernel"} < names
     found = []

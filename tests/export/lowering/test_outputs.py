@@ -1,4 +1,4 @@
-"""ExecuTorch's delegate takes contiguous outputs from the start of memory of their own, whatever a program returns."""
+"""Every output of a program is contiguous and starts its own memory, because ExecuTorch's delegate takes no other."""
 
 import pytest
 import torch

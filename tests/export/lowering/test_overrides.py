@@ -1,4 +1,4 @@
-"""The table of replaced names: every name exists, is replaced inside, and is back outside, whatever happens."""
+"""The table of replaced names: every name exists, is replaced inside and restored outside, also after errors."""
 
 import dataclasses
 import importlib
@@ -56,7 +56,7 @@ def test_everything_is_replaced_inside_and_restored_outside(tmp_path, package):
 
 
 def test_availability_is_hidden_outside_code_generation(tmp_path, monkeypatch):
-    """With a GPU in the machine the result must be the same as without."""
+    """The result must be the same with and without a GPU in the machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with cross_compile(find_arch("sm_90"), tmp_path):
         assert not torch.cuda.is_available()

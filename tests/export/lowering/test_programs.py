@@ -1,4 +1,4 @@
-"""Programs as other people write them: views in every place, operators that are no core ATen, two formats of one."""
+"""Programs as other people write them: views everywhere, operators outside core ATen, two formats of one program."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ HIDDEN = HEADS * HEAD_DIM
 
 
 def fused_layer(module, x):
-    """Fused q|k|v and gate|up projections, split in five ways in front of attention and behind it."""
+    """Fused q|k|v and gate|up projections, split in five ways before and after attention."""
     q, k, v = module.qkv(x).split([HIDDEN, HIDDEN, HIDDEN], -1)
     q, k, v = (t.view(1, -1, HEADS, HEAD_DIM).transpose(1, 2) for t in (q, k, v))
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -31,7 +31,7 @@ def inner_layer(module, x):
 
 
 def not_core(module, x):
-    """Operators outside of core ATen, which ExecuTorch's verifier refuses and AOTInductor compiles."""
+    """Operators outside core ATen, which ExecuTorch's verifier refuses and AOTInductor compiles."""
     length = x.shape[1]
     quantised = torch._int_mm(x[0].to(torch.int8), module.weight)
     return x.sum(), x / length**0.5, quantised
@@ -57,7 +57,7 @@ def test_operators_outside_of_core_aten_lower(tmp_path):
 
 @pytest.mark.lowering
 def test_formats_and_archs_of_one_program_in_one_process(tmp_path):
-    """A lowering leaves the caller's program as it was: non-persistent buffers among its constants."""
+    """A lowering does not change the caller's program, including non-persistent buffers among its constants."""
 
     def add_to_cache(module, x):
         module.cache.index_add_(0, module.row, x)
@@ -87,7 +87,7 @@ def test_a_size_without_an_upper_bound_is_described(dim):
 
 
 def test_a_copied_program_has_the_names_that_its_signature_has():
-    """A copied graph renames nodes that are called like a builtin; here the input is ``input``."""
+    """A copied graph renames nodes with the name of a builtin; here the input is named ``input``."""
     program = torch.export.export(torch.nn.Sequential(torch.nn.ReLU()), (torch.ones(3),))
     assert program.graph_signature.user_inputs == ("input",)
     copied = deepcopy_sharing_tensors(program, {})

@@ -50,7 +50,7 @@ class Weightless(torch.nn.Module):
 
 
 def weightless(folder, **options):
-    """A package without weights, and inputs for it."""
+    """A package without weights, and its inputs."""
     inputs = [torch.randn(1, 2, length, 64, dtype=torch.bfloat16) for length in (1, 64, 64)]
     program, _ = replace_sdpa(torch.export.export(Weightless(), tuple(inputs)))
     return lower({"forward": program}, output_dir=folder, format="pt2", **options).model, inputs

@@ -1,4 +1,4 @@
-"""What is inside a lowered ``.pte``: opened without a GPU and without ExecuTorch's runtime."""
+"""The contents of a lowered ``.pte``, opened without a GPU and without ExecuTorch's runtime."""
 
 import contextlib
 import hashlib
@@ -97,7 +97,7 @@ def test_host_code_is_portable_and_anonymous(lowered, contents):
 
 
 def test_self_check_finds_what_is_wrong(contents, programs):
-    """Each check must be able to fail; the same file is judged by a wrong expectation."""
+    """Each check must be able to fail; the same file is compared with a wrong expectation."""
     from flashpte.export.lowering import find_arch
 
     method = contents.methods["decode"]
@@ -106,7 +106,7 @@ def test_self_check_finds_what_is_wrong(contents, programs):
     assert any(some_kernel in p for p in self_check._method_problems(method, find_arch("sm_90"), {some_kernel}))
     assert not list(self_check._weight_problems(contents, "decode", programs["decode"]))
     weight = programs["decode"].state_dict["out.weight"]
-    before = weight[3, 5].item()  # adding and taking away would round
+    before = weight[3, 5].item()  # adding and subtracting would round
     with torch.no_grad():
         weight[3, 5] += 1
         try:
@@ -117,7 +117,7 @@ def test_self_check_finds_what_is_wrong(contents, programs):
 
 @pytest.fixture
 def copied(lowered, tmp_path):
-    """A copy of the files, free to damage."""
+    """A copy of the files, which tests may damage."""
     for path in (lowered.model, lowered.weights):
         shutil.copyfile(path, tmp_path / path.name)
     return tmp_path
@@ -140,7 +140,7 @@ def test_a_missing_or_damaged_file_is_a_contents_error(copied, capfd):
     for start in range(0, 4000, 200):  # tables of the flatbuffer
         broken = bytes(content[:start]) + b"\xff" * 64 + bytes(content[start + 64 :])
         pte.write_bytes(broken)
-        with contextlib.suppress(ContentsError):  # nothing else comes out
+        with contextlib.suppress(ContentsError):  # no other error may be raised
             inspect_pte(pte)
     with pytest.raises(ContentsError, match=r"cannot read .*: Is a directory"):
         inspect_pte(copied)

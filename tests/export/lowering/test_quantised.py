@@ -1,4 +1,4 @@
-"""Models that torchao quantised: their weights are tensor subclasses when they are exported."""
+"""Models quantized by torchao, whose weights are tensor subclasses when they are exported."""
 
 import copy
 

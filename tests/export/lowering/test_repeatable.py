@@ -1,4 +1,4 @@
-"""The same program gives the same bytes: in another folder, process and order of architectures."""
+"""The same program gives the same bytes in another folder, in another process and in another order of architectures."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ SCRIPT = """
 
 
 class Layer(torch.nn.Module):
-    """A matrix multiply (its template is chosen by the GPU's limits), a reduction and a mutated buffer."""
+    """A matrix multiply (the GPU's limits choose its template), a reduction and a mutated buffer."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The pass alone, on graphs written by hand."""
+"""The pass alone, on hand-written graphs."""
 
 import operator
 

@@ -1,4 +1,4 @@
-"""Memory that kernels of a lowered program have for themselves."""
+"""Scratch memory for kernels of a lowered program."""
 
 import re
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class Prefill(torch.nn.Module):
 
 @pytest.mark.lowering
 def test_every_program_has_memory_for_its_tensor_maps(tmp_path):
-    """Programs write behind each other: with the memory of one, all others would write over somebody else's tensors."""
+    """Each program has its own place: with memory for only one program, the others would overwrite other tensors."""
     example = tuple(torch.randn(1, heads, 600, 128, dtype=torch.bfloat16) for heads in (8, 2, 2))
     program, report = replace_sdpa(torch.export.export(Prefill(), example))
     assert report.declined == ()
@@ -28,7 +28,7 @@ def test_every_program_has_memory_for_its_tensor_maps(tmp_path):
 
 
 def inductor(size: str):
-    """What Inductor writes for memory named ``x``, whose size it says as ``size``."""
+    """Inductor's code for memory named ``x``, with its size written as ``size``."""
     return lambda self, idx, workspace, prefix=None: (
         ([f"int64_t x_size[] = {{{size}}};", "..."], "x") if workspace.size > 0 else (["CUdeviceptr x = 0;"], "x")
     )

@@ -1,4 +1,4 @@
-"""Methods of one program share tensors by name: a name must mean one value."""
+"""Methods of one program share tensors by name, so a name must mean one value."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class Plus(torch.nn.Module):
 
 
 def constants(*modules):
-    """Names and values of what is lifted from each module's graph."""
+    """Names and values of the constants lifted from each module's graph."""
     programs = {str(i): torch.export.export(module, (torch.ones(3),)) for i, module in enumerate(modules)}
     edge = to_edge_transform_and_lower(programs)
     found = []
@@ -37,7 +37,7 @@ def constants(*modules):
 def test_names_of_lifted_constants_tell_values_apart(tmp_path):
     modules = Plus(1.0, 2.0, 1.0), Plus(2.0, 2.0), Plus(1.0, 2.0, 3.0)
     stock = constants(*modules)
-    assert any(stock[0][name] != stock[1][name] for name in stock[0].keys() & stock[1].keys())  # what this is about
+    assert any(stock[0][name] != stock[1][name] for name in stock[0].keys() & stock[1].keys())  # the clash
     with cross_compile(find_arch("sm_90"), tmp_path, "pte", True, lambda source: None):
         first, second, third = constants(*modules)
     assert sorted(first.values()) == [1.0, 1.0, 2.0]

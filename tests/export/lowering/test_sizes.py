@@ -1,4 +1,4 @@
-"""A method that admits a range of sizes is compiled for all of it."""
+"""A method that takes a range of sizes is compiled for the whole range."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from flashpte.passes import replace_sdpa
 
 @pytest.fixture
 def program():
-    """Its maps of masks have a row for each 128 of up to 500 rows: strides that depend on how many there are."""
+    """A program whose mask maps have a row per 128 of up to 500 rows, so that strides depend on the number of rows."""
     return replace_sdpa(dynamic_program(layers=1))[0]
 
 
@@ -34,7 +34,7 @@ def test_moving_to_the_device_keeps_the_range(program, tmp_path):
 
 
 class Wide(torch.nn.Module):
-    """Attention whose map has a row for each 128 rows, beside a tensor that is large for long calls only."""
+    """Attention whose map has a row per 128 rows, and a tensor that is large only for long calls."""
 
     def forward(self, q, k, v, input_pos, wide):
         mask = (torch.arange(k.shape[2])[None] <= input_pos[:, None])[None, None]
@@ -43,7 +43,7 @@ class Wide(torch.nn.Module):
 
 @pytest.mark.lowering
 def test_indices_are_wide_enough_for_the_longest_call(tmp_path, monkeypatch):
-    """The example is one tile of rows, 2**20 elements; the longest call has 2**32."""
+    """The example is one tile of rows with 2**20 elements; the longest call has 2**32 elements."""
     q, k, v = (torch.randn(1, 1, length, 64, dtype=torch.bfloat16) for length in (8, 1024, 1024))
     example = (q, k, v, torch.arange(8), torch.randn(8, 2**17))
     length = torch.export.Dim("length", min=1, max=2**15)

@@ -1,4 +1,4 @@
-"""What cross-compiling embeds is the tile choice of the table, for each kind of attention."""
+"""Cross-compiling embeds the tile choice of the table, for each kind of attention."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class DecodeAndPrefill(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Compile-time constants by name, and threads, of each kernel of a program lowered for sm_90."""
+    """Compile-time constants, by name, and threads of each kernel of a program lowered for sm_90."""
 
     def random(heads, length):
         return torch.randn(1, heads, length, HEAD_DIM, dtype=torch.bfloat16)
@@ -79,4 +79,4 @@ def test_prefill(compiled):
     assert constants["V_STAGES"] == config.num_stages + config.more_v_stages
     assert constants["WIDE_STORES"] == config.wide_stores
     assert constants["TMA"] == config.tma
-    assert warps == 12  # two warp groups that compute and one that copies
+    assert warps == 12  # two warp groups compute and one copies

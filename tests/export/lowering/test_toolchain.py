@@ -1,4 +1,4 @@
-"""Pieces of the C++ toolchain."""
+"""The parts of the C++ toolchain."""
 
 import errno
 import subprocess
@@ -54,7 +54,7 @@ def test_an_error_that_the_caller_handles_is_no_cause(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_cccl(tmp_path, monkeypatch):
-    """No CUDA header from any wheel or toolkit; returns an empty folder."""
+    """Hides the CUDA headers of all wheels and toolkits; returns an empty folder."""
 
     def missing(name):
         raise toolchain.importlib.metadata.PackageNotFoundError(name)
@@ -145,7 +145,7 @@ def test_cxx_of_two_words(cxx, tmp_path):
     embed = tmp_path / "kernel.cubin"
     embed.write_bytes(b"")
     embed_cubin(str(embed), "k")
-    assert (tmp_path / "calls").read_text() == "g++\n"  # and all of a program: test_declined.py
+    assert (tmp_path / "calls").read_text() == "g++\n"  # for a whole program, see test_declined.py
 
 
 def test_without_a_cache_folder_the_guard_is_built_and_leaves_nothing(tmp_path, monkeypatch):

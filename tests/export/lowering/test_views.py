@@ -1,4 +1,4 @@
-"""Views in front of a Triton operator reach it as strides: no buffer of the size of what they show is allocated."""
+"""Views before a Triton operator reach it as strides; no buffer of their size is allocated."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def row_sums(x, mask):
 
 
 class Cached(torch.nn.Module):
-    """A cache [1, L, H, D] that each call writes a row of."""
+    """A cache [1, L, H, D]; each call writes one row."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def test_expanded_mask_is_not_copied(tmp_path):
     buffers = allocated(wrapper_source(export(ExpandedMask()), tmp_path))
     assert (KEYS * HEADS, "bool") not in buffers
     assert (KEYS * HEADS * HEAD_DIM, "bfloat16") not in buffers
-    assert (KEYS, "bool") in buffers  # the mask itself, not expanded, has to exist
+    assert (KEYS, "bool") in buffers  # the mask itself must exist, but not expanded
 
 
 @pytest.mark.lowering

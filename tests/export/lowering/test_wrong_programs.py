@@ -1,4 +1,4 @@
-"""What the runtime reads from a real ``.pte``, refuses in one, and how tests make wrong ones."""
+"""What the runtime reads from a real ``.pte``, what it refuses, and how tests make wrong ones."""
 
 import dataclasses
 from types import MappingProxyType
@@ -28,7 +28,7 @@ def test_a_lowered_folder_can_be_opened(lowered):
 
 
 def test_equal_caches_have_memory_of_their_own(contents, programs):
-    """Both caches are zeros and one segment of the file; methods share by name, and only by name."""
+    """Both caches are zeros and share one segment of the file; methods share only by name."""
     tensors = load_weights(contents, torch.device("cpu"))
     assert tensors["k_cache"].data_ptr() != tensors["v_cache"].data_ptr()
     state = {**programs["decode"].state_dict, **programs["decode"].constants}

@@ -1,4 +1,4 @@
-"""Building models from configs: what is cut, what is refused."""
+"""Building models from configs: what is cut and what is refused."""
 
 import pytest
 
@@ -92,7 +92,7 @@ def test_text_config_that_is_no_object():
 
 
 def test_the_trace_does_not_depend_on_the_hash_seed():
-    """Iterating a set of strings would: this process has a seed of its own."""
+    """Iterating over a set of strings would depend on the seed, which differs in this process."""
     import os
     import subprocess
     import sys

@@ -1,4 +1,4 @@
-"""Configs of draft heads: what is refused, each in one line that names the field."""
+"""Configs of draft heads that are refused, each with one line that names the field."""
 
 import json
 
@@ -196,7 +196,7 @@ def test_default_taps_are_different_and_in_range():
 
 
 def test_sizes_left_out_have_the_layers_defaults(tmp_path):
-    """speculators writes only what differs from the defaults of the layer's config class."""
+    """speculators writes only fields that differ from the defaults of the layer's config class."""
     layer = {name: value for name, value in LAYER.items() if name not in ("num_key_value_heads", "hidden_act")}
     config = speculators_config()
     config["transformer_layer_config"] = layer

@@ -1,4 +1,4 @@
-"""A draft read from files of either family, run step by step with its cache, against plain uncached maths."""
+"""A draft read from files of either family, run step by step with its cache, against plain uncached math."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ OWN_EMBEDDING = ("flat, target hidden size", "flat, biases")
 
 
 class Target(nn.Module):
-    """As much of a target as a draft sees: an embedding that is nested as in a Hugging Face model."""
+    """The part of a target that a draft sees: an embedding, nested as in a Hugging Face model."""
 
     def __init__(self, weight):
         super().__init__()
@@ -85,7 +85,7 @@ def embedding():
 
 
 def read(folder, embedding, chain=4):
-    """The draft in a folder, its fusion, and a runner of its method on a cache of 32 positions."""
+    """The draft in a folder, its fusion, and a runner of its method with a cache of 32 positions."""
     plan = plan_draft(ExportOptions("stub", draft=folder, chain=chain), SPEC, FACTS)
     plan.load_weights(torch.float32, None)
     cache = ModelState([plan.head.attention], 32, torch.float32)
@@ -107,7 +107,7 @@ def write_case(folder, name, **how):
 
 
 def run_chain(plan, method, tokens, taps, count, chunks):
-    """Feeds a sequence in chunks and lets the draft go on; returns its proposals and the last feature."""
+    """Feeds a sequence in chunks and lets the draft continue; returns its proposals and the last feature."""
     features, start = plan.fusion([tap[None] for tap in taps]), 0
     with torch.no_grad():
         for size in chunks:
@@ -140,7 +140,7 @@ def test_every_flag_that_changes_the_maths(tmp_path, embedding, sequence, name):
     reference = ReferenceDraft(config, tensors, embedding)
     expected = reference.chain(tokens, taps, 4)
     plan, method = read(folder, embedding)
-    # a ring of four positions takes at most four rows; the cache of a draft that sees everything takes all at once
+    # a ring of four positions takes at most four rows; the cache of a draft with full attention takes all at once
     chunks = (4, 4, 4) if "window" in name else (7, 5)
     got, feature = run_chain(plan, method, tokens, taps, 4, chunks)
     assert got == expected
@@ -154,7 +154,7 @@ def test_every_flag_that_changes_the_maths(tmp_path, embedding, sequence, name):
 
 
 def test_the_flags_change_the_maths(embedding, sequence):
-    """Or the test above would pass for an implementation that ignored them."""
+    """Otherwise the test above would pass for an implementation that ignores them."""
     tokens, taps = sequence
     outputs = {}
     for flags in (
@@ -196,7 +196,7 @@ def test_a_row_alone_is_the_row_in_a_chunk(tmp_path, embedding, sequence):
 
 
 def test_taps_of_both_numberings(tmp_path):
-    """vLLM numbers hidden states from the embedding; SpecForge and SGLang number the layers they come out of."""
+    """vLLM numbers hidden states from the embedding; SpecForge and SGLang number the layers that output them."""
     wanted = {}
     for name, config in (
         ("default", flat_config()),

@@ -1,4 +1,4 @@
-"""Exported programs, run on a CPU with shared caches, give the logits of the Hugging Face model they came from."""
+"""Exported programs, run on a CPU with shared caches, give the logits of the original Hugging Face model."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ pytestmark = pytest.mark.xdist_group("equivalence")
 
 TOLERANCE = 1e-4
 VERIFY = 4
-LENGTH = 44  # past the window of 8 and twice around the ring of 16
+LENGTH = 44  # past the window of 8 and more than twice around the ring of 16
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "qwen3-sliding", "gemma4"])
 def exported(request, tmp_path_factory, tiny, reference, target_of):
-    """The reference's logits for one sequence, and the three programs exported from its saved folder."""
+    """The reference's logits for one sequence, and three programs exported from its saved folder."""
     model = reference(tiny(request.param))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder, max_shard_size="40KB")
@@ -33,7 +33,7 @@ def exported(request, tmp_path_factory, tiny, reference, target_of):
 
 
 def run_session(programs, tokens, expected):
-    """Chunked prefill, decode, verify with rejected drafts, decode again; returns the largest error of any row."""
+    """Chunked prefill, decode, verify with rejected drafts, and decode again; returns the largest error of any row."""
     run = SharedPrograms(programs)
     vocab = expected.shape[-1]
     worst = 0.0
@@ -53,7 +53,7 @@ def run_session(programs, tokens, expected):
         position += 1
     while position + VERIFY <= LENGTH - 4:
         draft = tokens[:, position : position + VERIFY].clone()
-        draft[:, 2:] = (draft[:, 2:] + 1) % vocab  # the last two are rejected: only two rows can be compared
+        draft[:, 2:] = (draft[:, 2:] + 1) % vocab  # the last two are rejected, so only two rows can be compared
         check(run("target_verify", draft, position)[:, :2], position, 2)
         position += 2
         check(run("target_verify", tokens[:, position : position + VERIFY], position), position, VERIFY)
@@ -66,9 +66,9 @@ def run_session(programs, tokens, expected):
 
 def test_session_matches_hugging_face(exported):
     tokens, expected, programs = exported
-    assert expected.std() > 0.3  # logits that differ enough for an error to show
+    assert expected.std() > 0.3  # the logits differ enough for an error to show
     assert run_session(programs, tokens, expected) < TOLERANCE
-    # the rewritten programs start from caches full of someone else's keys, too
+    # the rewritten programs also start from caches full of other keys
     replaced, reports = replace_attention(programs)
     assert all(report.replaced and not report.declined for report in reports.values())
     assert run_session(replaced, tokens, expected) < TOLERANCE

@@ -1,4 +1,4 @@
-"""What exported programs take, return and share."""
+"""The inputs, outputs and shared tensors of exported programs."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_attention_is_one_grouped_call_with_a_bool_mask(small):
             assert mask.dtype == torch.bool
             assert mask.ndim == 4
             assert node.args[1].meta["val"].shape[1] == 4  # H_kv, not repeated to H_q = 8
-        assert len({node.args[3] for node in nodes}) == 1  # one mask for all layers of a kind
+        assert len({node.args[3] for node in nodes}) == 1  # all layers of one kind share a mask
 
 
 def test_methods_share_weights_and_caches_by_name_and_memory(small):

@@ -1,4 +1,4 @@
-"""Targets: built in, installed by others, misspelt."""
+"""Targets: built in, installed by other packages, and misspelled."""
 
 import sys
 
@@ -22,7 +22,7 @@ WRONG = 3
 
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
-    """Installs a package that offers two targets: a good one and one that is no TargetSpec."""
+    """Installs a package with two targets: a good one and one that is not a TargetSpec."""
     (tmp_path / "target_plugin.py").write_text(PLUGIN)
     info = tmp_path / "target_plugin-1.0.dist-info"
     info.mkdir()

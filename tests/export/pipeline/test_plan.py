@@ -1,4 +1,4 @@
-"""Lengths and conflicts that are settled before any weight is read."""
+"""Lengths and conflicts that are decided before any weight is read."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_options_out_of_range(config, options, named):
 
 
 def test_a_target_bounds_its_forwards(monkeypatch, config):
-    """Prefill, decode and verify keep to what one forward of the target may hold."""
+    """Prefill, decode and verify respect the most tokens of one forward of the target."""
 
     import flashpte.export.pipeline.plan as planning
 

@@ -1,4 +1,4 @@
-"""Choosing tokens, stopping, text that arrives in pieces, and statistics."""
+"""Choosing tokens, stopping, streaming text, and statistics."""
 
 import math
 
@@ -16,7 +16,7 @@ from flashpte.export.runtime.text import StreamingText, encode_prompt, stop_ids
 
 
 class Successor:
-    """A language model that always wants the next number, and writes down what it was fed."""
+    """A language model that always predicts the next number and records what it was fed."""
 
     def __init__(self, length=32, vocabulary=16):
         from eager_program import signatures
@@ -77,7 +77,7 @@ def test_sampling_follows_the_distribution():
     assert abs(drawn.count(1) / 2000 - 0.75) < 0.03
     assert 2 not in drawn
     cold = [sample(logits, 0.2, generator) for _ in range(500)]
-    assert cold.count(1) > 490  # (3 : 1) to the fifth power
+    assert cold.count(1) > 490  # odds of (3 : 1) to the fifth power
     assert sample(logits, 0.0, None) == 1
 
 
@@ -100,7 +100,7 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    """One token for each byte: every character beyond ASCII takes several."""
+    """One token per byte: characters beyond ASCII take several."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Exports on a GPU: prompts of many lengths, up to the last slot, as CUDA graphs, and what goes wrong."""
+"""Exports on a GPU: prompts of many lengths, up to the last slot, as CUDA graphs, and errors."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ MODELS = ("gemma", "llama")
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request, model_folder):
-    """A program and the eager models it must follow: own dtype, reference."""
+    """A program and the eager models that it must follow: in its own dtype, and the reference."""
     folder = model_folder(request.param)
     program = Program.open(folder)
     return program, *eager_pair(rebuild(program.manifest, None))
@@ -73,7 +73,7 @@ def steps(program, sequence):
 def test_graphs_give_the_same_bits(case, sequence):
     program = case[0]
     plain, caches = steps(program, sequence)
-    # In the middle of a sequence: capturing runs the method, and leaves no trace.
+    # Capture in the middle of a sequence: it runs the method, but must leave no trace.
     for method in ("decode", "target_verify"):
         program.capture(method)
     assert program.captured == ("decode", "target_verify")
@@ -105,7 +105,7 @@ def test_graphs_from_the_start_and_results_that_stay(model_folder, sequence):
 
 
 def test_a_rewritten_position(case, sequence):
-    """Rejected drafts: going back and writing the same tokens gives the same logits."""
+    """After rejected drafts, going back and writing the same tokens gives the same logits."""
     model = LanguageModel(case[0])
     model.reset()
     model.prefill(sequence[:100])

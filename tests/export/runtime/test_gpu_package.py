@@ -1,4 +1,4 @@
-"""A ``.pt2`` of one method on a GPU: prefill of any length behind any prefix, over a cache that belongs to it."""
+"""A ``.pt2`` of one method on a GPU: prefill of any length after any prefix, with its own cache."""
 
 import json
 
@@ -22,7 +22,7 @@ def program(model_folder):
 
 @pytest.fixture(scope="module")
 def eager(program):
-    """The model in its own dtype, and the reference."""
+    """The model in its own dtype and the reference."""
     return eager_pair(rebuild(program.manifest, None))
 
 
@@ -49,7 +49,7 @@ def test_one_method_and_its_caches(program, model):
     assert all(tensor.is_cuda and not tensor.any() for tensor in program.buffers.values())
 
 
-# Up to 16 rows run the kernel for few rows; the last chunk but one gives way to the shortest that prefill takes.
+# Up to 16 rows run the kernel for few rows. The chunk before the last gives up tokens for the shortest prefill.
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 511, 512, 513, 3000])
 def test_prompts_of_every_length(model, eager, sequence, length):
     logits = model.prefill(sequence[:length])
@@ -83,7 +83,7 @@ def test_only_the_slots_of_a_call_are_written(program, model, sequence):
 
 
 def test_the_buffers_are_what_the_method_reads(program, model, sequence):
-    """Clearing them from outside is a reset, and putting them back undoes it: the package has no copy of its own."""
+    """Clearing the buffers from outside is a reset, and restoring them undoes it: the package has no copy of them."""
     model.prefill(sequence[:200])
     kept = held(program)
     expected = model.call("prefill", sequence[200:220]).clone()
@@ -159,7 +159,7 @@ def test_another_file_is_not_run(model_folder, run_model_process, tmp_path):
 
 
 def test_a_file_that_is_no_package_ends_in_one_line(model_folder, run_model_process, tmp_path):
-    """Asked for with ``--unverified``: whatever the loader finds wrong is one line, too."""
+    """With ``--unverified``, any error of the loader must also be one line."""
     wrong = tampered(model_folder(MODEL), tmp_path / "copy", "model.pt2")
     data = (wrong / "model.pt2").read_bytes()
     (wrong / "model.pt2").write_bytes(data[: len(data) // 2])

@@ -1,9 +1,9 @@
-"""Speculative decoding on a GPU: 500 tokens that are the target's own, whatever the draft proposes.
+"""Speculative decoding on a GPU: 500 tokens equal the target's own, for any draft.
 
-Plain greedy decoding through ``target_verify`` feeds one token at a time: it is the first row of a window of K + 1, the
-others are padding whose keys are overwritten before a row sees them. So both sides run the same kernels, and must give
-the same tokens. ``decode`` runs other kernels, whose rounding may turn near-ties: it is fed the speculative text, and
-where it would have chosen another token, its margin must be within what rounding moves.
+Plain greedy decoding through ``target_verify`` feeds one token at a time in the first row of a window of K + 1. The
+other rows are padding, whose keys are overwritten before a row sees them. So both sides run the same kernels and must
+give the same tokens. ``decode`` runs other kernels, whose rounding may swap near ties. It is fed the speculative text;
+where it would choose another token, its margin must be within the rounding.
 """
 
 import json
@@ -29,7 +29,7 @@ def program(model_folder):
 
 
 def longest_repeat(tokens):
-    """How many of the last tokens repeat what stands a fixed number of places before them."""
+    """Number of last tokens that repeat those at a fixed distance before them."""
     found = 0
     for period in range(1, len(tokens) // 2):
         count = 0
@@ -41,10 +41,10 @@ def longest_repeat(tokens):
 
 @pytest.fixture(scope="module")
 def text(program):
-    """A prompt, longer than the window of 64 and the ring of 128 slots, and greedy decoding of it.
+    """A prompt, longer than the window of 64 and the ring of 128 slots, and its greedy continuation.
 
-    Through target_verify, one token at a time; the draft is never called. A model with random weights may repeat itself
-    for ever, which would hide wrong positions, so the first prompt is taken after which this one does not.
+    The continuation comes from target_verify, one token at a time, without the draft. A model with random weights may
+    repeat itself forever, which would hide wrong positions, so this uses the first prompt that leads to no repetition.
     """
     for seed in range(5, 25):
         prompt = torch.randint(0, VOCAB, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -88,7 +88,7 @@ def test_without_graphs_too(program, prompt, plain):
 
 @pytest.fixture(scope="module")
 def rounds(program, prompt, plain):
-    """Drafts that are right for 0, 1, .. K tokens in turn: the acceptance of each round, the tokens, their logits."""
+    """Drafts that are right for 0, 1, .. K tokens in turn; returns each round's acceptance, the tokens and the logits."""
     rows = []
 
     def propose(sequence, proposals):
@@ -145,14 +145,14 @@ def test_against_decode_every_difference_is_a_near_tie(program, prompt, rounds):
     }
     top = expected.double().topk(2, -1).values
     undecided = int(((top[:, 0] - top[:, 1]) <= tolerance).sum())
-    # how far a token that other logits chose would lie below the best one
+    # distance to the best logit of a token chosen by unrelated logits
     unrelated = float((top[:, 0] - expected.double().median(-1).values).median())
     print(f"\n{len(margins)} of {COUNT} tokens differ from decode, tolerance {tolerance:.3g}; margins: {margins}")
     print(f"{undecided} tokens are within the tolerance of another one in the reference")
     for name, found in judged.items():
         print(f"{name}: largest error {found.max_error:.3g} of {found.max_allowed:.3g} allowed")
     print(f"an unrelated token lies {unrelated:.3g} below the best one")
-    assert tolerance < unrelated / 5  # else this would show little
+    assert tolerance < unrelated / 5  # otherwise this test would show little
     assert len(margins) < COUNT / 10
     assert all(margin <= tolerance for margin in margins.values()), margins
 

@@ -1,4 +1,4 @@
-"""Prompts in chunks, positions, and a cache that is full."""
+"""Prompts in chunks, positions, and a full cache."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from flashpte.export.state.layer_state import StateRules
 
 
 class Recorder:
-    """A program that remembers its calls and answers with the last token and position."""
+    """A program that records its calls and answers with the last token and position."""
 
     def __init__(self, methods, length=64, states=()):
         self.signatures = signatures(methods)
@@ -40,7 +40,7 @@ def test_chunks_add_up_and_are_admitted(count, low, spread, decode):
     try:
         chunks = plan_chunks(count, limits)
     except ProgramError:
-        # only where no sum of admitted sizes exists
+        # only if no admitted sizes add up
         assert not decode
         assert all(not low * n <= count <= (low + spread) * n for n in range(1, count + 1))
         return
@@ -117,11 +117,11 @@ def test_a_state_says_how_far_it_goes_back():
         model.move_back(15)
     model.move_back(16)
     model.decode(1)
-    with pytest.raises(UsageError, match="position 15"):  # what is behind position 20 is still in the ring
+    with pytest.raises(UsageError, match="position 15"):  # positions before 20 are still in the ring
         model.move_back(15)
     model.prefill(range(8))
     model.move_back(21)
-    model.move_back(0)  # a new sequence writes over everything before it is read
+    model.move_back(0)  # a new sequence overwrites everything before reading it
     model.prefill(range(8))
     model.move_back(4)
     assert model.position == 4

@@ -1,4 +1,4 @@
-"""A ``.pt2`` as the runtime loads it, on a CPU: AOTInductor's own code for one, packaged as ours."""
+"""Loads a ``.pt2`` on a CPU: AOTInductor's CPU code, packaged like a CUDA export."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SLOTS, WIDTH = 16, 8
 
 
 class Cached(torch.nn.Module):
-    """``forward(x [1, T, WIDTH], input_pos [T])`` writes its rows into a cache and sums what the cache holds."""
+    """``forward(x [1, T, WIDTH], input_pos [T])`` writes its rows to a cache and sums the cache's contents."""
 
     def __init__(self, start=0.0):
         super().__init__()
@@ -47,7 +47,7 @@ def module():
 
 @pytest.fixture(scope="module")
 def folder(module, tmp_path_factory):
-    """Weights in a file of their own, as in our packages."""
+    """The weights are in a file of their own, as in exported packages."""
     path = tmp_path_factory.mktemp("package")
     program = exported(module)
     described = describe_method(program)
@@ -97,7 +97,7 @@ def test_a_reset_is_seen(program, folder, module):
 
 
 def test_a_buffer_that_starts_as_something_else_is_refused(tmp_path):
-    """Its value is in the package, which does not give it out; zeros would be another program."""
+    """The package holds the initial value but does not give it out; zeros would make another program."""
     described = describe_method(exported(Cached(start=1.0)))
     assert described["buffers"] == {"cache": {"dtype": "float32", "shape": [1, SLOTS, WIDTH], "starts_as_zeros": False}}
     assert "starts_as_zeros" not in describe_method(exported(Cached()))["buffers"]["cache"]

@@ -1,4 +1,4 @@
-"""Kernels by family, what a profile measures, and how it is shown."""
+"""Kernel families, the cases that a profile measures, and its output."""
 
 import pytest
 
@@ -94,7 +94,7 @@ def test_times_are_for_one_run(report):
     (row,) = report.rows
     assert row.families_us == {"attention": 36.0, "matmul": 50.0, "rest": 0.0}
     assert row.kernels == 3
-    assert row.idle_us == 0.0  # kernels beside each other may add up to more than the whole
+    assert row.idle_us == 0.0  # kernels that run in parallel may add up to more than the total
     assert row.slowest[0] == ("triton_tem_fused_mm_1", 50.0)
     slower = summarise(row.case, 100.0, [("_tiled_kernel", 30.0)], 1)
     assert slower.idle_us == 70.0

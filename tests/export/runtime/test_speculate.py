@@ -30,7 +30,7 @@ PROMPT = [5, 6, 7, 300, 41]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A head of its own: with random weights, one tied to the embedding repeats the last token for ever."""
+    """An untied head: with random weights, a head tied to the embedding repeats the last token forever."""
     from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
     path = tmp_path_factory.mktemp("config") / "config.json"
@@ -50,12 +50,12 @@ def without_decode(config):
 
 @pytest.fixture(scope="module")
 def described(plan):
-    """What the manifest says of each exported method."""
+    """The manifest's description of each exported method."""
     return {name: describe_method(program) for name, program in export_programs(plan).items()}
 
 
 def write_folder(plan, methods, folder):
-    """A folder as export-model writes it, without the compiled code."""
+    """A folder as export-model writes it, but without the compiled code."""
     own = {spec.name: methods[spec.name] for spec in plan.methods}
     return write_model_folder(folder, own, plan.constant_methods, plan.manifest())
 
@@ -80,7 +80,7 @@ def use(monkeypatch):
 
 
 def greedily(plan, prompt, count):
-    """Plain decoding with a program of its own."""
+    """Plain decoding with a separate program."""
     model = LanguageModel(EagerProgram(plan))
     logits, tokens = model.prefill(prompt), []
     for _ in range(count):
@@ -103,7 +103,7 @@ def test_greedy_text_is_that_of_plain_decoding(plan, program):
 
 
 def test_a_prompt_of_one_token(program):
-    """Too short for prefill: target_verify takes it."""
+    """The prompt is too short for prefill, so target_verify takes it."""
     found = speculate(program, [7], max_new_tokens=9)
     assert not any(method == "prefill" for method, _, _ in program.calls)
     assert found.tokens == decode_plainly(program, [7], max_new_tokens=9).tokens
@@ -212,7 +212,7 @@ def test_without_decode_nothing_is_compared(run_model, without_decode, described
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)["statistics"]
     assert (found["compared"], found["first_difference_from_plain_decode"]) == ({}, None)
-    assert sum(method == "prefill" for method, _, _ in program.calls) == 1  # no warming up either
+    assert sum(method == "prefill" for method, _, _ in program.calls) == 1  # no warm-up either
 
 
 def test_a_full_cache(run_model, folder, use, program):

@@ -1,4 +1,4 @@
-"""The loop against a program made of tables: every call is checked, and what comes out is known exactly."""
+"""The loop with a program made of tables: every call is checked, and the exact output is known."""
 
 import itertools
 
@@ -13,9 +13,9 @@ VOCAB = 5
 
 
 class TableProgram:
-    """A target whose logits depend on the last two tokens, behind caches that are checked at every call.
+    """A target whose logits depend on the last two tokens, with caches that are checked at every call.
 
-    A feature is (position, token there); the draft's proposal is the target's favourite more often than not.
+    A feature is (position, token there). The draft usually proposes the target's favorite.
     """
 
     def __init__(self, program, seed=0, spread=3.0):
@@ -60,7 +60,7 @@ class TableProgram:
 
     def draft_decode(self, tokens, features, positions):
         assert 1 <= len(positions) <= self.program.max_draft_tokens
-        # each row has the feature of its own position; the draft reads the token after it
+        # each row has the feature of its own position, and the draft reads the token after it
         assert features[0, :, 0].tolist() == positions.tolist()
         self._write("draft", tokens, positions)
         position, token = int(positions[-1]), int(tokens[0, -1])
@@ -220,7 +220,7 @@ def test_greedy_accepts_a_prefix():
 
 
 def chi_square(counts, expected):
-    """The statistic and its degrees of freedom; rare outcomes are pooled, impossible ones must not have happened."""
+    """The statistic and its degrees of freedom; rare outcomes are pooled, and impossible ones must not occur."""
     assert counts[expected == 0].sum() == 0
     common = expected >= 5
     counts, expected = (torch.cat((x[common], x[~common].sum()[None])) for x in (counts, expected))
@@ -232,7 +232,7 @@ def chi_square(counts, expected):
     "settings", [{}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.7, "top_p": 0.8}], ids=str
 )
 def test_samples_have_the_targets_distribution(settings):
-    """Three tokens after a prompt, proposals among them: the joint distribution is the product of the target's."""
+    """Draws three tokens after a prompt, with proposals; their joint distribution is the product of the target's."""
     runs, program = 1500, sizes(chain=2)
     table = TableProgram(program, seed=1, spread=1.0)
     sampler = Sampler(**settings, generator=torch.Generator().manual_seed(0))
@@ -251,14 +251,14 @@ def test_samples_have_the_targets_distribution(settings):
         counts[tuple(got.tokens)] += 1
         accepted += sum(got.acceptance.accepted)
         rejected += sum(o > a for o, a in zip(got.acceptance.offered, got.acceptance.accepted, strict=True))
-    assert min(accepted, rejected) > runs / 20  # or the test would say nothing about acceptance
+    assert min(accepted, rejected) > runs / 20  # otherwise the test would say nothing about acceptance
     statistic, freedom = chi_square(counts, runs * expected)
-    # mean freedom, variance 2 freedom
+    # mean: freedom, variance: 2 * freedom
     assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5
 
 
 def test_a_sampler_that_accepts_too_much_is_noticed():
-    """The test above must see a wrong rule: here every second rejection is forgiven."""
+    """The test above must detect a wrong rule: here every second rejection is ignored."""
     runs, sampler = 6000, Sampler(generator=torch.Generator().manual_seed(0))
     logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(2))
     p = sampler.probabilities(logits)[0]

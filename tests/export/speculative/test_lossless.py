@@ -1,4 +1,4 @@
-"""Speculative decoding on exported and rewritten programs gives what the Hugging Face model gives without a cache."""
+"""Speculative decoding on exported and rewritten programs equals the Hugging Face model without a cache."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ VOCAB = 96
 
 @dataclasses.dataclass
 class Setup:
-    """A target with a draft, exported for several chains, and the models they came from."""
+    """A target with a draft, exported for several chains, and the original models."""
 
     model: torch.nn.Module
     draft: ReferenceDraft
@@ -32,7 +32,7 @@ class Setup:
     runners: dict = dataclasses.field(default_factory=dict)
 
     def run(self, kind, chain):
-        """Runs the methods of one chain, on caches that still hold what ran before; at first they hold 3.0."""
+        """Runs the methods of one chain, on caches that hold results of earlier runs; at first they hold 3.0."""
         if (kind, chain) not in self.runners:
             prefill, draft_decode, verify = self.programs[kind]
             methods = {"prefill": prefill, "draft_decode": draft_decode, TARGET_VERIFY: verify[chain]}
@@ -40,7 +40,7 @@ class Setup:
         return self.runners[kind, chain]
 
     def greedily(self, prompt, count):
-        """Tokens after a prompt: the Hugging Face model with no cache, fed the whole sequence for every token."""
+        """Tokens after a prompt from the Hugging Face model without a cache: it reads the whole sequence every time."""
         tokens = list(prompt)
         with torch.no_grad():
             for _ in range(count):
@@ -52,7 +52,7 @@ class Setup:
 def setup(tmp_path_factory, tiny, reference):
     folder = tmp_path_factory.mktemp("speculative")
     fields = {**tiny("gemma4"), "num_hidden_layers": len(LAYERS), "max_position_embeddings": 256}
-    # with random weights, a head tied to the embedding repeats the last token for ever, whatever attention does
+    # with random weights, a head tied to the embedding repeats the last token forever, whatever attention does
     model = reference({**fields, "tie_word_embeddings": False})
     assert model.config.layer_types == LAYERS
     model.save_pretrained(folder / "target")
@@ -96,7 +96,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def continuations(setup, prompt):
-    """The reference's continuation of the first tokens of the prompt, to the end of the caches; made once each."""
+    """The reference's continuations of prefixes of the prompt, to the end of the caches; each is computed once."""
     made = {}
 
     def get(length):
@@ -110,7 +110,7 @@ def continuations(setup, prompt):
 
 
 def accept_exactly(expected, start, pattern):
-    """Proposals of which the target accepts as many as the pattern says, round after round."""
+    """Proposals of which the target accepts the pattern's number in each round."""
     rounds = iter(range(10**6))
 
     def revise(tokens, proposals):
@@ -125,7 +125,7 @@ def accept_exactly(expected, start, pattern):
 @pytest.mark.parametrize("kind", ["exported", "rewritten"])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_every_acceptance_in_turn_across_the_window_and_the_ring(setup, prompt, continuations, kind, chain):
-    """From before the window's edge to the end of the caches, three times around the ring."""
+    """Runs from before the window's edge to the end of the caches, three times around the ring."""
     upwards, seen = [*range(chain + 1)], set()
     for length, pattern in ((5, upwards), (20, upwards[::-1])):
         expected = continuations(length)
@@ -145,7 +145,7 @@ def test_every_acceptance_in_turn_across_the_window_and_the_ring(setup, prompt, 
 @pytest.mark.parametrize("chain", [4])
 @pytest.mark.parametrize("edge", [WINDOW, RING, 2 * RING], ids=["window", "ring", "second-lap"])
 def test_rejection_at_every_position_on_both_sides_of_an_edge(setup, prompt, continuations, chain, edge):
-    """The first round after the prompt begins before, at and after the edge, and accepts 0..K; then comes another."""
+    """The first round after the prompt starts before, at or after the edge and accepts 0..K; another round follows."""
     for length in range(edge - 2, edge + 2):
         expected = continuations(length)[: 2 * chain + 2]
         for accepted in range(chain + 1):
@@ -162,7 +162,7 @@ def test_rejection_at_every_position_on_both_sides_of_an_edge(setup, prompt, con
 
 @pytest.mark.parametrize("chain", [4, 7])
 def test_what_the_draft_itself_proposes(setup, prompt, continuations, chain):
-    """Its own proposals, nearly all wrong here; and plain decoding through target_verify is the same."""
+    """The draft's own proposals are nearly all wrong here; plain decoding with target_verify gives the same tokens."""
     expected = continuations(13)[:20]
     for limit in (0, 1, chain):
         run = setup.run("rewritten", chain)
@@ -177,7 +177,7 @@ def test_a_second_prompt_needs_no_reset(setup, prompt, continuations):
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_a_rollback_that_is_off_by_one_is_noticed(setup, prompt, continuations, shift):
-    """After a rejection, the next call one position too early or too late: the output must change."""
+    """After a rejection, the next call is one position too early or too late, so the output must change."""
     chain, expected = 4, continuations(13)[:20]
     run, rejected = setup.run("rewritten", chain), [False]
 
@@ -201,7 +201,7 @@ def test_a_rollback_that_is_off_by_one_is_noticed(setup, prompt, continuations, 
 
 @pytest.mark.parametrize("kind", ["exported", "rewritten"])
 def test_the_draft_proposes_what_uncached_maths_proposes(setup, prompt, continuations, kind):
-    """After every round: taps, fusion, the draft's cache after acceptance and rejection, positions, d2t."""
+    """Checks taps, fusion, positions, d2t and the draft's cache after every round with acceptance and rejection."""
     chain, length = 4, 7
     expected = continuations(length)
     inject = accept_exactly(expected, length, [1, 4, 0, 2, 3])
@@ -221,7 +221,7 @@ def test_the_draft_proposes_what_uncached_maths_proposes(setup, prompt, continua
 
 
 def test_taps_are_the_models_hidden_states(setup, prompt):
-    """0 is the embedding, k the output of layer k - 1: what Hugging Face calls hidden_states[k], but for the last."""
+    """Tap 0 is the embedding, k the output of layer k - 1: Hugging Face's hidden_states[k], except for the last."""
     tokens = torch.tensor([prompt[:9]])
     layers = setup.model.model.layers
     hooks = [len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers]

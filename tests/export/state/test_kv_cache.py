@@ -1,4 +1,4 @@
-"""Masks over the caches, compared with a plain model of which position each slot holds."""
+"""Masks over the caches, compared with a plain model of the position in each slot."""
 
 import itertools
 
@@ -16,12 +16,12 @@ MAX_SEQ_LEN = 32
 
 
 def expected_mask(slots, positions, window):
-    """Row by row: a slot is attended if it really holds a position in the row's window."""
+    """Row by row: a slot is attended if it holds a position in the row's window."""
     return torch.tensor([[p is not None and 0 <= row - p < window for p in slots] for row in positions])
 
 
 class SlotModel:
-    """Remembers which position was last written to each slot."""
+    """Records the position last written to each slot."""
 
     def __init__(self, size):
         self.slots = [None] * size
@@ -53,7 +53,7 @@ def test_ring_mask_follows_what_the_slots_hold(chunks):
 @pytest.mark.parametrize("back", [1, 2, 3])
 @pytest.mark.parametrize("written", range(4, 20))
 def test_ring_mask_after_moving_back_by_at_most_the_window(written, back):
-    """Slots of rejected tokens hold positions that no row may see; none that a row needs was overwritten."""
+    """Slots of rejected tokens hold positions that no row may see; no slot that a row needs was overwritten."""
     kv, model = cache(), SlotModel(2 * WINDOW)
     model.write(range(written))
     for position in range(written - back, written + 4):

@@ -1,4 +1,4 @@
-"""Rules of states as a manifest holds them."""
+"""Rules for states, as a manifest holds them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A recurrent layer goes through export, generation, rollback and check, and the runtime's loops know nothing of it."""
+"""A recurrent layer works in export, generation, rollback and check, although the runtime's loops do not know it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PROMPT = [5, 9, 2, 33, 17, 60, 21]
 
 
 class ExportedProgram:
-    """The exported methods of a plan as a program that the runtime can run, over shared buffers."""
+    """The exported methods of a plan as a program that the runtime can run, with shared buffers."""
 
     def __init__(self, plan, programs, states=None):
         ranges = {spec.name: (spec.min_tokens, spec.max_tokens) for spec in plan.methods}
         size = plan.draft.head.hidden_size if plan.draft is not None else None
         self.signatures = signatures(ranges, plan.facts.vocab_size, plan.dtype, size)
         self.constants = plan.constant_methods
-        # through the manifest's JSON: the runtime reads nothing else
+        # through the manifest's JSON, which is all that the runtime reads
         self.states = read_states(plan.manifest()) if states is None else states
         self._programs = SharedPrograms(programs)  # they start full of 3.0
         self.buffers = self._programs.caches
@@ -50,7 +50,7 @@ class ExportedProgram:
 
     def reset(self):
         for buffer in self.buffers.values():
-            buffer.fill_(3.0)  # a sequence from position 0 depends on none of it
+            buffer.fill_(3.0)  # a sequence from position 0 must not depend on it
 
     def synchronize(self):
         pass
@@ -123,7 +123,7 @@ def test_generation(plain, greedy):
 
 @pytest.mark.parametrize("back", range(1, 9))
 def test_rollback(plain, back):
-    """Going back by any number of positions, then other tokens: the logits of a sequence that never went astray."""
+    """After going back by any number of positions, other tokens give the logits of a sequence that never differed."""
     plan, programs = plain
     model, straight = (LanguageModel(ExportedProgram(plan, programs)) for _ in range(2))
     model.prefill(PROMPT)

@@ -1,4 +1,4 @@
-"""Random weights are a function of the seed and the tensor's name, and of nothing else."""
+"""Random weights depend only on the seed and the tensor's name."""
 
 import json
 
@@ -62,13 +62,13 @@ def test_ranges(name, shape, low, high):
 
 
 def test_known_values():
-    """The values themselves: the same on every machine and in every torch release."""
+    """The values are the same on every machine and in every torch release."""
     tensor = random_tensor("model.norm.weight", torch.Size([4]), torch.float32, 0)
     assert tensor.tolist() == [1.0630356073379517, 0.6489343643188477, 0.9562625885009766, 0.6192308068275452]
 
 
 def test_scores_and_heads_are_scaled():
-    """Powers of two of what the names alone give; a head of its own leans towards the embedding of the token before."""
+    """Factors are powers of two; an untied head leans towards the embedding of the previous token."""
     tied = weights(random_seed=0)
     name = "model.layers.0.self_attn.q_norm.weight"
     assert torch.equal(tied[name], random_tensor(name, tied[name].shape, torch.bfloat16, 0) / 4)
@@ -96,6 +96,6 @@ def test_a_head_of_its_own(tmp_path):
     noise = random_tensor("lm_head.weight", torch.Size([64, 256]), torch.float32, 0)
     assert torch.equal(state["model.embed_tokens.weight"], rows * 16)
     assert torch.equal(state["lm_head.weight"], noise + rows.roll(1, 0))
-    # so that a greedy continuation counts
+    # so that a greedy continuation counts upwards
     logits = plan.model(torch.arange(20)[None], use_cache=False, attention_mask=torch.ones(1, 1, 20, 20).tril().bool())
     assert (logits.logits[0].argmax(-1) == torch.arange(1, 21)).float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""Formats of weights: a recipe gives each name one, and loader, programs, manifest and check follow it."""
+"""Formats of weights: a recipe assigns one to each name, and loader, programs, manifest and check follow it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RULES = ((NORMS, "float32"), (DOWN, "toy-int4"), (QUERY, "toy-int4"))
 
 @pytest.fixture(autouse=True)
 def _mixed_target(monkeypatch):
-    """The small Gemma 4 with norms in float32 and some linear layers in 4 bits."""
+    """The small Gemma 4 with norms in float32 and some 4-bit linear layers."""
     monkeypatch.setitem(FORMATS, "toy-int4", ToyInt4(torch.bfloat16))
     known = registry._builtin_targets()
     mixed = dataclasses.replace(GEMMA4, name="mixed", weight_formats=RULES)
@@ -82,7 +82,7 @@ def test_a_program_can_be_traced_without_weights():
     plan = planned(verify_window=4)
     export_programs(plan, trace_only=True)
     assert plan.model.state_dict()["model.layers.0.mlp.down_proj.packed"].dtype == torch.uint8
-    load_weights(plan)  # and loaded afterwards
+    load_weights(plan)  # weights are loaded afterwards
     expected = loaded(verify_window=4).model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in plan.model.state_dict().items())
 
@@ -111,7 +111,7 @@ def test_check_is_red_when_a_packed_weight_differs_or_is_absent():
 
 
 def test_check_is_red_when_a_format_was_lost():
-    """A float32 norm that the program holds in bfloat16 is not the model's, though its values are."""
+    """If the program holds a float32 norm in bfloat16, the check fails even though the values are equal."""
     name = "model.model.norm.weight"
     report = checked(loaded(verify_window=4), lambda weights: weights.update({name: weights[name].bfloat16()}))
     assert not report.passed

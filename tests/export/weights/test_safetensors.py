@@ -1,4 +1,4 @@
-"""Hugging Face folders: every naming in use, and every way in which one can be broken."""
+"""Hugging Face folders: every naming scheme in use, and every way in which a folder can be broken."""
 
 import json
 
@@ -38,7 +38,7 @@ def load(folder, target="hf", **options):
 
 
 def rewrite(folder, change):
-    """Loads the folder's only file, lets ``change`` edit the tensors in place, saves them."""
+    """Loads the folder's only file, lets ``change`` edit the tensors in place, and saves them."""
     path = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)
@@ -62,7 +62,7 @@ def test_one_or_many_files(tmp_path, shard_size):
 
 
 def test_weights_are_mapped_and_not_read(tmp_path):
-    """A tensor of the file's dtype sits in the mapping: its address is a page of the file."""
+    """A tensor in the file's dtype lies in the mapping, at the address of a page of the file."""
     save_llama(tmp_path)
     plan = load(tmp_path)
     address = plan.model.get_parameter(UP).data_ptr()
