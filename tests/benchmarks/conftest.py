@@ -1,4 +1,4 @@
-"""A document of results in which every target is met, built from the benchmark's own cases."""
+"""A document of results that meets every target, built from the benchmark's own cases."""
 
 import copy
 
@@ -26,7 +26,7 @@ def _good_document():
     rows = []
     for case in (case for cases in SUITES.values() for case in cases):
         floor = case.floor(CEILINGS)
-        # Decode and verify at their floors, prefill at 80% of the matrix rate.
+        # Decode and verify run at their floors, prefill at 80% of the matrix rate.
         ours = floor / 0.8 if case.prefills else floor
         peers = {"executorch": 2 * ours, "executorch causal": 3 * ours}
         if case.shape.head_dim <= 256:

@@ -1,4 +1,4 @@
-"""Measuring on a CPU with made-up times: everything but the GPU's part."""
+"""Measuring with made-up times on a CPU: everything except the GPU part."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_jobs_say_why_they_failed():
 
 @pytest.fixture
 def command(on_cpu, monkeypatch, tmp_path):
-    """Runs the command with two cases and our own operator alone; ``command(...)`` returns the document."""
+    """Runs the command with two cases and only our own operator; ``command(...)`` returns the document."""
     import attention
     from harness import results, runners
 

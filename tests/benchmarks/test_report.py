@@ -1,4 +1,4 @@
-"""Table, plots and the command, from a JSON file."""
+"""The table, the plots and the command, from a JSON file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every target, on a document that meets them all and on one that just misses one."""
+"""Every target, on a document that meets them all and on documents that just miss one."""
 
 import pytest
 from harness import targets
@@ -20,7 +20,7 @@ def scale(row, label, factor, mode="graph"):
     row["times"][label][mode] *= factor
 
 
-# case, what is slowed down or sped up, by how much; the target that it misses, and a factor that just meets it
+# case, whose time changes, a factor that misses the target, a factor that just meets it, the target
 MISSES = [
     ("decode gemma-full L=131072 M=1", "flashpte", 1.05, 1.03, "of the floor"),
     ("decode gemma-full L=32768 M=1", "flashpte", 1.16, 1.14, "of the floor"),

@@ -1,4 +1,4 @@
-"""The operators on a GPU, against float64, over random problems with poisoned memory."""
+"""The operators on a GPU, compared with float64 on random problems with poisoned memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_few_rows_by_the_kernel_of_other_archs(case, monkeypatch):
 
 @pytest.mark.parametrize("case", random_cases(60, (2, 5, 8, 16), 6), ids=str)
 def test_few_rows_and_keys_by_the_kernel_for_hopper(case, monkeypatch):
-    """Which the table leaves to the other kernel."""
+    """The tuning table leaves these cases to the other kernel."""
     monkeypatch.setattr(tuning.hopper, "little_for_each", lambda shape, arch: False)
     check(*run(case))
 
@@ -92,7 +92,7 @@ def test_prefill_of_few_rows_splits_the_keys(kv_len, head_dim, mask):
 
 @pytest.mark.parametrize("mask", ["none", "bool_context"])
 def test_prefill_of_a_batch_of_windows(mask):
-    """More heads in all than the second dimension of a grid holds."""
+    """The heads of all windows together exceed the second dimension of a grid."""
     p = build(Case(80, 80, heads_q=16, heads_kv=16, dtype=torch.bfloat16, mask=mask), "cuda")
     out = sdpa_prefill(
         *(tensor.expand(4200, -1, -1, -1) for tensor in (p.query, p.key, p.value)),
@@ -141,7 +141,7 @@ def test_causal_decode_sees_only_the_first_key():
 
 
 def test_large_scores_do_not_overflow():
-    """Scores of several hundred, where a fixed softmax maximum overflows."""
+    """Scores of several hundred, which would overflow with a fixed softmax maximum."""
     for q_len in (1, 8, 100):
         p = build(Case(q_len, 500, dtype=torch.bfloat16, mask="bool_context"), "cuda")
         p = type(p)(p.query * 12, p.key * 12, p.value, p.mask, p.is_causal, p.scale)
@@ -152,7 +152,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
 @pytest.mark.parametrize("kv_len", [1, 7, 130, 3000])
 def test_prefill_of_keys_that_lie_in_memory_in_any_way(kv_len, head_dim):
-    """One row for all keys, heads inside of rows, wider rows, a cache that is longer and has no numbers behind them."""
+    """One row for all keys, heads inside rows, wider rows, and a longer cache with no numbers after the keys."""
     p = build(Case(200, kv_len, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask="none"), "cuda")
     one_row = [x[:, :, :1].expand_as(x) for x in (p.key, p.value)]
     heads_inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.key, p.value)]
@@ -253,7 +253,7 @@ def test_results_do_not_depend_on_the_tiles():
 @pytest.mark.parametrize("q_len", [1, 4, 16, 300])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320, 512])
 def test_every_tile_of_the_table(q_len, head_dim):
-    """What the table says for this GPU and any length, group and batch, on one problem and its own splits."""
+    """The table's choice for this GPU and any length, group and batch, on one problem with its own splits."""
     arch, tiles = tuning.current_arch(torch.device("cuda")), {}
     for group, kv_len, batch in itertools.product((1, 2, 4, 8, 16), (128, 1000, 5000, 40000, 200000, None), (1, 2)):
         shape = tuning.AttentionShape(batch, 4 * group, 4, q_len, kv_len, head_dim, head_dim, torch.bfloat16, 1)
@@ -274,7 +274,7 @@ def test_every_tile_of_the_table(q_len, head_dim):
 @pytest.mark.parametrize("head_dim", [128, 256, 512])
 @pytest.mark.parametrize("q_len", [8, 16, 70])
 def test_splits_leave_values_of_any_size(q_len, head_dim):
-    """What the kernel for Hopper stores is exact for powers of two, and an infinity changes no other column."""
+    """Partial results of the Hopper kernel's splits are exact for powers of two; an infinity changes no other column."""
     p = build(Case(q_len, 5000, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
     op = sdpa_verify if q_len <= 16 else sdpa_prefill
 
@@ -295,7 +295,7 @@ def test_splits_leave_values_of_any_size(q_len, head_dim):
 @pytest.mark.parametrize("dim_order", [(0, 2, 1, 3), (0, 1, 2, 3), (0, 1, 3, 2)])
 @pytest.mark.parametrize("head_dim", [64, 112, 128, 256])
 def test_wide_stores(head_dim, dim_order, poisoned_memory):
-    """Into every memory order of the result, and where columns beyond the head dim are computed."""
+    """Stores results in every memory order, including problems where columns beyond the head dim are computed."""
     p = build(Case(300, 700, batch=2, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
     width, registers = tuning.padded_head_dim(head_dim), tuning.hopper_registers(head_dim)
     config = tuning.HopperConfig(64, width, 2, *registers, wide_stores=True)
@@ -316,7 +316,7 @@ def steps_in_a_graph(op, rows: int, buffer: int, form: str):
         else:
             bounds = torch.stack([least, positions])[:, None]
             out = op(p.query, p.key, p.value, None, None, None, False, p.scale, [0, 2, 1, 3], bounds)
-        # The position advances inside the graph, as a captured decode loop does it.
+        # The position advances inside the graph, as in a captured decode loop.
         position.add_(rows)
         return out
 
@@ -325,7 +325,7 @@ def steps_in_a_graph(op, rows: int, buffer: int, form: str):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    # What the graph reads has to outlive this function.
+    # The tensors that the graph reads must outlive this function.
     return p, keys, (offsets, least), position, graph, out
 
 
@@ -333,7 +333,7 @@ def steps_in_a_graph(op, rows: int, buffer: int, form: str):
 @pytest.mark.parametrize("form", ["tensor", "positions"])
 @pytest.mark.parametrize("start", [0, 17000])
 def test_a_captured_graph_advances_for_100_steps(op, rows, form, start):
-    """The map is recomputed on the device at every replay, the host knows of no position."""
+    """Every replay recomputes the map on the device; the host does not know the position."""
     p, keys, (offsets, _least), position, graph, out = steps_in_a_graph(op, rows, 20000, form)
     position.fill_(start)
     for step in range(100):
@@ -386,7 +386,7 @@ def test_prefill_with_a_map_made_before_is_bit_identical(kind):
 
 
 def test_prefill_skipping_empty_tiles_is_bit_identical():
-    """Against a map in which nothing is empty or full: every tile is visited, under the mask."""
+    """Compares with a map without empty or full tiles, where every tile is visited under the mask."""
     p = build(Case(700, 1500, head_dim=128, dtype=torch.bfloat16, mask="bool_dense"), "cuda")
     mask = p.mask.clone()
     mask[..., 512:1024] = False

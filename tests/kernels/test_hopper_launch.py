@@ -1,4 +1,4 @@
-"""What the launchers of the kernel for Hopper launch: grids and kernels, of tensors without memory."""
+"""Kernels and grids that the Hopper kernel's launchers launch, for tensors without memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashpte.kernels.launch import launch_with_scratch
 
 @pytest.fixture
 def launches(monkeypatch):
-    """Name and grid of every kernel that is launched; none is."""
+    """Records name and grid of every launch; launches nothing."""
     found: list[tuple[str, tuple[int, ...]]] = []
 
     class Recorded:
@@ -39,7 +39,7 @@ def attend(launch, batch, heads, q_len, head_dim=64, width=None, kv_len=4096, ca
 
 
 def test_a_batch_of_windows_fits_in_the_grid(launches):
-    """5,000 windows of 16 heads: 80,000 is more than the second dimension of a grid holds."""
+    """5,000 windows of 16 heads are 80,000 heads, which exceeds the second dimension of a grid."""
     attend(tiled.launch_tiled, 5000, 16, 196, kv_len=196)
     assert launches == [("_hopper_kernel", (2 * 16 * 5000, 1, 1))]
 
@@ -65,14 +65,14 @@ def test_few_rows_are_split_and_combined_many_are_not(launches):
     ("heads", "q_len", "head_dim", "kv_len", "kernel"),
     [
         (2, 8, 128, 4096, "_split_k_kernel"),  # 64 keys for each of 128 programs
-        (2, 8, 128, 4224, "_split_k_kernel"),  # 132, as many as there are multiprocessors
+        (2, 8, 128, 4224, "_split_k_kernel"),  # 132 programs, one per multiprocessor
         (2, 8, 128, 4225, "_hopper_kernel"),
         (2, 4, 128, 40000, "_split_k_kernel"),  # 16 rows
         (1, 16, 192, 3941, "_split_k_kernel"),
         (1, 17, 192, 3941, "_hopper_kernel"),  # 68 rows
-        (1, 8, 256, 1024, "_hopper_kernel"),  # no columns to leave out
+        (1, 8, 256, 1024, "_hopper_kernel"),  # no padding columns
         (1, 8, 192, None, "_hopper_kernel"),
-        (12, 30, 192, 119219, "_split_k_kernel"),  # 120 rows, of which the other would read the keys twice
+        (12, 30, 192, 119219, "_split_k_kernel"),  # 120 rows, for which the other kernel would read the keys twice
         (12, 30, 192, 4096, "_hopper_kernel"),
         (12, 16, 192, 119219, "_hopper_kernel"),
         (12, 33, 192, 119219, "_hopper_kernel"),

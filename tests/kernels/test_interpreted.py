@@ -1,4 +1,4 @@
-"""The kernels' own code in Triton's interpreter: launchers, never operators (on a CPU those are the reference)."""
+"""The kernels' own code in Triton's interpreter: tests call launchers, never operators (the reference on a CPU)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory"
 
 
 def own(launcher, call: AttentionCall) -> AttentionCall:
-    """The call as the launcher's package makes it: a mutant has a class of its own, which chooses units, too."""
+    """The call as the launcher's package makes it: a mutant has its own class, which also chooses units."""
     kind = sys.modules[f"{launcher.__module__.rpartition('.')[0]}.call"].AttentionCall
     return kind(**{field.name: getattr(call, field.name) for field in dataclasses.fields(call)})
 
@@ -116,7 +116,7 @@ def test_split_k_with_the_tiles_of_a_dynamic_length(q_len, mask):
 @pytest.mark.parametrize("mask", ["bool_context", "bool_head", "bool_padding", "float_min_rows"])
 def test_tile_map_is_its_reference(q_len, row_tiles, mask):
     p = build(Case(q_len, 300, batch=2, mask=mask))
-    # Nothing but NaN or True around it: a read out of bounds makes a tile partial.
+    # Surrounds it with NaN or True only: a read out of bounds makes a tile partial.
     filler = True if p.mask.dtype == torch.bool else float("nan")
     around = torch.full([size + 2 for size in p.mask.shape], filler, dtype=p.mask.dtype)
     inside = around[tuple(slice(1, size + 1) for size in p.mask.shape)].copy_(p.mask)
@@ -178,7 +178,7 @@ def test_shares_cover_all_steps_and_weigh_edges(weight):
     ("kv_len", "splits", "v_head_dim"), [(300, 3, 96), (300, 64, 128), (300, 1, 128), (3, 40, 160)]
 )
 def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim):
-    """In its order of columns and its units, of values of very different size; nothing where a split was alone."""
+    """Partial results in the Hopper kernel's column order and units, of very different size; a lone split leaves none."""
     config = tuning.HopperConfig(16, 64, 2, share_rows=True, num_splits=splits, short_splits=splits)
     heads_kv, q_len, group, width = 2, 3, 2, -(-v_head_dim // 128) * 128
     out = torch.full((1, heads_kv * group, q_len, v_head_dim), float("nan"), dtype=torch.float16)
@@ -186,7 +186,7 @@ def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim)
     rows = (heads_kv, splits, q_len * group)
     torch.manual_seed(0)
     row_max, row_sum = torch.randn(rows) * 9, torch.rand(rows) + 0.5
-    row_max[:, -1, 0] = -float("inf")  # saw no key
+    row_max[:, -1, 0] = -float("inf")  # this split saw no key
     unit = torch.tensor([2.0**-40, 1.0, 2.0**-9, 3.0])[torch.randint(4, (*rows, width // 64))]
     stored = torch.randint(-(2**14), 2**14, (*rows, width)).to(torch.float16)
     partials.acc.copy_(stored.flatten(0, 2))
@@ -199,7 +199,7 @@ def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim)
     if active == 1:
         assert out.isnan().all()
         return
-    # A thread of a row has columns 2 l and 2 l + 1 of each 8, and stores those of 32 together.
+    # A thread of a row holds columns 2 l and 2 l + 1 of every 8, and stores those of 32 columns together.
     held = stored.view(*rows, width // 32, 4, 4, 2).transpose(-2, -3).reshape(*rows, width).double()
     acc = held * unit.double().repeat_interleave(64, -1)
     weight = torch.exp2(row_max.double() - row_max[:, :active].amax(1, keepdim=True))[:, :active]
@@ -254,7 +254,7 @@ class CountedTiles:
 
 
 def _live_tiles(mask: torch.Tensor, block_m: int, block_n: int) -> int:
-    """Live (row tile, key tile) pairs of a mask ``[1, 1, L_q, L_kv]``, by brute force."""
+    """Counts live (row tile, key tile) pairs of a mask ``[1, 1, L_q, L_kv]`` by brute force."""
     _, _, q_len, kv_len = mask.shape
     return sum(
         bool(mask[0, 0, m : m + block_m, n : n + block_n].any())
@@ -301,7 +301,7 @@ def test_interval_map_equals_its_reference():
 
 
 def test_short_contexts_use_fewer_splits():
-    """Splits beyond the short ones write nothing, and the combine kernel does not read their (poisoned) memory."""
+    """Splits past the last used one write nothing, and the combine kernel does not read their (poisoned) memory."""
     for keys, kind in ((1000, "causal"), (17000, "causal"), (17000, "window")):
         case = Case(2, keys, heads_q=2, heads_kv=1, head_dim=16)
         check(*run_intervals(split_k.launch_split_k, case, kind, tuning.SplitKConfig(16, 64, 9, 4, 2, True, 4)))
@@ -359,7 +359,7 @@ MUTATIONS = {
 
 
 def attempts(launcher, kind: str):
-    """Problems and what a launcher makes of them, for a kind of mutations."""
+    """Problems and a launcher's results for them, for one kind of mutation."""
     if kind == "tiled":
         rows, config = 40, tuning.TiledConfig(16, 16, 4, 2, 16, 1)
     else:
@@ -374,7 +374,7 @@ def attempts(launcher, kind: str):
 
 
 def is_wrong(launcher, kind: str) -> bool:
-    """Whether one of the results is, at the first that is."""
+    """Whether any result is wrong; stops at the first."""
     try:
         for problem, out in attempts(launcher, kind):
             check(problem, out)
@@ -396,7 +396,7 @@ def test_each_mutation_is_caught(name, tmp_path):
 
 
 def test_float16_scores_that_bridge_the_masks_minimum():
-    """Masked by -65504, the last keys still win by their scores: skipping their tiles would be wrong."""
+    """Keys masked by -65504 still win by their scores, so skipping their tiles would be wrong."""
     query = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)
     key = torch.full((1, 1, 256, 64), -20.0, dtype=torch.float16)
     key[:, :, 128:] = 40.0

@@ -1,4 +1,4 @@
-"""Operators without a GPU: registration, fakes, layout, arguments, and the CPU implementation's semantics."""
+"""Operators without a GPU: registration, fakes, layouts, arguments, and the semantics of the CPU implementation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_cpu_implementation_is_attention(q_len, mask):
 @pytest.mark.parametrize("q_len", [1, 5])
 @pytest.mark.parametrize("mask", ["none", "bool_context", "float_row_bias"])
 def test_the_bound_admits_any_order_of_sums_and_nothing_less_exact(q_len, mask):
-    """Whatever BLAS a processor has: an order that no yardstick took passes, rounding to TF32 does not."""
+    """The bound admits any order of sums, as any BLAS may use, but not rounding to TF32."""
     case = Case(q_len, 90, batch=2, heads_q=6, heads_kv=2, head_dim=48, mask=mask, dtype=torch.float32)
     problem, _ = arguments(case)
     generator = torch.Generator().manual_seed(8)
@@ -126,7 +126,7 @@ def test_agrees_with_torch_where_a_row_attends_to_nothing():
 
 
 def shapes_of(**changes):
-    """Arguments of an attention of 5 rows and 40 keys with some of them changed, by the operators' names."""
+    """Arguments of an attention with 5 rows and 40 keys, some of them changed, by the operators' names."""
     p = build(Case(5, 40, batch=2))
     given = dict(query=p.query, key=p.key, value=p.value, attn_mask=None, tiles=None, tile_counts=None, is_causal=False)
     given |= dict(scale=1.0, dim_order=[0, 2, 1, 3])
@@ -143,7 +143,7 @@ def fake(op, arguments):
 
 
 def on_cuda(op, arguments):
-    """What an operator does on a GPU, up to its first launch: on the CPU's tensors that is an error of Triton."""
+    """Runs the CUDA implementation up to its first launch, which raises a Triton error for CPU tensors."""
     op._init_fn(**arguments)
 
 
@@ -244,7 +244,7 @@ def test_maps_of_masks_of_other_lengths(run):
 
 
 def test_sizes_that_may_be_equal_are_no_reason():
-    """In a program of dynamic shapes; those that are known to differ are one, and no size gets a guard."""
+    """In a program of dynamic shapes, only sizes known to differ are refused, and no size gets a guard."""
     shape_env = ShapeEnv()
     sizes = [DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
     mode = torch._subclasses.FakeTensorMode(shape_env=shape_env)

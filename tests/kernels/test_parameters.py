@@ -1,4 +1,4 @@
-"""Parameters travel together: how many a device function and a launcher take at most, and that shared lists agree."""
+"""Limits the number of parameters of device functions and launchers, and checks that shared lists agree."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _is_jit(function: ast.FunctionDef) -> bool:
 
 
 def test_no_device_function_takes_many_parameters():
-    """Kernels may: their parameters have to be single integers and tensors (see ``mask.strides``)."""
-    # A twin has the parameters of its kernel.
+    """Kernels may take more: their parameters must be single integers and tensors (see ``mask.strides``)."""
+    # A twin has its kernel's parameters.
     entries = {facts.name for facts in registered()} | {"_reads_and_writes"}
     functions = [(path, f) for path, f in _functions() if _is_jit(f) and f.name not in entries]
     assert len(functions) > 25
@@ -59,7 +59,7 @@ def test_no_launcher_takes_many_parameters():
 
 @pytest.mark.parametrize("name", ["_split_k_kernel", "_tiled_kernel", "_hopper_kernel"])
 def test_kernels_begin_with_what_launchers_begin_with(name):
-    """``mask.pointers`` and ``mask.strides`` pass by position what each kernel names."""
+    """``mask.pointers`` and ``mask.strides`` pass by position the parameters that each kernel names."""
     query, key, value = (torch.empty(2, heads, 3, 16) for heads in (4, 2, 2))
     call = AttentionCall(query, key, value, 1.0)
     given = mask.kernel_mask(call, mask.GivenMap(None, None, None), mask.MapTiling(16, 64))

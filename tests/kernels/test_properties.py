@@ -1,4 +1,4 @@
-"""Kernels driven by a map equal the dense definition, whatever the mask, the tiles and the lengths (hypothesis)."""
+"""Kernels with a map equal the dense definition for any mask, tiles and lengths (hypothesis)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POWERS = st.sampled_from([16, 32, 64])
 
 
 def examples(**strategies):
-    """A property at 8 examples; as a second test, which only ``make test-sweep`` runs, at 100."""
+    """Runs a property on 8 examples; a second test, which only ``make test-sweep`` runs, uses 100."""
 
     def test(check):
         def at(count):
@@ -40,7 +40,7 @@ def examples(**strategies):
 
 
 def copied(check):
-    """Hypothesis keeps what it knows at the function: each test has one of its own."""
+    """A copy of a check, because hypothesis keeps its state on the function."""
     return types.FunctionType(check.__code__, check.__globals__, check.__name__, check.__defaults__, check.__closure__)
 
 
@@ -66,7 +66,7 @@ def tensors(shape, generator):
 
 
 def runs_mask(shape, per_batch: bool, per_head: bool, kind: str, generator) -> torch.Tensor:
-    """A mask of random runs of visible and hidden keys, so that tiles of every kind occur."""
+    """A mask with random runs of visible and hidden keys, so that tiles of every kind occur."""
     batch, heads_kv, group, q_len, kv_len, _ = shape
     size = (batch if per_batch else 1, heads_kv * group if per_head else 1, q_len, 1)
     keys = torch.arange(kv_len)
@@ -74,7 +74,7 @@ def runs_mask(shape, per_batch: bool, per_head: bool, kind: str, generator) -> t
     for _ in range(2):
         start = torch.randint(-20, kv_len + 20, size, generator=generator)
         length = torch.randint(0, kv_len + 40, size, generator=generator)
-        # Most rows share a run, as the rows of a real mask nearly do; some have one of their own.
+        # Most rows share a run, as in real masks; some have their own.
         shared = torch.rand(size, generator=generator) < 0.8
         start, length = (torch.where(shared, t[:, :, :1], t) for t in (start, length))
         mask |= (keys >= start) & (keys < start + length)
@@ -86,7 +86,7 @@ def runs_mask(shape, per_batch: bool, per_head: bool, kind: str, generator) -> t
 
 
 def launch(launcher, query, key, value, mask, config, intervals=None):
-    """A launcher's result, ``[B, H, L_q, D]`` memory."""
+    """A launcher's result, in ``[B, H, L_q, D]`` memory order."""
     call = AttentionCall(query, key, value, 0.25, False, (0, 1, 2, 3), mask, intervals)
     return launcher(call, config=config)
 

@@ -1,4 +1,4 @@
-"""Registers and shared memory of every kind of tile in the tables, from cubins: spills are those listed here."""
+"""Registers and shared memory of every kind of tile in the tables, read from cubins; only spills listed here occur."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
 
 ARCHES = ("sm_80", "sm_89", "sm_90")
-LIKE_SM_89 = ("sm_86", "sm_120")  # as little shared memory
+LIKE_SM_89 = ("sm_86", "sm_120")  # they have as little shared memory
 HEAD_DIMS = (64, 128, 256, 512)
 KEYS, HEADS_KV = 4096, 2
 MAIN = ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel")
@@ -27,7 +27,7 @@ MAIN = ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A launcher, query rows and query heads per key/value head: together they choose a tile."""
+    """A launcher, query rows, and query heads per key/value head; together they choose a tile."""
 
     launch: Callable[..., torch.Tensor]
     q_len: int
@@ -39,13 +39,13 @@ CALLS = {
     "decode": Call(launch_split_k, 1, 8),
     "verify 5": Call(launch_split_k, 5, 8),
     "verify 16": Call(launch_split_k, 16, 8),
-    "prefill 33": Call(launch_tiled, 33, 2),  # fewer rows than the kernel for Hopper takes
+    "prefill 33": Call(launch_tiled, 33, 2),  # fewer rows than the Hopper kernel takes
     "prefill": Call(launch_tiled, 512, 2),
     "verify of few keys": Call(launch_split_k, 8, 8, 200),
     "verify of many keys": Call(launch_split_k, 15, 8, 200_000),
 }
 NAMES = tuple(name for name in CALLS if not name.endswith(" keys"))
-RAGGED = (96, 192, 320)  # what is left of a tile's columns is zeros
+RAGGED = (96, 192, 320)  # head dims that leave part of a tile's columns zero
 CASES = [
     *itertools.product(ARCHES, HEAD_DIMS, NAMES, ["positions"]),
     *itertools.product(ARCHES, HEAD_DIMS, ["decode", "verify 16", "prefill"], ["tensor"]),
@@ -61,7 +61,7 @@ ONE_READ = "the accumulator alone is 128 registers a thread; with half the rows 
 WIDE = "the accumulator alone is 128 registers a thread, and a tile that is partly masked needs its bounds as well"
 SPLIT = "where partial results go is kept through the loops; with one split, as in most prefills, nothing spills"
 FULL = "128 registers of accumulator and the operands of two products; any other division between its warps is slower"
-# (kernel, D, call) -> bytes of local memory per thread that may be there, and why; the most of Triton 3.6 and 3.7.
+# (kernel, D, call) -> allowed bytes of local memory per thread, and why; the larger value of Triton 3.6 and 3.7.
 SPILLS = {
     ("_split_k_kernel", 128, "verify 16"): FEW,
     ("_split_k_kernel", 256, "verify 5"): FEW,
@@ -85,7 +85,7 @@ SPILLS = {
 
 
 def masks(q_len: int, keys: int) -> dict[str, tuple[torch.Tensor | None, Intervals | None]]:
-    """What the passes hand to kernels: bounds of the keys' indices, a tensor."""
+    """Masks as the passes hand them to kernels: bounds of key indices, and a tensor."""
     bounds = torch.zeros(2, 1, q_len, dtype=torch.int64)
     dense = torch.ones(1, 1, q_len, keys, dtype=torch.bool)
     return {"positions": (None, Intervals(bounds, None)), "tensor": (dense, None)}
@@ -114,14 +114,14 @@ def test_no_spills_but_those_listed_and_no_more_shared_memory_than_there_is(arch
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", ["verify 16", "prefill"])
 def test_hopper_stores_no_value_alone(head_dim, name):
-    """Stores of 2 bytes, where the compiler loses sight of what addresses are multiples of, cost 10 to 30%."""
+    """Stores of 2 bytes, for which the compiler loses track of the addresses' alignment, cost 10 to 30%."""
     (kernel,) = (k for k in compiled("sm_90", head_dim, CALLS[name], "positions") if k.name in MAIN)
     stores = collections.Counter(re.findall(r"st\.global\.(?:L1::\S+\.)?(\S+)", kernel.ptx))
     if kernel.name != "_hopper_kernel":
         assert name == "verify 16"
         return
     assert not {width for width in stores if width.endswith("16") and not width.startswith("v")}
-    # What splits leave is stored in 16 bytes, and results where there is room to exchange columns. (Maxima, sums and
-    # units are a dozen stores.)
+    # Partial results of splits are stored in 16 bytes, and so are results if there is room to exchange columns.
+    # (Maxima, sums and units are a dozen stores.)
     assert stores["v4.b32"] > 0
     assert (stores["b32"] <= 16) == (name == "prefill" and head_dim in (64, 128, 256)), stores

@@ -1,4 +1,4 @@
-"""Tile choices are values: every choice fits its arch and the map its kernel walks."""
+"""Tile choices are values: every choice fits its arch and its kernel's map."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_hopper_tiles_divide_the_map_and_fit():
                 assert map_m == config.block_m
                 assert map_n % config.block_n == 0
                 assert config.num_stages >= 2
-                # Two warp groups of consumers and one of producers share the registers of a multiprocessor.
+                # Two consumer warp groups and one producer warp group share the registers of a multiprocessor.
                 assert 128 * (2 * config.consumer_registers + config.producer_registers) <= 65536
 
 
@@ -113,7 +113,7 @@ def test_decode_fills_the_gpu():
     ("kv_len", "splits", "short"), [(4096, 32, 32), (32768, 32, 32), (131072, 33, 32), (None, 33, 32)]
 )
 def test_splits_are_even_unless_one_of_them_gets_more_keys(q_len, kv_len, splits, short):
-    """One of 33 splits of 131,072 keys of D = 512 has 125 tiles, one of 32 has 128."""
+    """With 131,072 keys of D = 512, one of 33 splits has 125 tiles and one of 32 has 128."""
     shape = AttentionShape(1, 32, 4, q_len, kv_len, 512, 512, torch.bfloat16)
     choose = tuning.choose_split_k if q_len == 1 else tuning.choose_hopper_split_k
     config = choose(shape, tuning.limits("sm_90"))
@@ -158,4 +158,4 @@ def test_choices_compile_within_the_shared_memory_of_their_arch(arch, q_len, gro
     main = next(k for k in compiled if k.name in ("_split_k_kernel", "_tiled_kernel", "_hopper_kernel"))
     assert (main.name == "_hopper_kernel") == (arch == "sm_90" and q_len * group > 16)
     assert 0 < main.shared_memory <= tuning.limits(arch).shared_memory_per_block
-    assert "mma" in main.ptx  # on the matrix units, not element by element
+    assert "mma" in main.ptx  # on the tensor cores, not element by element

@@ -1,4 +1,4 @@
-"""The report names the bytes that a program copies in front of a kernel, whoever wrote the copy."""
+"""The report gives the bytes that a program copies before a kernel, whoever wrote the copy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.export import Dim
 
 from flashpte.passes import format_table, replace_sdpa
 
-ENTRIES = 2 * 64 * 16  # of keys with two heads
+ENTRIES = 2 * 64 * 16  # entries of keys with two heads
 ITEM = 4
 
 
@@ -41,11 +41,11 @@ def copied(module, args, decompose, shapes=None):
         (lambda t: t.transpose(1, 2).transpose(1, 2)[:, :, :], 0),
         (lambda t: t[:, :, :32], 0),
         (lambda t: t.repeat_interleave(3, 1), 0),  # undone
-        (lambda t: t.repeat(1, 3, 1, 1), 3 * ENTRIES),  # in another order of heads
+        (lambda t: t.repeat(1, 3, 1, 1), 3 * ENTRIES),  # heads in another order
         (lambda t: (t * 2).repeat(1, 3, 1, 1), 3 * ENTRIES),
         (lambda t: t.flip(2).repeat(1, 3, 1, 1), 3 * ENTRIES),
         (lambda t: t.clone(), ENTRIES),
-        (lambda t: (t * 2).clone(), 0),  # of what is just computed
+        (lambda t: (t * 2).clone(), 0),  # a copy of a value that was just computed
         (lambda t: torch.cat([t, t[:, :, :1] * 2], 2), ENTRIES + ENTRIES // 64),
         (lambda t: torch.cat([t * 2, t[:, :, :1] * 2], 2), 0),
         (lambda t: t.transpose(2, 3).contiguous().transpose(2, 3).contiguous(), 2 * ENTRIES),

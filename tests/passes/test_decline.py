@@ -1,4 +1,4 @@
-"""Calls the kernels cannot take are left as they are, with the reason in the report."""
+"""Calls that the kernels cannot take stay unchanged, and the report gives the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashpte.passes.attention.route import route
 
 
 def declined(module, args) -> str:
-    """The reason for declining; asserts that the node and the results are as before."""
+    """The reason for declining; asserts that the node and the results are unchanged."""
     program = exported(module, args)
     new, report = replace_sdpa(program)
     assert len(calls(new, "scaled_dot_product_attention")) == 1
@@ -26,7 +26,7 @@ def declined(module, args) -> str:
 
 
 class Transposed(torch.nn.Module):
-    """Keys whose head dim is not contiguous."""
+    """Keys with a non-contiguous head dim."""
 
     def forward(self, q, k, v):
         return F.scaled_dot_product_attention(q, k.transpose(2, 3), v)

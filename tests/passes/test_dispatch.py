@@ -1,4 +1,4 @@
-"""A dynamic L_q whose range spans kernels: the choice is made at run time."""
+"""If the range of a dynamic L_q spans several kernels, the choice is made at run time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashpte.passes.graph.aliasing import written_between
 LENGTHS = (1, 5, 16, 17, 500)
 VERIFY, PREFILL = BOTH = ("flashpte::sdpa_verify", "flashpte::sdpa_prefill")
 DISPATCH = "flashpte::sdpa_dispatch"
-# Rounding grows from layer to layer, each of which doubles its values.
+# Rounding grows from layer to layer, because each layer doubles its values.
 CACHED = dict(atol=1e-3, rtol=1e-3)
 
 
@@ -29,7 +29,7 @@ def hidden(length, start):
 
 
 def rows(bounds, *names):
-    """Dynamic shapes that give dimension 2 of the named inputs of :class:`Attention` one size within ``bounds``."""
+    """Dynamic shapes that make dimension 2 of the named inputs of :class:`Attention` one size within ``bounds``."""
     length = Dim("length", min=bounds[0], max=bounds[1])
     return {name: {2: length} if name in ("q", *names) else None for name in ("q", "k", "v")}
 
@@ -117,12 +117,12 @@ def test_results_are_those_of_the_original(kind, decompose):
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
     assert report.nodes[0].branches == BOTH
-    # What lowering does first: functionalise, which refuses operands or results that share memory.
+    # Lowering first functionalizes, which refuses operands or results that share memory.
     again = new.run_decompositions({})
     for n in LENGTHS:
         same_results(new, module, [args(n)])
-        # Tracing again adds a guard on the number of a map's tiles (PyTorch looks whether the map is contiguous), which
-        # a CPU checks: the example and 500 rows have different numbers.
+        # Tracing again adds a guard on the number of a map's tiles (PyTorch checks whether the map is contiguous). A
+        # CPU checks the guard, and the example and 500 rows have different numbers of tiles.
         if n <= 128 or kind not in masks:
             same_results(again, module, [args(n)])
         assert check_maps(new, args(n)) == (1 if kind in masks else 0)
@@ -147,7 +147,7 @@ def test_layers_that_share_a_mask_share_one_map(decompose):
 
 
 class MaskWritten(torch.nn.Module):
-    """The mask changes between the two calls: two masks, each with a map."""
+    """The mask changes between the two calls, so there are two masks, each with a map."""
 
     maps = 2
 
@@ -159,7 +159,7 @@ class MaskWritten(torch.nn.Module):
 
 
 class CacheWritten(torch.nn.Module):
-    """The cache changes, and a choice at run time lies in between: the maps are still those of the mask."""
+    """The cache changes, with a choice at run time in between; the maps are still those of the mask."""
 
     maps = 1
 
@@ -280,7 +280,7 @@ def test_attention_in_a_branch_of_the_models_own():
 
 def test_a_rewritten_program_can_be_rewritten_copied_saved_and_unflattened():
     class Projected(CachedLayers):
-        """With weights that want a gradient, as loaded modules have."""
+        """A model whose weights require a gradient, as in loaded modules."""
 
         def __init__(self):
             super().__init__(layers=2, length=640)

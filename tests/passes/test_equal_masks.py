@@ -1,4 +1,4 @@
-"""Equal masks that each layer writes anew share their bounds and their map; masks that only look equal do not."""
+"""Equal masks that each layer computes anew share bounds and a map; masks that only look equal do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def causal(x, pos, layer):
 
 
 def causal_by_length(x, pos, layer):
-    """Each layer asks its own input for the length."""
+    """Each layer takes the length from its own input."""
     return (torch.arange(KEYS)[None] <= torch.arange(x.shape[2])[:, None])[None, None].expand(1, 4, -1, -1)
 
 
@@ -115,5 +115,5 @@ def test_equal_masks_share_a_map(make, dynamic, decompose):
 @pytest.mark.parametrize("decompose", [False, True])
 def test_masks_that_only_look_equal_do_not(make, decompose):
     maps = run(make, False, decompose)
-    # What run_decompositions makes of a write differs between versions; the values do not.
+    # run_decompositions turns a write into different nodes in different versions; the values are the same.
     assert maps == DIFFERENT[make] or (decompose and maps <= LAYERS)

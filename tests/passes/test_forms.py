@@ -1,4 +1,4 @@
-"""Attention of any rank, and what broadcasts in it, is brought to [B, H, L, D] by views and comes back as it was."""
+"""Views bring attention of any rank, with broadcasting, to [B, H, L, D] and restore its result's shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashpte.passes import replace_sdpa
 
 
 class Plain(torch.nn.Module):
-    """``scaled_dot_product_attention`` and nothing else, with views of its arguments and of its result."""
+    """``scaled_dot_product_attention`` alone, with views of its arguments and of its result."""
 
     def __init__(self, key=lambda t: t, value=lambda t: t, result=lambda t: t, **options):
         super().__init__()
@@ -28,7 +28,7 @@ def randn(*shape, seed=0):
 
 
 def rewrite(module, args, shapes=None, decompose=False):
-    """Rewrites a program of one attention; asserts that it is replaced and that results and strides are as before."""
+    """Rewrites a program with one attention; asserts that it is replaced and that results and strides are unchanged."""
     program = exported(module, args, shapes)
     if decompose:
         program = program.run_decompositions({})
@@ -110,7 +110,7 @@ def test_masks_of_every_broadcast(lead, mask, kind):
 def test_broadcasts(query, key, value, four):
     args = (randn(*query), randn(*key, seed=1), randn(*value, seed=2))
     if len(query) == 5:
-        # An expanded batch does not merge with windows: a copy, which a few rows are not worth.
+        # An expanded batch does not merge with windows; a copy does not pay for a few rows.
         program = exported(Plain(), args)
         new, report = replace_sdpa(program)
         assert "do not merge" in report.declined[0].reason
@@ -132,7 +132,7 @@ def test_a_batch_that_broadcasts_is_not_copied():
 
 @pytest.mark.parametrize("rows", [40, 64])
 def test_channel_first_keys_of_many_rows_are_copied(rows):
-    """As timm and YOLO write them: a feature map [B, H, D, L] as keys."""
+    """Keys are a feature map [B, H, D, L], as timm and YOLO write them."""
     module = Plain(key=lambda t: t.transpose(2, 3), value=lambda t: t.transpose(2, 3))
     args = (randn(1, 4, rows, 16), randn(1, 4, 16, 64, seed=1), randn(1, 4, 16, 64, seed=2))
     new, _ = rewrite(module, args)
@@ -170,7 +170,7 @@ def windows(batch, count, rows, heads=2, dim=8):
 
 @pytest.mark.parametrize(("batch", "copies"), [(1, 0), (2, 3)])
 def test_windows_of_a_projection(batch, copies):
-    """One batch merges with the heads; of several, what does not merge is copied: its keys are as new as its rows."""
+    """A batch of one merges with the heads. For larger batches, the parts that do not merge are copied."""
     module, args = windows(batch, 4, 9)
     program = exported(module, args)
     new, report = replace_sdpa(program)
@@ -237,7 +237,7 @@ def test_a_mask_that_is_proven_in_three_dimensions():
 
 
 class Past(torch.nn.Module):
-    """Attention over past keys and values that are inputs, with lengths of their own."""
+    """Attention over past keys and values that are inputs, each with its own length."""
 
     def forward(self, x, past_k, past_v, mask=None):
         q = x.view(x.shape[0], x.shape[1], 4, 16).transpose(1, 2)
@@ -262,7 +262,7 @@ def test_lengths_that_attention_requires_to_be_equal(decompose):
     for sizes in ((2, 3, 7, 7), (5, 40, 11, 11)):
         args = past(*sizes)
         torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
-    # PyTorch's kernel for CPUs reads on, others raise.
+    # PyTorch's CPU kernel reads past the end; others raise an error.
     with pytest.raises(RuntimeError, match="attention needs equal sizes"):
         new.module()(*past(values=8))
 
@@ -275,13 +275,13 @@ def test_a_mask_of_a_length_of_its_own():
     assert report.replaced, report.nodes[0].reason
     args = past(5, 4, 8, 8, mask=(1, 1, 4, 12))
     torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
-    # The program's own guard, or the operator where it has none.
+    # The program's own guard raises, or the operator if there is none.
     with pytest.raises((RuntimeError, AssertionError, ValueError)):
         new.module()(*past(5, 4, 8, 8, mask=(1, 1, 4, 11)))
 
 
 def test_lengths_that_are_known_to_differ():
-    """A program that can't run is left as it is: the reason names both lengths."""
+    """A program that cannot run stays unchanged; the reason names both lengths."""
 
     class Longer(torch.nn.Module):
         def forward(self, q, k, v):
@@ -300,7 +300,7 @@ def test_lengths_that_are_known_to_differ():
 
 
 def test_a_head_dim_of_absorbed_latents_is_named():
-    """MLA with absorbed projections: D = 576, D_v = 512, the values a view of the keys."""
+    """MLA with absorbed projections: D = 576, D_v = 512, and the values are a view of the keys."""
     module = Plain(value=lambda t: t[..., :512])
     args = (randn(1, 4, 1, 576), randn(1, 1, 64, 576, seed=1), randn(1, 1, 64, 576, seed=1))
     _, report = replace_sdpa(exported(module, args))

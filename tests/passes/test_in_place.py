@@ -1,4 +1,4 @@
-"""Programs straight from torch.export may write in place between two reads: a node's name is then not a value."""
+"""Programs straight from torch.export may write in place between two reads, so a node's name is not a value."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MaskBufferBehindAnExpand(torch.nn.Module):
 
 
 class CacheWrittenBetween(torch.nn.Module):
-    """The cache changes, the mask does not: one map."""
+    """The cache changes but the mask does not, so there is one map."""
 
     maps = 1
 

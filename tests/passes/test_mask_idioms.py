@@ -1,4 +1,4 @@
-"""The ways in which models write masks: each is proven, and what looks alike but is not stays a tensor."""
+"""The ways in which models write masks: each is proven, and similar masks that are something else stay tensors."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def late(pos):
     return arange(KEYS) > pos[:, None] - WINDOW
 
 
-# name: (mask of (module, pos, extra), what the report calls it)
+# name: (mask of (module, pos, extra), its name in the report)
 PROVEN = {
-    # A triangle that is kept as a constant.
+    # A triangle kept as a constant.
     "indexed triangle": (lambda m, p, e: m.tril[p % 400], "causal"),
     "indexed triangle of 4 dimensions": (lambda m, p, e: m.tril[None, None, p % 400], "causal"),
     "selected triangle": (lambda m, p, e: m.tril.index_select(0, p % 400), "causal"),
@@ -76,7 +76,7 @@ PROVEN = {
     "flatten": (lambda m, p, e: causal(p)[None, None].flatten(0, 1), "causal"),
     "expand as": (lambda m, p, e: (e > 20).expand_as(causal(p)) & causal(p), "lower bound+causal"),
     "index of no dimension": (lambda m, p, e: torch.stack([causal(p)])[torch.tensor(0)], "causal"),
-    # Parts.
+    # Parts of masks.
     "prefix of keys": (
         lambda m, p, e: torch.cat([torch.ones(p.shape[0], 20, dtype=torch.bool), arange(180) <= p[:, None]], -1),
         None,
@@ -162,7 +162,7 @@ TENSOR = {
 
 
 class Masked(torch.nn.Module):
-    """One attention for each mask."""
+    """A module with one attention per mask."""
 
     def __init__(self, makes):
         super().__init__()
@@ -191,13 +191,13 @@ class Masked(torch.nn.Module):
         for make in self.makes:
             mask = make(self, pos, extra)
             outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
-        # Written after it was used: the next call sees another.
+        # The write follows the use, so the next call sees another mask.
         self.written.copy_(self.written ^ (pos.sum() > 10**6))
         return outs
 
 
 def position_sets(length: int):
-    """Consecutive, permuted, repeated, negative and far positions; rows that see nothing are among them."""
+    """Consecutive, permuted, repeated, negative and far positions, including rows that see nothing."""
     generator = torch.Generator().manual_seed(5)
     yield arange(length)
     yield arange(length) * 7 % KEYS
@@ -206,7 +206,7 @@ def position_sets(length: int):
 
 
 class Rewritten:
-    """A program of many masks, rewritten, and both programs' results: one export serves all cases."""
+    """A program with many masks, rewritten, and the results of both programs; all cases share one export."""
 
     def __init__(self, makes: dict, decompose: bool):
         rows = Dim("rows", min=17, max=300)
@@ -258,7 +258,7 @@ def test_idioms_are_proven(name, proven):
 def test_proven_masks_are_not_computed(proven):
     assert not calls(proven.program, "tile_map")
     rows = proven.nodes["minimum"].args[0].meta["val"].shape[2]
-    # Where several numbers are compared, rows of nothing but minima are looked for in what the bounds allow.
+    # If several numbers are compared, rows of only minima are searched for in what the bounds allow.
     found, looked_for = mask_tensors(proven.program, rows, KEYS), set(calls(proven.program, "any.dim"))
     while looked_for:
         node = looked_for.pop()

@@ -1,4 +1,4 @@
-"""Masks whose structure is proven disappear from the program; masks that merely look like it do not."""
+"""Masks with a proven structure disappear from the program; masks that only look alike do not."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_other_masks_are_mapped(make, q_len, dynamic):
 
 
 class ConstantMask(torch.nn.Module):
-    """A mask kept as a buffer: a proof looks at every bit of it."""
+    """A mask kept as a buffer: a proof checks every bit of it."""
 
     def __init__(self, flip: bool):
         super().__init__()
@@ -324,7 +324,7 @@ def test_a_flipped_bit_gives_the_flipped_result():
 
 
 class PositionsWritten(torch.nn.Module):
-    """Positions that change in place after the mask was computed from them, or between two attentions."""
+    """Positions that change in place after the mask is computed from them, or between two attentions."""
 
     def __init__(self, when: str):
         super().__init__()

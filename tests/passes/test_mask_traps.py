@@ -1,4 +1,4 @@
-"""Masks that a careless proof gets wrong: whatever form the pass chooses, results are those of the program."""
+"""Masks that a careless proof gets wrong: in any form that the pass chooses, the results are the program's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models as their authors wrote them: Hugging Face's with stock attention, ExecuTorch's own Gemma 4."""
+"""Models as their authors wrote them: Hugging Face's with stock attention, and ExecuTorch's own Gemma 4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
 
-# Gemma 4: sliding layers, and full ones of other heads.
+# Gemma 4: sliding layers, and full layers with other heads.
 GLOBAL_LAYERS = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "sliding_window": 8}
 
 
@@ -27,7 +27,7 @@ def executorch_gemma4(layers: int):
 
 @pytest.mark.parametrize(("rows", "layers"), [(1, 12), (5, 12), (None, 60)])
 def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
-    """Both proven: one map for the sliding layers, one for each sixth, which is full, and no mask tensor."""
+    """Both masks are proven: one map for the sliding layers, one for every sixth (full) layer, and no mask tensor."""
     model, length = executorch_gemma4(layers), rows or 6
     shapes = None
     if rows is None:
@@ -44,7 +44,7 @@ def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
         ("window", "positions", layers - layers // 6),
     ]
     assert len({n.args[9] for n in calls(new, "sdpa_")}) == 2
-    generator = torch.Generator().manual_seed(0)  # the same near ties of logits, or none, whatever ran before
+    generator = torch.Generator().manual_seed(0)  # the same near ties of logits in every order of tests
     for start in (0, 3, 30):
         args = (
             torch.randint(64, (1, length), generator=generator),
@@ -60,7 +60,7 @@ def test_executorch_gemma4_has_two_masks_in_all_layers(rows, layers):
 
 
 def dynamic_rows(arguments: int):
-    """Shapes with one dynamic length; torch 2.11 does not export these models so: it adds a guard, then rejects it."""
+    """Shapes with one dynamic length; torch 2.11 cannot export these models so: it adds a guard, then rejects it."""
     return None if torch.__version__ < "2.13" else ({1: Dim("rows", min=2, max=100)},) * arguments
 
 
@@ -83,7 +83,7 @@ def test_hugging_face_gemma4_has_two_masks_in_60_layers():
     new, report = replace_sdpa(exported(model, (tokens,), dynamic_rows(1)))
     assert len(report.replaced) == 60
     assert len(calls(new, "_map.")) == 2
-    # Releases of transformers write the parts of the mask in another order.
+    # Releases of transformers write the parts of the mask in different orders.
     kinds = {("+".join(sorted(n.mask.split("+"))), n.mask_form, n.map_users, n.key[1]) for n in report.nodes}
     assert kinds == {("causal+documents", "positions", 10, 1), ("documents+window", "positions", 50, 2)}
     torch.testing.assert_close(new.module()(tokens), model(tokens), atol=1e-4, rtol=1e-3)

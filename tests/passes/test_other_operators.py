@@ -1,4 +1,4 @@
-"""Attention of other operators: PyTorch's own kernels, ExecuTorch's Triton operators, and what is only named."""
+"""Attention by other operators: PyTorch's own kernels, ExecuTorch's Triton operators, and those that are only named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 class Operator(torch.nn.Module):
-    """``forward(q, k, v, *more)`` calls one operator, perhaps the first of its results."""
+    """``forward(q, k, v, *more)`` calls one operator and may return only its first result."""
 
     def __init__(self, call):
         super().__init__()
@@ -50,7 +50,7 @@ def test_pytorch_kernels():
 
 
 def test_pytorch_kernels_of_a_gpu():
-    """As a trace for a GPU holds them: the programs can't run here, what replaces them can."""
+    """Operators in a trace for a GPU: the programs cannot run here, but their replacements can."""
     bias = torch.randn(2, 4, 64, 64)
     args = qkv(64, 64, batch=2)
     for call, options in (
@@ -103,7 +103,7 @@ def test_executorch_operators(triton_sdpa, rows, name, options):
 
 
 def test_one_row_of_executorch_decode_sees_all_keys(triton_sdpa):
-    """Its decode takes ``is_causal`` and ignores it: the row is the last of the context."""
+    """ExecuTorch's decode takes ``is_causal`` but ignores it, because the row is the last of the context."""
     args = bfloat16(*qkv(1, 64))
     new, _ = rewrite(lambda q, k, v: triton_sdpa.sdpa_decode_splitk(q, k, v, is_causal=True), args)
     expected = F.scaled_dot_product_attention(*args)
@@ -133,7 +133,7 @@ def test_a_length_of_the_context(triton_sdpa, masked, dtype):
 
 
 def test_causal_of_other_lengths_is_left_alone(triton_sdpa):
-    """ExecuTorch's operator raises for it."""
+    """ExecuTorch's operator raises an error for it."""
     call = Operator(lambda q, k, v: triton_sdpa.sdpa(q, k, v, is_causal=True))
     _, report = replace_sdpa(exported(call, bfloat16(*qkv(20, 64))))
     assert "causal for 20 rows and 64 keys" in report.declined[0].reason

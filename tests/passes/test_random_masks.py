@@ -1,4 +1,4 @@
-"""Masks put together at random from what models write: whatever the pass proves, results are those of the program."""
+"""Random combinations of the masks that models write: whatever the pass proves, the results are the program's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ arange, where = torch.arange, torch.where
 
 
 class Author:
-    """Writes a mask ``[ROWS, KEYS]`` as a function of a module, row positions, key numbers."""
+    """Writes a mask ``[ROWS, KEYS]`` as a function of a module, row positions and key numbers."""
 
     def __init__(self, seed: int):
         self.random = random.Random(seed)

@@ -1,4 +1,4 @@
-"""repeat_kv in front of keys and values is undone, and nothing else is taken for it."""
+"""repeat_kv before keys and values is undone, and nothing else is mistaken for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def index(t, g):
     return torch.arange(t.shape[1] * g) // g
 
 
-# On [B, S, H, D], before the heads are moved in front of the length.
+# On [B, S, H, D], before the heads are moved before the length.
 REPEAT_HEADS_LAST = {
     "meta's llama": lambda t, g: t[:, :, :, None, :].expand(-1, -1, -1, g, -1).reshape(*t.shape[:2], -1, t.shape[3]),
     "repeat_interleave": lambda t, g: t.repeat_interleave(g, dim=2),
@@ -114,7 +114,7 @@ def test_other_repetitions_are_not_taken_for_groups(name, decompose):
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_repeated_heads_of_a_cache_with_the_length_first(rows):
-    """Meta's Llama, torchtune, Voxtral: the cache is [B, S, H, D], repeated as such and then transposed."""
+    """Meta's Llama, torchtune, Voxtral: a cache [B, S, H, D] is repeated, then transposed."""
 
     class Model(torch.nn.Module):
         def __init__(self, repeat):
@@ -152,7 +152,7 @@ def test_repeated_heads_of_a_cache_with_the_length_first(rows):
     ],
 )
 def test_one_head_for_all(repeat, batch, decompose):
-    """With one key/value head every order of repetitions is the same."""
+    """With one key/value head, all orders of repetitions are the same."""
     args = qkv(5, heads=6, heads_kv=1, batch=batch)
     program = exported(Repeated(repeat, 6), args)
     program = program.run_decompositions({}) if decompose else program
@@ -163,7 +163,7 @@ def test_one_head_for_all(repeat, batch, decompose):
 
 
 def test_a_batch_that_is_copied():
-    """A prefix of all requests, copied for each: read by a stride of 0 instead."""
+    """A prefix of all requests is copied for each; the kernel reads it with a stride of 0 instead."""
 
     class Shared(torch.nn.Module):
         def forward(self, q, k, v):
@@ -220,7 +220,7 @@ def test_keys_alone_are_not_enough():
 
 
 def test_a_repetition_that_is_also_the_copy_that_fits():
-    """Keys kept as [B, H, D, L]: the repetition makes them contiguous, so it stays."""
+    """Keys are kept as [B, H, D, L]; the repetition makes them contiguous, so it stays."""
 
     class Transposed(torch.nn.Module):
         def forward(self, q, k, v):

@@ -1,4 +1,4 @@
-"""Attention under ``torch.no_grad()`` or another autocast: a mask computed outside of the region is proven inside."""
+"""Attention under ``torch.no_grad()`` or another autocast: masks computed outside the region are proven inside it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ TENSOR = [
 def rewritten(module, dynamic: bool):
     rows = Dim("rows", min=17, max=300)
     args = (*qkv(20, KEYS), torch.arange(20) * 7)
-    # In grad mode, so that torch.no_grad() becomes a region.
+    # Export in grad mode, so that torch.no_grad() becomes a region.
     program = export(module().eval(), args, dynamic_shapes=({2: rows}, None, None, {0: rows}) if dynamic else None)
     assert any("wrap_with" in str(n.target) for n in program.graph.nodes)
     new, report = replace_sdpa(program)
@@ -164,14 +164,14 @@ def test_masks_from_outside_of_a_region_are_proven(module, dynamic):
 def test_other_masks_are_read_from_outside(module):
     new, report = rewritten(module, False)
     assert {entry.mask_form for entry in report.nodes} == {"tensor"}
-    # Once: what was copied into the region is gone.
+    # Only once: the copies in the region are gone.
     computed = [n for n in masks_computed(new) if "bitwise" not in str(n.target) and n.op == "call_function"]
     assert len({n.name for n in computed}) == len(computed)
     assert len([n for n in computed if "remainder" in str(n.target)]) <= 1
 
 
 def test_signatures_of_modules_around_a_region():
-    """A mask is an argument of a module whose call is kept, though nothing reads it once it is proven."""
+    """A mask is an argument of a module whose call is kept, although nothing reads it once it is proven."""
 
     class Layer(torch.nn.Module):
         def forward(self, q, k, v, mask):

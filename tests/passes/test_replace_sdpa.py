@@ -1,4 +1,4 @@
-"""replace_sdpa on exported programs: what it replaces, with which arguments, and that results stay the same."""
+"""replace_sdpa on exported programs: what it replaces, with which arguments, and that results do not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flashpte.passes import format_table, replace_sdpa
 
 
 def rewrite(module, args, dynamic_shapes=None, decompose=False):
-    """Exports, rewrites, checks that results are unchanged, and returns (new program, the one report entry)."""
+    """Exports and rewrites, checks that results are unchanged, and returns (new program, the only report entry)."""
     program = exported(module, args, dynamic_shapes)
     if decompose:
         program = program.run_decompositions({})

@@ -1,4 +1,4 @@
-"""A rewrite from outside of the project: what docs/adding-a-rewrite.md writes, run as its reader would."""
+"""A rewrite from outside the project: the code of docs/adding-a-rewrite.md, run as its reader would run it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "adding-a-rewrite.md"
 
 @pytest.fixture(scope="module")
 def fold_one():
-    """The class that the page shows."""
+    """The class on that page."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     names = {}
     exec(code, names)
@@ -122,7 +122,7 @@ def test_deciding_changes_nothing(program):
 
 
 def test_a_declined_attention_leaves_the_graph_as_it_was():
-    """Views and masks that were planned for it are not in the program."""
+    """Views and masks planned for it are not in the program."""
     q, k, v = (tensor.double() for tensor in qkv(20))
 
     class Masked(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Programs with a ``torch.vmap`` in them: masks made by it are proven, and its levels stay open around its nodes."""
+"""Programs with ``torch.vmap``: masks that it makes are proven, and its levels stay open around its nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYS = 200
 
 
 def by_pairs(visible, rows, keys):
-    """``visible(row, key)`` of every pair, the way that Hugging Face and flex attention make masks."""
+    """``visible(row, key)`` for every pair, as Hugging Face and flex attention make masks."""
     return torch.vmap(torch.vmap(visible, (None, 0)), (0, None))(rows, keys)
 
 

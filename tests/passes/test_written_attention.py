@@ -1,4 +1,4 @@
-"""Attention that is written out is replaced as a call is, or named in the report with its reason."""
+"""Attention written as plain operators is replaced like a call, or named in the report with a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN = torch.finfo(torch.float32).min
 
 
 class Written(torch.nn.Module):
-    """``forward(q, k, v, mask)`` calls a function and hands the result on as models do."""
+    """``forward(q, k, v, mask)`` calls a function and returns the result as models do."""
 
     def __init__(self, attention):
         super().__init__()
@@ -28,7 +28,7 @@ class Written(torch.nn.Module):
 
 
 def rewrite(module, args, decompose, shapes=None):
-    """Rewrites a program of one attention; asserts that it is replaced and that results are as before."""
+    """Rewrites a program with one attention; asserts that it is replaced and that the results are unchanged."""
     program = exported(module, args, shapes)
     program = program.run_decompositions() if decompose else program
     new, report = replace_sdpa(program)
@@ -44,7 +44,7 @@ def rewrite(module, args, decompose, shapes=None):
 
 
 def declined(module, args, decompose=False):
-    """The reason for leaving the one attention of a program alone; asserts that the graph is as it was."""
+    """The reason for declining a program's only attention; asserts that the graph is unchanged."""
     program = exported(module, args)
     program = program.run_decompositions() if decompose else program
     new, report = replace_sdpa(program)
@@ -94,7 +94,7 @@ def mpt(q, k, v, mask):
 
 
 def llama(q, k, v, mask=None):
-    """Meta's: a softmax in float32, a mask of -inf."""
+    """Meta's Llama: a softmax in float32 and a mask of -inf."""
     scores = torch.matmul(q, k.transpose(2, 3)) / math.sqrt(q.shape[-1])
     scores = scores if mask is None else scores + mask
     return torch.matmul(F.softmax(scores.float(), dim=-1).type_as(q), v)
@@ -105,7 +105,7 @@ def scaled_queries(q, k, v):
 
 
 def falcon(q, k, v, mask):
-    """In place, as is a mask of some models."""
+    """Scales and masks the scores in place, as some models do."""
     scores = q @ k.transpose(-1, -2)
     scores /= math.sqrt(q.shape[-1])
     scores.masked_fill_(mask, float("-inf"))
@@ -152,7 +152,7 @@ def test_attention_as_models_write_it(name, decompose):
     query, key, value = node.args[:3]
     if query.op == "call_function" and "where" in str(
         query.target
-    ):  # a row that sees nothing but a finite minimum averages all values
+    ):  # a row that sees only a finite minimum averages all values
         query = query.args[1]
     assert [n.name for n in (query, key, value)] == ["q", "k", "v"]
 
@@ -182,7 +182,7 @@ def test_default_decompositions(rows, options):
     new, _entry = rewrite(Written(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)), args, True)
     (node,) = calls(new, "flashpte.sdpa_")
     assert [n.name for n in node.args[:3]] == ["q", "k", "v"]
-    # In the memory layout that the decomposition copies its result to; the other copy is the module's own.
+    # The decomposition copies its result to this memory layout; the other copy is the module's own.
     assert len(calls(new, "clone")) <= 1
 
 
@@ -197,7 +197,7 @@ def test_default_decompositions_with_a_mask(kind):
 
 @pytest.mark.parametrize("decompose", [False, True])
 def test_rows_that_see_nothing(decompose):
-    """Of a safe softmax they are 0; of a row of a minimum they are the mean of the values."""
+    """With a safe softmax the results are 0; with a row of minima they are the mean of the values."""
     mask = torch.ones(2, 1, 5, 64, dtype=torch.bool)
     mask[0, 0, 2] = False
     args = (*qkv(5, batch=2), mask)
@@ -228,7 +228,7 @@ def test_layers_over_caches():
     assert {entry.key for entry in report.nodes} == {(1, 2, 64, 16)}
     assert {entry.bytes_copied for entry in report.nodes} == {0}
     assert not calls(new, "softmax")
-    # Each layer's rounding goes through the layers above.
+    # Each layer's rounding passes through the layers after it.
     torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=1e-4, rtol=1e-4)
 
 
@@ -300,7 +300,7 @@ def normalised_again(q, k, v):
 
 
 def mask_in_place(q, k, v):
-    """The mask is written to: it is not the scores that the operator may do without."""
+    """The scores are added to the mask in place and read again, so the operator cannot do without them."""
     mask = torch.arange(64) / 64.0 + q[..., :1] * 0
     mask.add_(q @ k.transpose(2, 3))
     return torch.softmax(mask, -1) @ v + mask.mean()

@@ -32,7 +32,7 @@ def test_interrupt_in_this_process(export_model, stand_in, output):
     ],
 )
 def test_a_signal_in_the_middle(tmp_path, number, code, said):
-    """Signals a real process during an export; it prints one line after the progress and leaves the folder as it was."""
+    """Signals a real process during an export; it prints one line after the progress, and the folder is as it was."""
     process = start(*GEMMA[:-1], "--output-dir", tmp_path / "out")
     for line in process.stderr:
         if "export prefill" in line:

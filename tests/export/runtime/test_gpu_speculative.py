@@ -88,7 +88,7 @@ def test_without_graphs_too(program, prompt, plain):
 
 @pytest.fixture(scope="module")
 def rounds(program, prompt, plain):
-    """Drafts that are right for 0, 1, .. K tokens in turn; returns each round's acceptance, the tokens and the logits."""
+    """Drafts that are right for 0, 1, .. K tokens in turn: the acceptance of each round, the tokens, their logits."""
     rows = []
 
     def propose(sequence, proposals):
