@@ -274,7 +274,7 @@ def test_every_tile_of_the_table(q_len, head_dim):
 @pytest.mark.parametrize("head_dim", [128, 256, 512])
 @pytest.mark.parametrize("q_len", [8, 16, 70])
 def test_splits_leave_values_of_any_size(q_len, head_dim):
-    """Partial results of the Hopper kernel's splits are exact for powers of two; an infinity changes no other column."""
+    """Partial results of the Hopper kernel's splits are exact for powers of 2; an infinity changes no other column."""
     p = build(Case(q_len, 5000, heads_q=8, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
     op = sdpa_verify if q_len <= 16 else sdpa_prefill
 

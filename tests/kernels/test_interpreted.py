@@ -178,7 +178,7 @@ def test_shares_cover_all_steps_and_weigh_edges(weight):
     ("kv_len", "splits", "v_head_dim"), [(300, 3, 96), (300, 64, 128), (300, 1, 128), (3, 40, 160)]
 )
 def test_combining_what_the_kernel_for_hopper_leaves(kv_len, splits, v_head_dim):
-    """Partial results in the Hopper kernel's column order and units, of very different size; a lone split leaves none."""
+    """Partial results in the Hopper kernel's column order and units, of very different size; a lone split has none."""
     config = tuning.HopperConfig(16, 64, 2, share_rows=True, num_splits=splits, short_splits=splits)
     heads_kv, q_len, group, width = 2, 3, 2, -(-v_head_dim // 128) * 128
     out = torch.full((1, heads_kv * group, q_len, v_head_dim), float("nan"), dtype=torch.float16)
