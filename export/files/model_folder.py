@@ -137,7 +137,9 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("generator") != GENERATOR:
         raise ProgramError(f"{path} was not written by export-model")
     if manifest.get("version") not in READ_VERSIONS:
-        raise ProgramError(f"{path} has version {manifest.get('version')!r}, this flashpte reads {MANIFEST_VERSION}")
+        raise ProgramError(
+            f"{path} has version {manifest.get('version')!r}, this flashpte reads {' and '.join(map(str, READ_VERSIONS))}"
+        )
     for key, kind in (
         ("files", dict),
         ("methods", dict),

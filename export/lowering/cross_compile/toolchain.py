@@ -1,8 +1,8 @@
 """The host C++ toolchain: compiler, CUDA headers from PyPI wheels, and flags that give the same bytes anywhere.
 
 AOTInductor compiles a C++ wrapper with g++ against a CUDA toolkit. No toolkit is needed here: the Triton wheel has the
-CUDA headers, ``nvidia-cuda-cccl`` (or a toolkit) has the header ``nv/target`` that they include, and linking needs only
-a stub for ``-lcuda``.
+CUDA headers, and linking needs only a stub for ``-lcuda``. The header ``nv/target`` that they include comes from the
+Triton wheel if it has it, else from ``nvidia-cuda-cccl`` or a toolkit.
 """
 
 from __future__ import annotations

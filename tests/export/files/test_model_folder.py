@@ -75,7 +75,7 @@ def test_a_missing_file(folder, unverified):
     ("changes", "said"),
     [
         ({"generator": "somebody"}, "was not written by export-model"),
-        ({"version": 3}, "has version 3, this flashpte reads 2"),
+        ({"version": 3}, "has version 3, this flashpte reads 1 and 2"),
         ({"format": "onnx"}, "has format 'onnx'"),
         ({"files": None}, "has no 'files'"),
         ({"files": {}}, "does not list model.pte"),

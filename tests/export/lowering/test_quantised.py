@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torchao.kernel import intmm
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -27,6 +28,13 @@ REFUSED = {
     "int8 activations": (Int8DynamicActivationInt8WeightConfig, "method forward multiplies uint8 by int8"),
     "float8": (Float8WeightOnlyConfig, "is float8_e4m3fn, which ExecuTorch's CUDA delegate does not have"),
 }
+
+
+def processor_has(monkeypatch, *, vnni, amx):
+    """What torchao is told of the processor: with VNNI and without AMX it writes uint8 activations."""
+    monkeypatch.setattr(intmm, "_cpu_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(intmm, "_cpu_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(intmm, "torch_version_at_least", lambda version: True)
 
 
 def quantised(config):
@@ -54,7 +62,8 @@ def test_plain_weights_are_left_alone():
 
 
 @pytest.mark.parametrize("config", REFUSED)
-def test_weights_that_cannot_be_lowered(tmp_path, config):
+def test_weights_that_cannot_be_lowered(tmp_path, monkeypatch, config):
+    processor_has(monkeypatch, vnni=True, amx=False)
     make, said = REFUSED[config]
     with pytest.raises(ExportError, match=said):
         lower({"forward": quantised(make)}, output_dir=tmp_path / "out", arch="sm_90")
@@ -65,3 +74,11 @@ def test_weights_that_cannot_be_lowered(tmp_path, config):
 @pytest.mark.parametrize("package", ["pte", "pt2"])
 def test_int8_weights_lower(tmp_path, package):
     lower({"forward": quantised(CONFIGS["int8"])}, output_dir=tmp_path / "out", arch="sm_90", format=package)
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("vnni", [True, False])
+def test_int8_activations_lower_where_torchao_writes_int8(tmp_path, monkeypatch, vnni):
+    processor_has(monkeypatch, vnni=vnni, amx=vnni)
+    program = quantised(Int8DynamicActivationInt8WeightConfig)
+    lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90", format="pte")
