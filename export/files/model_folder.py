@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flashpte.export.common.errors import Option, ProgramError
-from flashpte.export.files.manifest import MANIFEST_VERSION, READ_VERSIONS, sha256
+from flashpte.export.files.manifest import READ_VERSIONS, sha256
 from flashpte.export.files.names import GENERATOR, MANIFEST_NAME, MODEL_NAMES
 from flashpte.export.files.signature import MethodSignature, read_signature
 
@@ -137,9 +137,8 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("generator") != GENERATOR:
         raise ProgramError(f"{path} was not written by export-model")
     if manifest.get("version") not in READ_VERSIONS:
-        raise ProgramError(
-            f"{path} has version {manifest.get('version')!r}, this flashpte reads {' and '.join(map(str, READ_VERSIONS))}"
-        )
+        readable = " and ".join(map(str, READ_VERSIONS))
+        raise ProgramError(f"{path} has version {manifest.get('version')!r}, this flashpte reads {readable}")
     for key, kind in (
         ("files", dict),
         ("methods", dict),
