@@ -53,7 +53,9 @@ def register(kernel: Any, family: Family, early_start: str | None = None, twin: 
     """
     name = kernel.fn.__name__
     if isinstance(kernel, GluonJITFunction) and twin is None:
-        raise ValueError(f"{name} is written in Gluon and has no twin: Inductor would take all arguments for written")
+        raise ValueError(
+            f"{name} is written in Gluon and has no twin: Inductor would assume that it writes all arguments"
+        )
     parameters = set(kernel.arg_names)
     if twin is not None and not set(twin.arg_names) <= parameters:
         raise ValueError(f"the twin of {name} has other parameters: {sorted(set(twin.arg_names) - parameters)}")

@@ -41,7 +41,9 @@ def default_rewrites() -> tuple[Rewrite, ...]:
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
         made = point.load()()
         if not isinstance(made, Rewrite):
-            raise TypeError(f"entry point {point.name} = {point.value} of {ENTRY_POINTS} is no flashpte.passes.Rewrite")
+            raise TypeError(
+                f"entry point {point.name} = {point.value} of {ENTRY_POINTS} is not a flashpte.passes.Rewrite"
+            )
         others.append(made)
     rewrites = (AttentionRewrite(), *others)
     names = [rewrite.name for rewrite in rewrites]

@@ -32,16 +32,16 @@ _TOP_LEFT = ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled
 _TRITON = ("triton::sdpa", "triton::sdpa_decode_splitk", "triton::sdpa_small_query_splitk")
 _NAMED = {
     "flex_attention": "flex_attention is a higher-order operator: its score function and its block mask are code that "
-    "Inductor compiles into a kernel of its own",
+    "Inductor compiles into a separate kernel",
     "flex_attention_backward": "flex_attention is a higher-order operator; its backward is for training",
     "triton::tq4_sdpa": "its keys and values are quantized; the kernels take one of bfloat16, float16, float32",
-    "llama::sdpa_with_kv_cache": "the operator writes a cache, too",
-    "llama::custom_sdpa": "the operator takes its positions as a number and its heads behind the length",
+    "llama::sdpa_with_kv_cache": "the operator also writes a cache",
+    "llama::custom_sdpa": "the operator takes its positions as a number and its heads after the length",
     "llama::custom_quantized_sdpa": "its keys and values are quantized",
-    "aten::_native_multi_head_attention": "the operator holds its projections, too",
+    "aten::_native_multi_head_attention": "the operator also contains its projections",
     "aten::_transformer_encoder_layer_fwd": "the operator is a whole layer",
-    "aten::_flash_attention_forward": "its sequences are packed, with lengths of their own",
-    "aten::_efficient_attention_forward": "its heads are behind the length, and its sequences may be packed",
+    "aten::_flash_attention_forward": "its sequences are packed, each with its own length",
+    "aten::_efficient_attention_forward": "its heads are after the length, and its sequences may be packed",
     "aten::_cudnn_attention_forward": "its sequences may be packed",
 }
 

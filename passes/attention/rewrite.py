@@ -202,7 +202,7 @@ def _replace(call: SdpaCall, decision: Route, mask: MaskPlan) -> None:
 def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, Any]:
     """The report's fields on the mask of a replaced call."""
     if isinstance(structure, Structure):
-        note = "the mask is computed from positions where it is needed, attention reads no tensor of it"
+        note = "the mask is computed from positions where it is needed; attention reads no mask tensor"
         return {"mask": structure.kind, "mask_form": "positions", "mask_note": note}
     if structure is not None:
         return {"mask_form": "tensor", "mask_note": f"the mask is read through a tile map: {structure}"}

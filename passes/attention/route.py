@@ -99,7 +99,7 @@ class _Sizes:
 
 def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
     if is_batched(call.node):
-        return "it is inside of torch.vmap, whose batch dimension the graph does not show"
+        return "it is inside torch.vmap, whose batch dimension the graph does not show"
     query, key, value = val(call.query), val(call.key), val(call.value)
     if val(call.node).dtype != query.dtype:
         return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"
@@ -125,7 +125,7 @@ def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
         if tensor.stride(3) != 1:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
     if result_order(call, memory_order(val(call.node))) is None:
-        return "the result's memory layout is none of 4 dimensions"
+        return "no memory order of 4 dimensions gives the result's layout"
     if call.mask is None:
         return None
     return why_not_mask(val(call.mask), (*query.shape[:3], key.shape[2]), sizes.equal)

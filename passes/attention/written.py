@@ -150,7 +150,7 @@ class _Reader:
             elif not self._is_safety(user, node):
                 users.append(user)
         if len(users) != 1 or (expected is not None and users[0] is not expected):
-            raise _NotTaken("its weights or scores are used elsewhere, too")
+            raise _NotTaken("its weights or scores are also used elsewhere")
         return users[0]
 
     def _is_safety(self, user: Node, node: Node) -> bool:
@@ -236,7 +236,7 @@ class _Reader:
         if safe is not None:
             others = [user for user in node.users if user is not safe and packet_of(user) not in _CHECKS]
             if others:
-                raise _NotTaken("its weights or scores are used elsewhere, too")
+                raise _NotTaken("its weights or scores are also used elsewhere")
             node = safe
         while True:
             user = self._only_user(node)

@@ -70,12 +70,12 @@ def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = Non
             scale *= step.number
             continue
         if mask is not None and kind == "finite":
-            return "written out; it has several masks, of which one hides scores by a finite number"
+            return "written out; it has several masks, one of which hides scores by a finite number"
         assert step.tensor is not None
         aligned = _aligned(node, step.tensor)
         mask, kind = _masked(mask, step.kind, aligned, step.number, step.flipped, kind)
         if not kind:
-            return "written out; it has several masks, of which one hides scores by a finite number"
+            return "written out; it has several masks, one of which hides scores by a finite number"
     nodes = [operand.origin for operand in found]
     readers = set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
     readers |= {step.tensor for step in written.steps if step.tensor is not None}

@@ -100,7 +100,7 @@ class Numbers:
         if name == "lt":
             difference = difference.plus(1)
         if any(abs(n) >= 2**62 for n in (difference.constant, *(c for _, c in difference.parts))):
-            raise ProofFailed("it compares with numbers that 64 bits hardly hold")
+            raise ProofFailed("it compares with numbers that nearly overflow 64 bits")
         number = Sum(tuple((o, c) for o, c in difference.parts if o.varies_in(KEY_AXIS)))
         rest = Sum(tuple((o, c) for o, c in difference.parts if not o.varies_in(KEY_AXIS)), difference.constant)
         if not number.parts:

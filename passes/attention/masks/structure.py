@@ -138,7 +138,7 @@ class _Proof(Choices):
             return self.of_float(source, (node, *path))
         if is_cast(node) and val(args[0]).dtype.is_floating_point:
             return self.of_float(args[0], path)
-        raise ProofFailed(f"its part {node.name} is neither 0 nor a minimum by comparisons")
+        raise ProofFailed(f"comparisons do not make its part {node.name} 0 or a minimum")
 
     def _filled(
         self, condition: Any, path: Path, negated: bool, kept: tuple[list[Constraint], set[float]], fill: float
@@ -158,7 +158,7 @@ class _Proof(Choices):
         if constant is not None and bool(constant) != negated:
             return []
         if not isinstance(node, Value) or val(node).dtype != torch.bool:
-            raise ProofFailed(f"{node} is no bool tensor")
+            raise ProofFailed(f"{node} is not a bool tensor")
         key = (node, path, negated)
         if key not in self._bools:
             self._bools[key] = list(dict.fromkeys(self._of_bool_node(node, path, negated)))
