@@ -1,4 +1,4 @@
-"""What launchers take: an attention call, the tile map that comes with it, and one launch of a kernel for it."""
+"""The arguments of launchers: an attention call, the tile map that comes with it, and one kernel launch for it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class AttentionCall:
         scale: factor of the scores.
         is_causal: top-left aligned.
         dim_order: memory order of the result's dimensions, outermost first.
-        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where broadcast; bool or float.
-        intervals: a mask in another form, instead of ``mask``.
+        mask: ``[Bm, Hm, Lm, Nm]``, size 1 where it broadcasts; bool or float.
+        intervals: the mask as intervals, instead of ``mask``.
     """
 
     query: torch.Tensor
@@ -59,17 +59,17 @@ class AttentionCall:
 
     @property
     def tile_constants(self) -> dict[str, int]:
-        """Constants of Triton's kernels: the columns of their tiles, and whether scores are summed in float64."""
+        """Constants of the Triton kernels: the columns of their tiles, and whether scores are summed in float64."""
         widths = [tuning.padded_head_dim(dim) for dim in (self.head_dim, self.v_head_dim)]
         return {"BLOCK_D": widths[0], "BLOCK_DV": widths[1], "EXACT": self.query.dtype == torch.float32}
 
     @property
     def strides(self) -> list[int]:
-        """Strides of query, key and value per batch entry, head and row."""
+        """Strides of query, key and value per batch entry, head and row, in elements."""
         return [broadcast_stride(tensor, d) for tensor in (self.query, self.key, self.value) for d in range(3)]
 
     def shape(self) -> tuning.AttentionShape:
-        """What a tile choice is made from."""
+        """The shape that tile choices depend on."""
         return tuning.AttentionShape(
             batch=static_int(self.batch),
             heads_q=self.heads_q,
@@ -83,21 +83,21 @@ class AttentionCall:
         )
 
     def with_unit_strides(self) -> AttentionCall:
-        """The same call; query, key and value are copied where their last dimension is not contiguous."""
+        """The same call. Copies query, key or value if its last dimension is not contiguous."""
         query, key, value = map(with_unit_stride, (self.query, self.key, self.value))
         return dataclasses.replace(self, query=query, key=key, value=value)
 
     def empty_output(self) -> torch.Tensor:
-        """Memory for the result."""
+        """Uninitialized memory for the result."""
         return empty_output(self.query, self.v_head_dim, self.dim_order)
 
 
 class GivenMap(NamedTuple):
-    """A tile map that a call is given, or ``None`` twice.
+    """The tile map that a call comes with. Both tensors are ``None`` if there is none.
 
     Attributes:
-        tiles, counts: as ``flashpte::tile_map`` returns them.
-        block_n: keys per tile of a map for the split-K kernels; ``None`` for the tiled kernel's.
+        tiles, counts: the results of ``flashpte::tile_map``.
+        block_n: keys per tile of a map for the split-K kernel; ``None`` for a map for the tiled kernel.
     """
 
     tiles: torch.Tensor | None
@@ -111,7 +111,7 @@ NO_SPLIT_K_MAP = GivenMap(None, None, tuning.SPLIT_K_MAP_BLOCK_N)
 
 @dataclasses.dataclass(frozen=True)
 class MapTiling:
-    """How a mask is cut into the tiles of a map; see ``flashpte::tile_map``."""
+    """How a map divides a mask into tiles; see ``flashpte::tile_map``."""
 
     block_m: int
     block_n: int
@@ -119,15 +119,16 @@ class MapTiling:
     row_tiles: int | None = None
 
     def rows(self, q_len: int) -> int:
-        """Rows of tiles."""
+        """The number of rows of tiles."""
         return cdiv(q_len, self.block_m) if self.row_tiles is None else self.row_tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Partials:
-    """Where splits store what they computed: ``acc [rows, width]`` and ``stats [rows, numbers]``.
+    """Memory for the partial results of splits: ``acc [rows, width]`` and ``stats [rows, numbers]``.
 
-    There is a row for each row of each split. Where there is one split, which stores nothing here, both are the result.
+    There is one row for each row of each split. A single split stores no partial results, and then both tensors are the
+    result.
     """
 
     acc: torch.Tensor
@@ -137,7 +138,7 @@ class Partials:
 
     @classmethod
     def make(cls, out: torch.Tensor, config: tuning.Config, rows: int | torch.SymInt | None) -> Partials:
-        """For the kernel of ``config`` and the result ``out [B, H_q, L_q, D_v]``; ``None`` rows for one split."""
+        """Allocates for ``config``'s kernel and the result ``out [B, H_q, L_q, D_v]``. One split has ``None`` rows."""
         width, numbers, dtype = out.shape[3], 2, torch.float32
         if isinstance(config, tuning.HopperConfig):
             width = cdiv(width, config.columns) * config.columns
@@ -154,10 +155,10 @@ class Launch:
 
     Attributes:
         config: the kernel's tiles.
-        out: ``[B, H_q, L_q, D_v]``, written.
+        out: the result ``[B, H_q, L_q, D_v]``, which is written.
         partials: written if there are several splits.
-        num_splits: into how many splits the keys are cut; may be symbolic.
-        enabled: 0 or 1, may be symbolic: with 0, no program is launched at run time.
+        num_splits: the number of splits of the keys; may be symbolic.
+        enabled: 0 or 1, may be symbolic. With 0, no program is launched at run time.
     """
 
     config: tuning.Config

@@ -1,14 +1,16 @@
-"""Splits of the keys: how many work, what they leave, and combining it.
+"""Splits of the keys: how many are active, what they store, and the kernel that combines their results.
 
-Used by the split-K kernel (:mod:`flashpte.kernels.split_k`) and by the kernel for Hopper
-(:mod:`flashpte.kernels.hopper`), of which a split that is alone writes the result itself.
+Used by the split-K kernel (:mod:`flashpte.kernels.split_k`) and the Hopper kernel (:mod:`flashpte.kernels.hopper`). In
+the Hopper kernel, a split that is alone writes the result itself.
 
-A split leaves for every row its unnormalised accumulator, and its running maximum and sum. (Maximum and sum rather than
-their log-sum-exp: a row whose mask is nothing but the dtype's minimum has a maximum of about -3.4e38, to which adding
-the logarithm of the sum changes nothing.) Of the split-K kernel all are float32. The kernel for Hopper is for many
-rows, where these bytes count (for 8 rows of D = 512 and 4,096 keys as many as those of the keys): it leaves the
-accumulator as float16, in units (powers of two) that the largest value of each row and slice of columns says, which
-adds an eighth to the rounding of a bfloat16 result.
+For each row, a split stores its unnormalized accumulator, its running maximum (in the units of the scores, see
+:mod:`flashpte.kernels.primitives`) and its running sum. A single log-sum-exp would not do. A row whose mask is the
+dtype's minimum everywhere has a maximum of about -3.4e38, and adding the logarithm of the sum to it changes nothing.
+
+The split-K kernel stores everything as float32. The Hopper kernel serves many rows, where these bytes matter: for 8
+rows with D = 512 and 4,096 keys, they are as many as those of the keys. It stores the accumulator as float16 in units
+of a power of two, chosen by the largest value of each row and slice of columns. That adds an eighth to the rounding
+error of a bfloat16 result.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ def key_steps(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """How many tiles of ``BLOCK_N`` keys have to be visited: all, and of those the full ones, which come first."""
+    """How many tiles of ``BLOCK_N`` keys must be visited, and how many of those are full. Full tiles come first."""
     if MASK != 0:
         full_steps = tl.load(counts_ptr + tile_row * 4) * (MAP_BLOCK_N // BLOCK_N)
         steps = full_steps + tl.load(counts_ptr + tile_row * 4 + 1) * (MAP_BLOCK_N // BLOCK_N)
     else:
-        # Causal is aligned to the top left: no row sees a key beyond the last row.
+        # A causal mask is aligned to the top left, so no row sees a key beyond the last row.
         steps = tl.cdiv(tl.minimum(kv_len, q_len) if CAUSAL else kv_len, BLOCK_N)
         full_steps = 0 if CAUSAL else kv_len // BLOCK_N
     return steps, full_steps
@@ -51,10 +53,10 @@ def key_steps(
 
 @triton.jit
 def active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_KEYS: tl.constexpr):
-    """Into how many of ``num_splits`` the visited keys are cut.
+    """How many of the ``num_splits`` splits are active.
 
-    A buffer is cut for its length, which the context may be far from: with few keys to visit, partial results would
-    cost more bytes than keys do.
+    The number of splits is chosen for the length of the buffer, but the context may be far shorter. With few keys to
+    visit, partial results would cost more bytes than the keys.
     """
     active = tl.where(steps * BLOCK_N >= LONG_KEYS, num_splits, tl.minimum(short_splits, num_splits))
     return tl.maximum(tl.minimum(active, steps), 1)
@@ -62,12 +64,12 @@ def active_splits(steps, num_splits, short_splits, BLOCK_N: tl.constexpr, LONG_K
 
 @triton.jit
 def share_of(split, active, steps, full_steps, EDGE_WEIGHT: tl.constexpr):
-    """Where split ``split`` of ``active`` begins among ``steps`` tiles, of which the ``full_steps`` first are full.
+    """First tile of split ``split`` of ``active``. The first ``full_steps`` of all ``steps`` tiles are full.
 
-    A tile that is not full takes as long as ``EDGE_WEIGHT`` full ones.
+    A tile that is not full takes as long as ``EDGE_WEIGHT`` full tiles.
     """
     cost = full_steps + (steps - full_steps) * EDGE_WEIGHT
-    # split * cost // active, in 32 bits.
+    # split * cost // active without overflow in 32 bits.
     at = split * (cost // active) + split * (cost % active) // active
     return tl.where(at <= full_steps, at, full_steps + (at - full_steps) // EDGE_WEIGHT)
 
@@ -75,7 +77,7 @@ def share_of(split, active, steps, full_steps, EDGE_WEIGHT: tl.constexpr):
 @triton.jit
 def _add_splits(
     state,
-    partials,  # acc_ptr, stats_ptr, first_partial and rows from one split to the next, dv, which number is the unit
+    partials,  # acc_ptr, stats_ptr, first_partial, rows per split, dv, index of the unit among the stats
     s,
     stored,
     active,
@@ -84,7 +86,7 @@ def _add_splits(
     EXP2_SCALE: tl.constexpr,
     HOPPER: tl.constexpr,
 ):
-    """Adds splits ``s`` to ``state``: accumulator ``[DV]``, maximum, sum. Of ``stored`` there is memory to read."""
+    """Adds splits ``s`` to ``state``: accumulator ``[DV]``, maximum, sum. Memory exists for ``stored`` splits."""
     out, row_max, total = state
     acc_ptr, stats_ptr, first_partial, rows, dv, unit = partials
     partial = first_partial + s * rows
@@ -93,7 +95,7 @@ def _add_splits(
     split_sum = tl.load(stats + 1, mask=s < stored, other=0.0)
     acc_ok = (s < stored)[:, None] & (dv < WIDTH)[None, :]
     acc = tl.load(acc_ptr + partial[:, None] * WIDTH + dv[None, :], mask=acc_ok, other=0.0).to(tl.float32)
-    # What lies behind the active splits is anything.
+    # Memory of inactive splits is uninitialized.
     split_max = tl.where(s < active, split_max, float("-inf"))
     split_sum = tl.where(s < active, split_sum, 0.0)
     new_max = tl.maximum(row_max, tl.max(split_max, 0))
@@ -103,7 +105,7 @@ def _add_splits(
     total = total * rescale + tl.sum(split_sum * weight, 0)
     if HOPPER:
         acc = acc * tl.load(stats + unit, mask=s < stored, other=0.0)[:, None]
-    # What a split holds that saw no key does not count: it may be 0 * inf, from values that do not count either.
+    # Ignore the accumulator of a split that saw no key. It may be 0 * inf, from values that do not count either.
     out = out * rescale + tl.sum(tl.where((weight > 0.0)[:, None], acc * weight[:, None], 0.0), 0)
     return out, new_max, total
 
@@ -119,8 +121,8 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr,
     SLICE: tl.constexpr,  # columns that share a unit
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LONG_KEYS: tl.constexpr, EXP2_SCALE: tl.constexpr,
-    # After the kernel for Hopper, in which a split that is alone writes the result; others store what its
-    # _store_partial says.
+    # Whether the Hopper kernel stored the splits. There, a split that is alone writes the result, and other splits
+    # store in the format of _store_partial.
     HOPPER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +140,7 @@ def _combine_kernel(
     rows = q_len * GROUP
     first_partial = bh.to(tl.int64) * num_splits * rows + row
     state = (tl.zeros([BLOCK_DV], tl.float32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.float32))
-    # The first are read, as far as they are in memory, before it is known how many work: that takes as long.
+    # Read the first splits that exist in memory before the number of active ones is known, which takes equally long.
     s = tl.arange(0, BLOCK_S)
     partials = (acc_ptr, stats_ptr, first_partial, rows, dv, 2 + tl.program_id(2) * BLOCK_DV // SLICE)
     state = _add_splits(state, partials, s, num_splits, active, WIDTH, STATS, EXP2_SCALE, HOPPER)
@@ -159,13 +161,13 @@ register(_combine_kernel, "attention", early_start="DEPENDENT")
 
 
 def launch_combine(mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int) -> None:
-    """Combines what the splits stored.
+    """Launches the kernel that combines the partial results of splits.
 
     Args:
         mask: the mask that the splits walked.
-        launch: the launch whose splits are combined; its partials have rows in the order
-            ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and maybe more.
-        heads_kv: H_kv, or H_q after a kernel that packs no heads.
+        launch: the launch whose splits are combined. Its partials have rows in the order
+            ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and possibly unused rows after these.
+        heads_kv: H_kv, or H_q after a kernel that does not pack heads.
         kv_len: L_kv.
     """
     config, partials, out = launch.config, launch.partials, launch.out

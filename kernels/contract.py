@@ -1,11 +1,11 @@
-"""The one contract of what attention the kernels take: why a call is none, in one sentence, or ``None``.
+"""The single contract for the attention that the kernels take: one sentence that says why they refuse, or ``None``.
 
-The router declines with it. Every operator raises ``ValueError`` with it in each of its implementations (CPU, fake,
-CUDA), before anything is launched: a kernel trusts the sizes that it is given, and reads out of bounds where they do
-not fit.
+The router declines a node with this sentence. Every implementation of an operator (CPU, fake, CUDA) raises
+``ValueError`` with it before it launches anything. Kernels trust the sizes that they get, and read out of bounds if
+those do not fit.
 
-Sizes may be symbolic. Two sizes are refused where they are known to differ; what a program leaves open is no reason,
-and no guard is added. (A call on data has no symbolic sizes, so there everything is compared.)
+Sizes may be symbolic. Two sizes are refused if they are known to differ. Sizes that may be equal are accepted, and no
+guard is added. (A call on data has no symbolic sizes, so everything is compared.)
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from flashpte.kernels.launch import cdiv
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 512
 MAX_ROWS = 16
-"""Query rows that the split-K kernels take at most."""
+"""The most query rows that ``sdpa_verify`` and the split-K launcher take."""
 
 Size = int | torch.SymInt
 Equal = Callable[[Size, Size, bool], bool]
-"""Whether two sizes may be equal; the third argument: whether attention takes a size of 1 in the place of the other."""
+"""Whether two sizes may be equal. The third argument says whether a size of 1 may stand in for the other."""
 
 
 def may_be_equal(a: Size, b: Size, broadcasts: bool = False) -> bool:
-    """Whether two sizes are not known to differ (``broadcasts``: or one of them may be 1). Adds no guard."""
+    """Whether two sizes are not known to differ, or, with ``broadcasts``, one of them may be 1. Adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     if broadcasts and not all(statically_known_true(size != 1) for size in (a, b)):
@@ -39,14 +39,14 @@ def may_be_equal(a: Size, b: Size, broadcasts: bool = False) -> bool:
 
 
 def printable(size: Size) -> str:
-    """A size as messages write it."""
+    """A size in the form that messages use."""
     return str(size) if isinstance(size, int) else str(size.node.expr)
 
 
 def why_not_tensors(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, equal: Equal = may_be_equal
 ) -> str | None:
-    """What is wrong with query, key and value."""
+    """What is wrong with query, key and value, or ``None``."""
     tensors = (query, key, value)
     if not query.dim() == key.dim() == value.dim() == 4:
         return f"query, key, value have {query.dim()}, {key.dim()}, {value.dim()} dimensions; the kernels take 4"
@@ -72,7 +72,7 @@ def why_not_tensors(
 
 
 def why_not_mask(mask: torch.Tensor, target: Sequence[Size], equal: Equal = may_be_equal) -> str | None:
-    """What is wrong with a mask that broadcasts to ``target``, ``[B, H_q, L_q, L_kv]``."""
+    """What is wrong with a mask that must broadcast to ``target`` ``[B, H_q, L_q, L_kv]``, or ``None``."""
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         return f"mask dtype {mask.dtype}: it must be bool or float"
     if mask.dtype == torch.float64:
@@ -126,7 +126,7 @@ def check_rows(query: torch.Tensor, most: int) -> None:
 
 
 def why_not(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int | None = None) -> str | None:
-    """Why an operator does not take a call with these maps, or ``None``."""
+    """Why an operator refuses a call with these maps, or ``None``."""
     query, key, value, mask, intervals = call.query, call.key, call.value, call.mask, call.intervals
     reason = why_not_tensors(query, key, value)
     if reason is not None:
@@ -157,7 +157,7 @@ def why_not(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int |
 
 
 def check_attention(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int | None = None) -> None:
-    """Raises ``ValueError`` with what :func:`why_not` says of the same arguments."""
+    """Raises ``ValueError`` with the sentence that :func:`why_not` returns for the same arguments, if any."""
     reason = why_not(call, maps, most_rows)
     if reason is not None:
         raise ValueError(reason)

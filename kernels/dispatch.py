@@ -1,10 +1,10 @@
-"""One operator for short and long calls: which kernel runs is decided at run time, by L_q.
+"""One operator for short and long calls. L_q chooses the kernel at run time.
 
-Both kernels are in a lowered program. The one that L_q is not for gets an empty grid, and the host leaves out a launch
-whose grid is empty: the choice costs a comparison of sizes, and no synchronisation with the device.
+A lowered program contains both kernels. The kernel that L_q does not select gets an empty grid, and the host skips a
+launch with an empty grid. The choice costs a comparison of sizes and no synchronization with the device.
 
-Not ``torch.cond``: Inductor compiles a branch for the strides its inputs had when it was traced, but may lay those
-inputs out in another way, so that the branch's kernels would read the wrong elements wherever nothing prevents it.
+``torch.cond`` does not work here. Inductor compiles a branch for the strides that its inputs had during tracing, but
+may then choose another layout for those inputs, and the branch's kernels would read the wrong elements.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from flashpte.kernels.tiled import launch_tiled
 
 
 def shares_map(mask: torch.Tensor | None, group: int) -> bool:
-    """Whether both kernels walk one map: all query heads of a group have the same mask."""
+    """Whether both kernels can walk the same map, because all query heads of a group have the same mask."""
     return mask is None or static_int(mask.shape[1]) == 1 or group == 1
 
 
 def launch_dispatch(call: AttentionCall, given: GivenMap = NO_MAP, few: GivenMap = NO_SPLIT_K_MAP) -> torch.Tensor:
-    """Launches the split-K kernels for at most :data:`MAX_ROWS` rows, else the tiled one.
+    """Launches the split-K kernels for at most :data:`MAX_ROWS` rows, and the tiled kernel for more.
+
+    On sm_90, either may be the Hopper kernel instead.
 
     Args:
         call: any L_q.
         given: the tiled kernel's map. The split-K kernel walks the same map, whose first row of tiles holds all its
-            rows, unless the heads that it packs together have masks of their own (:func:`shares_map`).
-        few: then, the map of the split-K kernel.
+            rows, unless the heads that it packs together have different masks (:func:`shares_map`).
+        few: the split-K kernel's map in that case.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
     """
     check_attention(call, (given, few))
-    # 0 for few rows, 1 for many: of a symbolic L_q, an expression.
+    # 0 for few rows, 1 for many; an expression if L_q is symbolic.
     many = torch.sym_min(1, call.q_len // (MAX_ROWS + 1))
     out = call.empty_output()
     if given.tiles is not None and shares_map(call.mask, call.group):

@@ -1,7 +1,7 @@
-"""What lowering and a profile have to know about a kernel, told by the file that defines the kernel.
+"""The facts about a kernel that lowering and profiles need, stated in the file that defines the kernel.
 
-A kernel's file calls :func:`register` right below the kernel. Lowering asks :func:`facts_of` and :func:`facts_named`, a
-profile asks by name: neither knows a kernel of ours, and a new kernel changes no file but its own.
+A kernel's file calls :func:`register` right below the kernel. Lowering calls :func:`facts_of` and :func:`facts_named`,
+and a profile looks kernels up by name. Neither names any flashpte kernel, so a new kernel changes no file but its own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class KernelFacts:
 
     Attributes:
         kernel: the jit function.
-        family: which part of a model's time the kernel belongs to.
-        early_start: the boolean constant by which a launch says that the kernel waits by itself for the kernels before
-            it, so that it may start before they end (:func:`flashpte.kernels.launch.dependent_launch`); ``None`` for a
-            kernel that never does.
-        twin: for a kernel in Gluon, a Triton kernel which reads and writes the same arguments. It takes some of the
-            kernel's parameters, by their names. Inductor cannot read Gluon, and learns from the twin what is written.
+        family: the part of a model's time that the kernel belongs to.
+        early_start: name of the boolean constant which says that the kernel itself waits for the kernels before it, so
+            it may start before they end (:func:`flashpte.kernels.launch.dependent_launch`); ``None`` for a kernel that
+            never does.
+        twin: for a kernel in Gluon, a Triton kernel that reads and writes the same arguments. It takes some of the
+            kernel's parameters, with the same names. Inductor cannot read Gluon, so the twin tells it what is written.
     """
 
     kernel: Any
@@ -53,7 +53,9 @@ def register(kernel: Any, family: Family, early_start: str | None = None, twin: 
     """
     name = kernel.fn.__name__
     if isinstance(kernel, GluonJITFunction) and twin is None:
-        raise ValueError(f"{name} is written in Gluon and has no twin: Inductor would take all arguments for written")
+        raise ValueError(
+            f"{name} is written in Gluon and has no twin: Inductor would assume that it writes all arguments"
+        )
     parameters = set(kernel.arg_names)
     if twin is not None and not set(twin.arg_names) <= parameters:
         raise ValueError(f"the twin of {name} has other parameters: {sorted(set(twin.arg_names) - parameters)}")
@@ -63,13 +65,13 @@ def register(kernel: Any, family: Family, early_start: str | None = None, twin: 
     if known is not None and known.kernel.fn.__module__ != kernel.fn.__module__:
         raise ValueError(f"{known.kernel.fn.__module__} and {kernel.fn.__module__} both define {name}")
     if twin is not None:
-        # Inductor looks for the kernel by its name.
+        # Inductor looks up the kernel by its name.
         twin = triton.jit(twin.fn, repr=lambda specialization: name)
     _FACTS[name] = KernelFacts(kernel, family, early_start, twin)
 
 
 def facts_of(kernel: Any) -> KernelFacts | None:
-    """The facts about a jit function, also where a list of configurations wraps it; ``None`` for an unknown one."""
+    """The facts about a jit function, which an autotuner may wrap; ``None`` if it is not registered."""
     if isinstance(kernel, Autotuner):
         kernel = kernel.fn
     facts = _FACTS.get(getattr(getattr(kernel, "fn", None), "__name__", ""))
@@ -77,10 +79,10 @@ def facts_of(kernel: Any) -> KernelFacts | None:
 
 
 def facts_named(name: str) -> KernelFacts | None:
-    """The facts about the kernel that a program calls ``name``, to which Inductor appends a number."""
+    """The facts about the kernel that a program calls ``name``. Inductor may have appended a number to the name."""
     return _FACTS.get(name) or _FACTS.get(re.sub(r"_\d+$", "", name))
 
 
 def registered() -> tuple[KernelFacts, ...]:
-    """The facts about every kernel that has been imported."""
+    """The facts about all kernels that have been imported."""
     return tuple(_FACTS.values())

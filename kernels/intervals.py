@@ -1,13 +1,17 @@
-"""Masks as intervals: what a row sees is given by bounds on numbers that belong to the keys, not by a dense tensor.
+"""Masks as intervals: each row has bounds on numbers that belong to the keys, instead of a row of a dense tensor.
 
-Row ``m`` sees key ``n`` if ``lower[t, m] <= value[t, n] <= upper[t, m]`` for each of T terms. With positions as values
-that is a causal mask (``upper`` is the row's position), a sliding window (``lower`` is the position minus the window
-plus one) and a ring buffer (each slot's value is the position it holds); with document numbers as values and equal
-bounds it is a packed mask; with 0 and 1 as values a padding mask. Nothing is assumed of the numbers: positions may have
-gaps, repeat or be permuted.
+Row ``m`` sees key ``n`` if ``lower[t, m] <= value[t, n] <= upper[t, m]`` for each of T terms. Examples:
 
-The kernels compute visibility in tiles that are partly masked; ``flashpte::interval_map`` finds those and the full ones
-from L_q + L_kv numbers instead of from L_q x L_kv mask entries.
+* causal mask: the values are positions, and ``upper`` is the row's position;
+* sliding window: in addition, ``lower`` is the row's position minus the window plus one;
+* ring buffer: each slot's value is the position that it holds;
+* packed documents: the values are document numbers, and both bounds are the row's document;
+* padding mask: the values are 0 and 1.
+
+Nothing is assumed about the numbers. Positions may have gaps, repeat or be permuted.
+
+The kernels compute visibility in partly masked tiles. ``flashpte::interval_map`` finds these and the full tiles from
+L_q + L_kv numbers instead of L_q x L_kv mask entries.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from flashpte.kernels.launch import cdiv, static_int
 from flashpte.kernels.primitives import INTERPRETED
 from flashpte.kernels.tile_map import COUNTS, EMPTY, FULL, PARTIAL, launch_compact, list_tiles_reference
 
-# Tiles of keys that one program classifies.
+# How many tiles of keys one program classifies.
 _KEY_TILES = 32
 
 
@@ -34,10 +38,10 @@ class Intervals:
     """A mask of T terms.
 
     Attributes:
-        bounds: int64 ``[2 T, Bm, L_q]``, contiguous: of each term the rows' lower bounds, then their upper bounds;
+        bounds: int64 ``[2 T, Bm, L_q]``, contiguous: for each term, the rows' lower bounds and then their upper bounds.
             Bm is B or 1.
-        values: int64 ``[T', Bv, L_kv]``, contiguous: the keys' values; Bv is B or 1. T' is T, or T - 1 where the value
-            of the first term is the key's index; ``None`` where that is the only term.
+        values: int64 ``[T', Bv, L_kv]``, contiguous: the keys' values. Bv is B or 1. T' is T, or T - 1 if the value of
+            the first term is the key's index; ``None`` if that is the only term.
     """
 
     bounds: torch.Tensor
@@ -55,14 +59,14 @@ class Intervals:
 
     @property
     def batch(self) -> int | torch.SymInt:
-        """B, or 1 where all batch entries see the same."""
+        """B, or 1 if all batch entries have the same mask."""
         shared = self.values is None or static_int(self.values.shape[1]) == 1
         return self.bounds.shape[1] if shared or self.values is None else self.values.shape[1]
 
     def check(self, batch: int | None = None, q_len: int | None = None, kv_len: int | None = None) -> None:
-        """Raises ``ValueError`` with one sentence for tensors that do not fit together, or an attention's sizes.
+        """Raises ``ValueError`` with one sentence if the tensors do not fit together or do not fit the given sizes.
 
-        Sizes that are symbolic, here or there, are not compared.
+        Symbolic sizes are not compared.
         """
         bounds, values = self.bounds, self.values
         if bounds.dim() != 3 or bounds.dtype != torch.int64 or bounds.shape[0] == 0 or bounds.shape[0] % 2:
@@ -86,7 +90,7 @@ class Intervals:
                 raise ValueError(f"key_bounds and key_values are for a batch of {size}, the query has {batch}")
 
     def kernel_arguments(self) -> tuple[torch.Tensor, int, int, int, int]:
-        """Values (or a stand-in); strides of bounds per batch entry and side, of values per entry and term."""
+        """Values (or a stand-in), strides of the bounds per batch entry and side, and of values per entry and term."""
         bounds, values = self.bounds, self.values
         bound_batch = 0 if static_int(bounds.shape[1]) == 1 else bounds.stride(1)
         if values is None:
@@ -95,7 +99,7 @@ class Intervals:
         return values, bound_batch, bounds.stride(0), value_batch, values.stride(0)
 
     def dense(self, kv_len: int) -> torch.Tensor:
-        """The same mask as a bool tensor ``[B or 1, 1, L_q, L_kv]``: the definition."""
+        """The same mask as a bool tensor ``[B or 1, 1, L_q, L_kv]``. This is the definition of intervals."""
         visible = self.bounds.new_ones((), dtype=torch.bool)
         for term in range(self.terms):
             if self.index_term and term == 0:
@@ -139,7 +143,7 @@ def _classify_intervals_kernel(
     b = tl.program_id(2).to(tl.int64)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = m < q_len
-    # Per row and tile: whether it may hold a visible key, and whether all of its keys are visible.
+    # Per row and tile: live says whether the tile may hold a visible key, open_ whether all its keys are visible.
     live = row_ok[:, None] & (key_tile < n_key_tiles)[None, :]
     open_ = live
     for term in tl.static_range(TERMS):
@@ -161,7 +165,7 @@ def _classify_intervals_kernel(
         live = live & (lower <= upper) & (lower <= largest) & (upper >= smallest)
         open_ = open_ & (lower <= smallest) & (upper >= largest)
     any_live = tl.max(live.to(tl.int32), 0)
-    # Rows past the end do not stop a tile from being full; keys past the end do.
+    # A tile with rows past the end can be full. A tile with keys past the end cannot.
     all_open = tl.min((open_ | (row_ok == 0)[:, None]).to(tl.int32), 0)
     all_open = tl.where((key_tile + 1) * BLOCK_N <= kv_len, all_open, 0)
     state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
@@ -173,7 +177,7 @@ register(_classify_intervals_kernel, "attention")
 
 
 def launch_interval_map(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the two kernels; results as for :func:`interval_map`."""
+    """Launches the two kernels. Results as for :func:`interval_map`."""
     bounds = intervals.bounds
     q_len, batch = bounds.shape[2], intervals.batch
     values, *strides = intervals.kernel_arguments()
@@ -216,9 +220,9 @@ def interval_map(
         row_tiles: as for ``flashpte::tile_map``.
 
     Returns:
-        ``tiles`` and ``counts`` as ``flashpte::tile_map`` returns them, for one mask head. A tile whose values' range
-        overlaps a row's bounds counts as live, though no single value may lie within them; a kernel that visits it
-        finds nothing there.
+        ``tiles`` and ``counts`` as ``flashpte::tile_map`` returns them, for one mask head. A tile is live if the range
+        of its values overlaps a row's bounds, even if no single value lies within them. A kernel that visits such a
+        tile finds nothing to see.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -249,7 +253,7 @@ def _interval_map_cpu(key_bounds, key_values, kv_len, block_m, block_n, row_tile
 
 
 def interval_map_reference(intervals: Intervals, kv_len: int, tiling: MapTiling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch definition of :func:`interval_map`; entries that the kernel leaves unwritten are -1."""
+    """Plain PyTorch definition of :func:`interval_map`. Entries that the kernel does not write are -1."""
     intervals.check(kv_len=kv_len)
     key_bounds, block_m, block_n = intervals.bounds, tiling.block_m, tiling.block_n
     batch, q_len = intervals.batch, key_bounds.shape[2]

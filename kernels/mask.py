@@ -1,4 +1,4 @@
-"""A mask as kernels take it: tensors, strides and flags of either form, and its tile map."""
+"""A mask in the form that kernels take: tensors, strides and flags for dense masks and intervals, and a tile map."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from flashpte.kernels.tile_map import launch_tile_map, map_strides
 
 @dataclasses.dataclass(frozen=True)
 class KernelMask:
-    """A mask, or that there is none. Any tensor stands in for one that there is not.
+    """A mask, or no mask. Any tensor stands in for a tensor that does not exist.
 
     Attributes:
-        tensors: the mask, or the bounds of intervals; the values of intervals.
-        strides: of the first tensor per batch entry, head, row and key.
-        interval_strides: bounds per side, values per batch entry and per term.
+        tensors: the mask or the bounds of intervals; and the values of intervals.
+        strides: strides of the first tensor per batch entry, head, row and key, in elements.
+        interval_strides: strides of bounds per side, and of values per batch entry and per term, in elements.
         tiles, counts: the tile map.
         map_strides: rows of the map per batch entry and per head, and tiles of keys per row.
         constants: ``MAP_BLOCK_M``, ``MAP_BLOCK_N``, ``CAUSAL``, ``MASK``, ``TERMS`` and ``INDEX_TERM``, which kernels
-            take by these names, and ``EXP2_SCALE``, which depends on the kind of mask.
+            take under these names, and ``EXP2_SCALE``, which depends on the dtype and the kind of mask.
     """
 
     tensors: tuple[torch.Tensor, torch.Tensor]
@@ -38,7 +38,7 @@ class KernelMask:
 
 
 def kernel_mask(call: AttentionCall, given: GivenMap, tiling: MapTiling) -> KernelMask:
-    """The mask of a call with the map that it is given, or with one that is made here."""
+    """The mask of a call with the given map, or with a map that is made here if there is none."""
     mask, intervals, anything = call.mask, call.intervals, call.query
     tiles, counts, _ = given
     if tiles is None and intervals is not None:
@@ -64,14 +64,14 @@ def kernel_mask(call: AttentionCall, given: GivenMap, tiling: MapTiling) -> Kern
 
 
 def pointers(call: AttentionCall, mask: KernelMask, out: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that every attention kernel begins with, in the order of its parameters."""
+    """The first arguments of every attention kernel, its tensors, in the order of its parameters."""
     return [call.query, call.key, call.value, *mask.tensors, mask.tiles, mask.counts, out]
 
 
 def strides(call: AttentionCall, mask: KernelMask, out: torch.Tensor) -> list[int]:
-    """Their strides, in the order of every attention kernel's parameters.
+    """The strides of these tensors, in the order of every attention kernel's parameters.
 
-    One integer each: in a tuple they would be constants of a lowered program's kernel, and a stride may hold a dynamic
-    size.
+    Each is a separate integer. In a tuple, they would become constants of a lowered program's kernel, but a stride may
+    depend on a dynamic size.
     """
     return [*call.strides, *mask.strides, *out.stride(), *mask.map_strides, *mask.interval_strides]

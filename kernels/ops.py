@@ -1,11 +1,11 @@
 """The attention operators: registration, fake and CPU implementations.
 
-An operator's CUDA implementation is its launcher (which AOTInductor traces into), its CPU implementation is the
+An operator's CUDA implementation is its launcher, which AOTInductor traces into. Its CPU implementation is the
 reference, and its fake gives shape, dtype and memory layout. All three agree on the layout, because models view the
-result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory. And all three refuse
-what :mod:`flashpte.kernels.contract` refuses, before anything is launched.
+result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory. All three refuse what
+:mod:`flashpte.kernels.contract` refuses, before anything is launched.
 
-The operators take the arguments of :func:`operator_call`; only ``sdpa_dispatch`` takes the last two.
+The operators take the arguments of :func:`operator_call`. Only ``sdpa_dispatch`` takes the last two.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ def operator_call(
     few_tiles: torch.Tensor | None = None,
     few_tile_counts: torch.Tensor | None = None,
 ) -> tuple[AttentionCall, GivenMap, GivenMap]:
-    """What an operator is called with, as launchers take it: the call and two maps.
+    """Turns an operator's arguments into the form that launchers take: the call and two maps.
 
-    Programs are serialised with these arguments: their names, order and types stay.
+    Programs are serialized with these arguments, so their names, order and types must not change.
 
     Args:
         query: ``[B, H_q, L_q, D]``; bfloat16, float16 or float32; D up to 512.
         key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
         value: ``[B, H_kv, L_kv, D_v]``, same dtype.
-        attn_mask: 4-dimensional, size 1 where it is broadcast; bool (True = attend) or float (added to the scores).
+        attn_mask: 4-dimensional, size 1 where it broadcasts; bool (True = attend) or float (added to the scores).
         tiles, tile_counts: the mask's ``flashpte::tile_map`` (or ``interval_map``), or ``None`` to make it at the call.
-        is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not together with a mask.
+        is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not allowed together with a mask.
         scale: factor of the scores.
-        dim_order: order in which the result's four dimensions lie in memory, outermost first.
+        dim_order: memory order of the result's four dimensions, outermost first.
         key_bounds, key_values: a mask as :class:`flashpte.kernels.intervals.Intervals`, instead of ``attn_mask``.
-        few_tiles, few_tile_counts: the map that verify walks, for a mask that differs between the query heads of a
-            group (else it walks prefill's); ``None`` to make it at the call.
+        few_tiles, few_tile_counts: the map that verify walks if the mask differs between the query heads of a group
+            (otherwise it walks prefill's map); ``None`` to make it at the call.
 
     Raises:
         ValueError: ``key_bounds`` and ``key_values`` do not fit.
@@ -73,15 +73,15 @@ def _operator(
 ) -> CustomOpDef:
     """Registers an operator and its implementations.
 
-    Each returns ``[B, H_q, L_q, D_v]``, in which rows that attend to nothing are 0, and raises ``ValueError`` for
-    shapes, dtypes, head counts, a mask or a map that do not fit; the message names them.
+    Each implementation returns ``[B, H_q, L_q, D_v]``, with zeros in rows that attend to nothing. It raises
+    ``ValueError`` for shapes, dtypes, head counts, masks or maps that do not fit, and the message names them.
 
     Args:
-        name: of the operator.
-        launch: takes an attention call and as many maps as the operator does.
-        most_rows: query rows that it takes at most.
-        split_k: whether the first map is one for the split-K kernels.
-        maps: how many maps it takes.
+        name: the operator's name.
+        launch: launcher that takes an attention call and as many maps as the operator.
+        most_rows: the most query rows that the operator takes.
+        split_k: whether the first map is for the split-K kernel.
+        maps: how many maps the operator takes.
     """
 
     def given(*args: Any, **kwargs: Any) -> tuple[AttentionCall, tuple[GivenMap, ...]]:
@@ -109,7 +109,7 @@ def _operator(
 
     signature = inspect.signature(operator_call)
     parameters = list(signature.parameters.values())
-    # The schema is inferred from it.
+    # PyTorch infers the schema from the signature.
     setattr(  # noqa: B010 (functions have no such attribute to a type checker)
         cuda,
         "__signature__",
@@ -131,4 +131,4 @@ sdpa_prefill = _operator("sdpa_prefill", launch_tiled)
 """Attention of any number of query rows, tiled, skipping masked tiles."""
 
 sdpa_dispatch = _operator("sdpa_dispatch", launch_dispatch, maps=2)
-"""Attention of a dynamic number of query rows: as :data:`sdpa_verify` up to 16, as :data:`sdpa_prefill` beyond."""
+"""Attention of a dynamic number of query rows: :data:`sdpa_verify` up to 16 rows, :data:`sdpa_prefill` above."""

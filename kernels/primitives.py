@@ -2,13 +2,15 @@
 
 Shape legend: ``R`` query rows of one program, ``N`` keys of one tile, ``D``/``DV`` padded head dims (powers of two).
 
-What belongs together travels as a tuple: the running ``state`` of the softmax, the query ``rows``, the ``keys`` and
-values, and the ``mask``. Compile-time constants travel in tuples of their own: in a tuple with run-time values they
-would become run-time values.
+Related values travel as a tuple: the running ``state`` of the softmax, the query ``rows``, the ``keys`` and values, and
+the ``mask``. Compile-time constants travel in separate tuples, because a tuple with run-time values would turn them
+into run-time values.
 
-Scores are kept in log2 units (``q . k * scale * log2(e)``) so that the exponential is a bare ``exp2``. With a float
-mask they stay in natural units and ``EXP2_SCALE`` carries the ``log2(e)``: a mask entry may be the dtype's minimum,
-which is finite, and multiplying it by ``log2(e)`` would turn it into -inf and a row of nothing else into zeros.
+Exponentials are base 2. Scores are kept as base-2 exponents (``q . k * scale * log2(e)``), so that the exponential is a
+bare ``exp2`` and ``EXP2_SCALE`` is 1. With a float mask or float32 tensors, scores stay in natural units
+(``q . k * scale``), and ``EXP2_SCALE`` is ``log2(e)``, which is applied to the difference from the maximum. A float
+mask's entry may be the dtype's minimum, which is finite. Multiplied by ``log2(e)`` it would become -inf, and a row that
+holds nothing else would become zeros. For float32 tensors, natural units are more exact.
 """
 
 import os
@@ -18,7 +20,7 @@ import triton.language as tl
 
 LOG2E = 1.4426950408889634
 
-# Read when a kernel is decorated, so a process is either an interpreting one or a compiling one.
+# Triton reads this when a kernel is decorated, so a process either interprets or compiles all kernels.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MASK_NONE = 0
@@ -26,15 +28,15 @@ MASK_BOOL = 1
 MASK_FLOAT = 2
 MASK_INTERVALS = 3
 
-# Of a full tile: CAUSAL, MASK, TERMS, INDEX_TERM.
+# The VISIBLE tuple of a full tile: CAUSAL, MASK, TERMS, INDEX_TERM.
 ALL_VISIBLE = tl.constexpr((False, 0, 0, 0))
 
 
 @triton.jit
 def score_scale(scale, EXP2_SCALE: tl.constexpr):
-    """The factor of ``q . k``, float32: log2(e) is in it unless ``EXP2_SCALE`` applies it to the exponent.
+    """The factor of ``q . k``, float32. It includes log2(e), unless ``EXP2_SCALE`` applies that to the exponent.
 
-    Inductor passes Python floats to kernels as float64, an eager launch as float32.
+    Inductor passes Python floats to kernels as float64, and an eager launch passes them as float32.
     """
     factor = tl.full([], scale, tl.float32)
     if EXP2_SCALE == 1.0:
@@ -44,9 +46,9 @@ def score_scale(scale, EXP2_SCALE: tl.constexpr):
 
 @triton.jit
 def let_dependents_start(DEPENDENT: tl.constexpr):
-    """Lets the next kernel's programs be placed on the GPU once all of this one's have come by here, or ended.
+    """Lets the next kernel's programs start once all programs of this kernel have reached this call or ended.
 
-    They wait there, and take up room: a kernel that lets them start before its own work is done finds them crowded on
+    They then wait on the GPU and occupy it. If a kernel lets them start before its own work is done, they crowd onto
     the multiprocessors that it leaves idle.
     """
     if DEPENDENT:
@@ -55,11 +57,11 @@ def let_dependents_start(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def wait_for_earlier_kernels(DEPENDENT: tl.constexpr):
-    """Waits until the kernels before this one have ended and what they wrote can be read.
+    """Waits until the kernels before this one have ended and their writes are visible.
 
-    Needed before the first access to memory where a kernel is launched dependent (programmatic dependent launch, sm_90
-    and newer): its programs may be placed while the kernel before it still runs. Every program has to come by here:
-    that a kernel has ended must mean that those before it have.
+    A kernel that is launched dependent (programmatic dependent launch, sm_90 and newer) needs this before its first
+    access to memory, because its programs may start while the previous kernel still runs. Every program must call it,
+    so that the end of a kernel implies the end of the kernels before it.
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -67,15 +69,15 @@ def wait_for_earlier_kernels(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def tile_runs(counts, MAP_BLOCK_N: tl.constexpr):
-    """First keys of the full and of the partial tiles of a map's row, negative where they are not consecutive."""
+    """First keys of the full tiles and of the partial tiles of a map's row; negative if they are not consecutive."""
     return tl.load(counts + 2) * MAP_BLOCK_N, tl.load(counts + 3) * MAP_BLOCK_N
 
 
 @triton.jit
 def visited_key(tiles, runs, step, full_steps, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of the ``step``-th tile of ``BLOCK_N`` keys that a map's row lists, of which ``full_steps`` are full.
+    """First key of the ``step``-th tile of ``BLOCK_N`` keys in a map's row. The first ``full_steps`` tiles are full.
 
-    The list is read only where tiles of a kind are not consecutive: keys would wait for it.
+    Reads the list only if the tiles of a kind are not consecutive, because loading keys would wait for it.
     """
     SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
     full_start, partial_start = runs
@@ -89,7 +91,8 @@ def visited_key(tiles, runs, step, full_steps, MAP_BLOCK_N: tl.constexpr, BLOCK_
 def consecutive_end(tiles, first, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.constexpr):
     """``end`` if steps ``first .. end`` of an ascending list are consecutive tiles (or none), else ``first``.
 
-    For a part of a list that is not consecutive as a whole: a ring buffer has two runs of full tiles.
+    This is for part of a list that is not consecutive as a whole. For example, a ring buffer has two runs of full
+    tiles.
     """
     SUB: tl.constexpr = MAP_BLOCK_N // BLOCK_N
     result = first
@@ -103,7 +106,7 @@ def consecutive_end(tiles, first, end, MAP_BLOCK_N: tl.constexpr, BLOCK_N: tl.co
 
 @triton.jit
 def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.constexpr, CHECK_COLS: tl.constexpr):
-    """``[rows, cols]`` tile of a matrix whose columns are contiguous; what lies outside reads as 0."""
+    """Loads a ``[rows, cols]`` tile of a matrix with contiguous columns. Entries outside the matrix read as 0."""
     ptrs = ptr + rows[:, None] * row_stride + cols[None, :]
     if CHECK_ROWS and CHECK_COLS:
         tile = tl.load(ptrs, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
@@ -118,10 +121,10 @@ def load_tile(ptr, rows, row_stride, n_rows, cols, n_cols, CHECK_ROWS: tl.conste
 
 @triton.jit
 def exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr):
-    """``q . k`` ``[R, N]`` of float32 tensors, summed in float64, from the rows' pointers.
+    """``q . k`` ``[R, N]`` of float32 tensors, summed in float64. Takes pointers to the query rows.
 
-    The error of a score is multiplied by the exponential, and a chain of hundreds of float32 additions loses several
-    times more than the blocked sums of a BLAS. (``tl.dot`` on float64 operands does not compile in every layout.)
+    The exponential amplifies the error of a score, and a chain of hundreds of float32 additions loses several times
+    more than the blocked sums of a BLAS. (``tl.dot`` on float64 operands does not compile in every layout.)
     """
     scores = tl.zeros([q_rows.shape[0], n.shape[0]], tl.float64)
     for start in range(0, HEAD_DIM, 16):
@@ -136,13 +139,13 @@ def exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
-    """One step of the online softmax over ``scores`` ``[R, N]``.
+    """One step of the online softmax over ``scores`` ``[R, N]`` (Milakov and Gimelshein, arXiv:1805.02867).
 
-    Returns the unnormalised probabilities, the factor that rescales what was accumulated so far, and the new running
-    maximum and sum, each ``[R]`` (Milakov and Gimelshein, arXiv:1805.02867).
+    Returns the unnormalized probabilities ``[R, N]``, the factor that rescales the previous accumulator, and the new
+    running maximum and sum, each ``[R]``. The maximum is in the units of the scores.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # A row that has seen no visible key keeps -inf as its maximum; subtracting 0 instead avoids inf - inf.
+    # A row that has seen no visible key keeps -inf as its maximum. Subtracting 0 instead avoids inf - inf.
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     probs = tl.exp2((scores - base[:, None]) * EXP2_SCALE)
     rescale = tl.exp2((row_max - base) * EXP2_SCALE)
@@ -151,9 +154,9 @@ def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
 
 @triton.jit
 def index_bounds(bound_rows, side_stride):
-    """Bounds ``[R]`` of the first term, in 32 bits, which hold every index of a key: what they cut off changes nothing.
+    """Bounds ``[R]`` of the first term, clamped to 32 bits. These hold every key index, so clamping changes nothing.
 
-    Loaded before the loop over tiles: in it, every tile would wait for them.
+    Loaded before the loop over tiles. Inside the loop, every tile would wait for them.
     """
     lower = tl.load(bound_rows)
     upper = tl.load(bound_rows + side_stride)
@@ -164,10 +167,10 @@ def index_bounds(bound_rows, side_stride):
 
 @triton.jit
 def visible_in_intervals(intervals, start_n, n, in_range, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr):
-    """Which of the keys ``start_n + n`` every row sees, ``[R, N]``: each term's value lies within the row's bounds.
+    """Which keys ``start_n + n`` each row sees, ``[R, N]``: each term's value must lie within the row's bounds.
 
-    ``intervals`` is ``(bound_rows [R] pointers, side_stride, values_ptr, values_stride, lower [R], upper [R])``, the
-    last two what :func:`index_bounds` returns if ``INDEX_TERM``; see :mod:`flashpte.kernels.intervals`.
+    ``intervals`` is ``(bound_rows [R] pointers, side_stride, values_ptr, values_stride, lower [R], upper [R])``. With
+    ``INDEX_TERM``, the last two are the results of :func:`index_bounds`. See :mod:`flashpte.kernels.intervals`.
     """
     bound_rows, side_stride, values_ptr, values_stride, index_lower, index_upper = intervals
     visible = in_range
@@ -187,12 +190,12 @@ def visible_in_intervals(intervals, start_n, n, in_range, TERMS: tl.constexpr, I
 
 @triton.jit
 def mask_of_rows(tensors, strides, interval_strides, b, head, m, VISIBLE: tl.constexpr):
-    """The mask of rows ``m [R]`` of one head, as :func:`attend_tile` takes it.
+    """The mask of rows ``m [R]`` of one head, in the form that :func:`attend_tile` takes.
 
     Args:
-        tensors: ``(mask_ptr, values_ptr)``; of intervals, the first holds the bounds.
-        strides: of the mask per batch entry, head, row and key; bounds have one for the batch entry alone.
-        interval_strides: of the bounds per side; of the values per batch entry and term.
+        tensors: ``(mask_ptr, values_ptr)``. For intervals, the first holds the bounds.
+        strides: the mask's strides per batch entry, head, row and key. Bounds use only the one per batch entry.
+        interval_strides: strides of the bounds per side, and of the values per batch entry and per term.
         b, head: int64.
     """
     mask_ptr, values_ptr = tensors
@@ -226,21 +229,21 @@ def attend_tile(
     PRECISION: tl.constexpr,
     EARLY_VALUES: tl.constexpr = False,
 ):
-    """Lets the query rows attend to keys ``start_n .. start_n + BLOCK_N``; returns the new ``state``.
+    """Attends the query rows to keys ``start_n .. start_n + BLOCK_N`` and returns the new ``state``.
 
     Args:
         state: ``(acc [R, DV] float32, row_max [R] float32, row_sum [R] float32)``.
-        rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``; ``q`` is read
-            unless ``EXACT``, then ``q_rows`` are.
+        rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``. Uses ``q_rows`` if
+            ``EXACT``, otherwise ``q``.
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
-        mask: for a dense mask ``([R] pointers to its rows, stride_mn, ...)``, for intervals what
-            :func:`visible_in_intervals` takes; anything when ``MASK`` is ``MASK_NONE``.
+        mask: for a dense mask, ``([R] pointers to its rows, stride_mn, ...)``; for intervals, the argument of
+            :func:`visible_in_intervals`; anything if ``MASK`` is ``MASK_NONE``.
         DIMS: ``(HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)``.
-        CHECK_KEYS: whether the tile may pass the end of the keys.
+        CHECK_KEYS: whether the tile may extend past the end of the keys.
         VISIBLE: ``(CAUSAL, MASK, TERMS, INDEX_TERM)``; :data:`ALL_VISIBLE` for a full tile.
         PRECISION: ``(EXP2_SCALE, EXACT)``.
-        EARLY_VALUES: load the values beside the keys, not behind the softmax: one wait for memory instead of two in a
-            loop that is not pipelined, at the price of registers.
+        EARLY_VALUES: whether to load the values with the keys instead of after the softmax. In a loop that is not
+            pipelined, this waits for memory once instead of twice, but needs more registers.
     """
     acc, row_max, row_sum = state
     q, q_rows, q_pos, qk_scale = rows
@@ -254,7 +257,7 @@ def attend_tile(
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     n = tl.arange(0, BLOCK_N)
     n_keys = kv_len - start_n
-    # int64: start_n * stride passes 2^31 elements in a [B, L, H, D] cache of 128K tokens.
+    # int64, because start_n * stride exceeds 2^31 elements in a [B, L, H, D] cache of 128K tokens.
     tile_start = start_n.to(tl.int64)
     k_ptr += tile_start * stride_kn
     dv = tl.arange(0, BLOCK_DV)
@@ -268,7 +271,7 @@ def attend_tile(
         k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D != HEAD_DIM)
         scores = tl.dot(q, tl.trans(k))
     scores = scores * qk_scale
-    # The logits are masked beside the load, always: a key past the end was read as zeros, which is a score of 0.
+    # Always mask the scores as well as the load. A key past the end reads as zeros, which would be a score of 0.
     if CHECK_KEYS:
         scores = tl.where((n < n_keys)[None, :], scores, float("-inf"))
     if VISIBLE[0]:
@@ -297,5 +300,5 @@ def attend_tile(
 
 @triton.jit
 def normalise(acc, row_sum):
-    """``acc / row_sum`` per row, correctly rounded; 0 for a row that attended to nothing."""
+    """``acc / row_sum`` per row, correctly rounded; 0 for a row that attends to nothing."""
     return tl.div_rn(acc, tl.broadcast_to(tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], acc.shape))

@@ -1,8 +1,7 @@
-"""The plain definition of attention that every kernel is judged by. Optimised code never imports it for its own use.
+"""The plain definition of attention that every kernel is tested against. Optimized code never uses it.
 
-Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``: ``is_causal`` is aligned to the top left, a
-bool mask is True where a query may attend, a float mask is added to the scores, and a row that attends to nothing
-gives 0.
+Semantics are those of ``torch.nn.functional.scaled_dot_product_attention``. ``is_causal`` is aligned to the top left. A
+bool mask is True where a query may attend. A float mask is added to the scores. A row that attends to nothing is 0.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def attention_reference(
         mask: broadcastable to ``[B, H_q, L_q, L_kv]``, bool or float.
         is_causal: row ``m`` sees keys ``0..m``.
         scale: factor of the scores, ``1 / sqrt(D)`` when ``None``.
-        compute_dtype: ``torch.float64`` makes the reference the tests compare with.
+        compute_dtype: dtype of the arithmetic. The tests compare with ``torch.float64``.
 
     Returns:
         ``[B, H_q, L_q, D_v]``, contiguous.

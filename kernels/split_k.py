@@ -1,12 +1,15 @@
 """Split-K attention for few query rows: decode (L_q = 1) and speculative-decoding verify (L_q = 2..16).
 
-One program per (split of the keys, tile of packed rows, batch x key/value head). The ``L_q x H_q / H_kv`` query rows
-that share a key/value head are packed into the rows of one tile, so that they read each key and value once and verify
-costs about as much as decode. Every program keeps an online softmax over its share of the keys; a second kernel
-combines the splits (:mod:`flashpte.kernels.combine`). With one split the first kernel writes the result itself.
+There is one program per (split of the keys, tile of packed rows, batch x key/value head). The ``L_q x H_q / H_kv``
+query rows that share a key/value head are packed into the rows of one tile. They read each key and value once, so
+verify costs about as much as decode. Every program keeps an online softmax over its share of the keys, and a second
+kernel combines the splits (:mod:`flashpte.kernels.combine`). With one split, the first kernel writes the result itself.
 
-Bound by memory: the keys and values are read once per tile of packed rows. With a tile map, the splits divide the
-live tiles, so the cost follows the context and not the buffer.
+The kernel is memory-bound. It reads the keys and values once per tile of packed rows. With a tile map, the splits
+divide the live tiles, so the cost follows the context and not the buffer.
+
+On sm_90, :func:`launch_split_k` launches the Hopper kernel instead for most 16-bit calls with more than 16 packed rows
+(:func:`flashpte.kernels.tuning.choose_hopper_split_k`).
 
 Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv, L_kv, D_v]``.
 """
@@ -60,7 +63,7 @@ def _split_k_kernel(
     STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of packed rows to one split of the keys; see :func:`flashpte.kernels.mask.strides` for the strides."""
-    # Splits are the outermost grid dimension: those that have nothing to do come last, and the others spread evenly.
+    # Splits are the outermost grid dimension, so inactive splits come last and the others spread evenly over the GPU.
     split = tl.program_id(2)
     num_splits = tl.num_programs(2)
     bh = tl.program_id(1)
@@ -114,7 +117,7 @@ def _split_k_kernel(
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
         state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
-    # Edge tiles: past the end of the keys, or partly masked; and full tiles that are scattered.
+    # Edge tiles (past the end of the keys, or partly masked), and full tiles that are scattered.
     for step in tl.range(edge, last, num_stages=1 if SEPARATE_FULL else STAGES):
         start_n = step * BLOCK_N
         if MASK != 0:
@@ -148,11 +151,11 @@ def launch_split_k(
     """Launches the split-K kernels.
 
     Args:
-        call: L_q at most 16 (a symbolic L_q is taken to be).
+        call: L_q must be at most 16. A symbolic L_q is assumed to be.
         given: the mask's or the intervals' tile map with ``block_m = 16``, ``head_group = H_q / H_kv`` and
-            ``row_tiles = 1``; made here when it has no tiles.
-        config: tile choice, which also says which kernel; by default the current arch's.
-        into: where to write the result; allocated here when ``None``.
+            ``row_tiles = 1``; made here if it has no tiles.
+        config: tile choice, whose type also selects the kernel; by default the current arch's choice.
+        into: where to write the result; allocated here if ``None``.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -166,7 +169,7 @@ def launch_split_k(
     mask = kernel_mask(call, given, MapTiling(MAX_ROWS, block_n, group, row_tiles=1))
     assert not isinstance(config, tuning.TiledConfig)
     single = config.num_splits == 1
-    # Of a dynamic L_q as many rows as there can be here, not as many as the program admits.
+    # For a dynamic L_q, store as many rows as this kernel can get, not as many as the program admits.
     static_rows = static_int(q_len)
     stored_rows = call.batch * call.heads_q * config.num_splits * (MAX_ROWS if static_rows is None else static_rows)
     partials = Partials.make(out, config, None if single else stored_rows)
@@ -203,8 +206,8 @@ def launch_split_k(
 
 
 def _choose(call: AttentionCall) -> tuning.SplitKConfig | tuning.HopperConfig:
-    """The current arch's kernel and tile."""
+    """The current arch's kernel and tiles."""
     shape, arch = call.shape(), tuning.current_arch(call.query.device)
-    # Hopper's does not split the keys of a causal mask.
+    # The Hopper kernel does not split the keys of a causal mask.
     hopper = None if call.is_causal or not serves(call) else tuning.choose_hopper_split_k(shape, arch)
     return tuning.choose_split_k(shape, arch) if hopper is None else hopper

@@ -1,18 +1,18 @@
-"""Tile maps: which tiles of an attention mask have to be visited.
+"""Tile maps, which list the tiles of an attention mask that must be visited.
 
-A mask ``[Bm, Hm, L_q, L_kv]`` is cut into tiles of ``block_m`` query rows by ``block_n`` keys, and every tile is
+A mask ``[Bm, Hm, L_q, L_kv]`` is divided into tiles of ``block_m`` query rows by ``block_n`` keys. Every tile is
 classified once:
 
 * *empty*: no row attends to any of its keys, so it is never visited;
 * *full*: every row attends to every key and nothing is added to the scores, so it is visited without the mask;
 * *partial*: everything else.
 
-For each row of tiles the map lists the live ones, full tiles first in ascending order, then partial tiles in ascending
-order. Two lists instead of a first and a last live tile, because a ring buffer has two live runs; and kernels walk a
-list of full tiles in a loop with no branch in it, which a compiler can pipeline.
+For each row of tiles, the map lists the live tiles: full tiles in ascending order, then partial tiles in ascending
+order. A first and a last live tile would not be enough, because a ring buffer has two live runs. Kernels walk the full
+tiles in a loop without branches, which the compiler can pipeline.
 
-Everything stays on the device: no host synchronisation, and a captured CUDA graph recomputes the map at each replay.
-The idea is FlexAttention's BlockMask, taken from the mask a program computes instead of from a ``mask_mod``.
+Everything stays on the device. There is no host synchronization, and a captured CUDA graph recomputes the map at each
+replay. The idea is FlexAttention's BlockMask, computed from the program's mask instead of a ``mask_mod``.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from flashpte.kernels.primitives import INTERPRETED
 EMPTY = 0
 PARTIAL = 1
 FULL = 2
-# Nothing but the float dtype's minimum (or -inf): empty if every row of the tile has a much larger entry elsewhere.
+# All entries are the float dtype's minimum or -inf. The tile is empty if each of its rows has a much larger entry
+# elsewhere.
 FLOOR = 3
 
-# Numbers per row of tiles in ``counts``.
+# How many numbers ``counts`` holds per row of tiles.
 COUNTS = 4
 
 _COMPACT_CHUNK = 1024
@@ -74,14 +75,15 @@ def _classify_kernel(
             value = tl.load(ptrs, mask=ok, other=float("-inf")).to(tl.float32)
             live = value != float("-inf")
             open_ = value == 0.0
-            # NaN counts as above the floor: it has to reach the softmax.
+            # NaN counts as above the floor, because it must reach the softmax.
             above = live & ((value > floor) | (value != value))
             any_above_floor = tl.maximum(any_above_floor, tl.max(tl.max(above.to(tl.int32), 1), 0))
-            # Half the minimum leaves a gap no score bridges, so the minimum's weight is exactly 0 beside it.
+            # No score bridges the gap between the minimum and half of it, so the minimum's weight is exactly 0 next to
+            # an entry above half of it.
             anchor = tl.max((live & (value > floor * 0.5)).to(tl.int32), 1)
             tl.store(anchored_ptr + (map_bh.to(tl.int64) * HEAD_GROUP + g) * q_len + m, 1, mask=row_ok & (anchor != 0))
         any_live = tl.maximum(any_live, tl.max(tl.max((live & ok).to(tl.int32), 1), 0))
-        # Rows past the end do not stop a tile from being full; keys past the end do.
+        # A tile with rows past the end can be full. A tile with keys past the end cannot.
         all_open = tl.minimum(all_open, tl.min(tl.min((open_ | (row_ok == 0)[:, None]).to(tl.int32), 1), 0))
     all_open = tl.where((key_tile + 1) * BLOCK_N <= kv_len, all_open, 0)
     state = tl.where(any_live == 0, 0, tl.where(all_open != 0, 2, 1))
@@ -91,7 +93,7 @@ def _classify_kernel(
     tl.store(states_ptr + tile, state.to(tl.int8))
 
 
-# Maps of masks exist for attention alone.
+# Only attention uses tile maps.
 register(_classify_kernel, "attention")
 
 
@@ -100,7 +102,7 @@ def _compact_kernel(
     states_ptr,
     anchored_ptr,
     tiles_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, n_key_tiles]
-    counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 4]: full, partial, where each kind begins
+    counts_ptr,  # int32 [Bm, Hm / HEAD_GROUP, n_row_tiles, 4]: full and partial tiles, first tile of each kind
     n_key_tiles, q_len,
     HEAD_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, IS_BOOL: tl.constexpr,
 ):  # fmt: skip
@@ -165,9 +167,10 @@ def _check(mask: torch.Tensor, head_group: int, q_len: Size, kv_len: Size) -> No
 
 
 def _floor(dtype: torch.dtype) -> float:
-    """The value that, alone in a tile, makes it skippable beside larger ones.
+    """The value which makes a tile that holds nothing else skippable if its rows have larger entries elsewhere.
 
-    float16's minimum is none: scores can bridge the 65,504 between it and 0. It gets float32's, which it never holds.
+    float16's minimum does not qualify, because scores can bridge the 65,504 between it and 0. float16 masks get
+    float32's minimum, which they never hold.
     """
     return torch.finfo(torch.float32 if dtype == torch.float16 else dtype).min
 
@@ -177,7 +180,7 @@ def _map_heads(mask: torch.Tensor, head_group: int) -> int:
 
 
 def map_strides(tiles: torch.Tensor) -> tuple[int, int, int]:
-    """Of a map ``[Bm, Hm, rows, n]``: rows per batch entry and per head (0 where broadcast), and ``n``."""
+    """For a map ``[Bm, Hm, rows, n]``: rows per batch entry and per head (0 where it broadcasts), and ``n``."""
     batch, heads, rows, key_tiles = tiles.shape
     per_batch = 0 if static_int(batch) == 1 else heads * rows
     return per_batch, 0 if static_int(heads) == 1 else rows, key_tiles
@@ -188,8 +191,8 @@ def launch_compact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists the live tiles of ``states`` int8 ``[Bm, Hm, row tiles, key tiles]``: full ones, then partial ones.
 
-    Returns ``tiles`` and ``counts`` as :func:`tile_map` does. ``anchored`` int8 ``[Bm, Hm, group, L_q]`` says which
-    rows have an entry beside which the mask's floor counts for nothing; anything if ``is_bool``.
+    Returns ``tiles`` and ``counts`` as :func:`tile_map` does. ``anchored`` int8 ``[Bm, Hm, group, L_q]`` marks rows
+    with an entry next to which the mask's floor has no weight. It may be anything if ``is_bool``.
     """
     batch, heads, row_tiles, key_tiles = states.shape
     tiles = torch.empty(states.shape, dtype=torch.int32, device=states.device)
@@ -214,7 +217,7 @@ def launch_compact(
 def launch_tile_map(
     mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches the two kernels; arguments and results as for :func:`tile_map`."""
+    """Launches the two kernels. Arguments and results as for :func:`tile_map`."""
     head_group = tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     heads = _map_heads(mask, head_group)
@@ -258,24 +261,24 @@ def tile_map(
     """Lists the live tiles of a mask.
 
     Args:
-        mask: bool (True = attend) or float (added to the scores), ``[Bm, Hm, L_q, L_kv]`` with size 1 wherever it is
-            broadcast. Any strides.
+        mask: bool (True = attend) or float (added to the scores), ``[Bm, Hm, L_q, L_kv]`` with size 1 where it
+            broadcasts. Any strides.
         q_len, kv_len: L_q and L_kv of the attention that uses the map.
         block_m, block_n: tile size in query rows and keys, powers of two.
-        head_group: how many consecutive mask heads share one row of the map (1, or H_q / H_kv where a kernel packs the
-            query heads of a group into one tile). Ignored for a mask with one head.
-        row_tiles: how many rows of tiles to map, from the first on; ``None`` for all ``ceil(L_q / block_m)``. A row of
-            tiles beyond L_q is empty.
+        head_group: how many consecutive mask heads share one row of the map: 1, or H_q / H_kv if the kernel packs the
+            query heads of a group into one tile. Ignored for a mask with one head.
+        row_tiles: how many rows of tiles to map, starting with the first; ``None`` for all ``ceil(L_q / block_m)``. A
+            row of tiles beyond L_q is empty.
 
     Returns:
-        ``tiles`` int32 ``[Bm, Hm / head_group, row_tiles, ceil(L_kv / block_n)]``: key tile indices, the full ones in
-        ascending order, then the partial ones; entries beyond those are not written. ``counts`` int32
-        ``[Bm, Hm / head_group, row_tiles, 4]``: how many full and how many partial tiles; the index of the first full
-        and of the first partial tile where those of the kind are consecutive, else (and where there is none) -1.
+        ``tiles`` int32 ``[Bm, Hm / head_group, row_tiles, ceil(L_kv / block_n)]``: the indices of full key tiles in
+        ascending order, then those of partial tiles. Entries after these are not written. ``counts`` int32
+        ``[Bm, Hm / head_group, row_tiles, 4]``: the number of full tiles, the number of partial tiles, the first full
+        tile and the first partial tile. A first tile is -1 if its kind is not consecutive or has no tiles.
 
     Raises:
-        ValueError: the mask is not 4-dimensional, not bool or float, of other lengths, or its heads are no multiple
-            of ``head_group``.
+        ValueError: the mask is not 4-dimensional, is not bool or float, has other lengths, or has a number of heads
+            that is not a multiple of ``head_group``.
     """
     return launch_tile_map(mask, q_len, kv_len, MapTiling(block_m, block_n, head_group, row_tiles))
 
@@ -297,7 +300,7 @@ def _tile_map_cpu(mask, q_len, kv_len, block_m, block_n, head_group, row_tiles=N
 def tile_map_reference(
     mask: torch.Tensor, q_len: int, kv_len: int, tiling: MapTiling
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain PyTorch definition of :func:`tile_map`; entries that the kernel leaves unwritten are -1."""
+    """Plain PyTorch definition of :func:`tile_map`. Entries that the kernel does not write are -1."""
     block_m, block_n, head_group = tiling.block_m, tiling.block_n, tiling.head_group
     _check(mask, head_group, q_len, kv_len)
     batch, heads = mask.shape[0], _map_heads(mask, head_group)
@@ -318,7 +321,7 @@ def tile_map_reference(
         anchored = (live & (full_mask > minimum / 2)).any(-1).view(batch, heads, group, q_len).all(2)
 
     def tiled(entries: torch.Tensor, padding_row: bool, padding_key: bool) -> torch.Tensor:
-        """``[batch, heads, rows, keys, entries of the tile]``."""
+        """Entries by tile, ``[batch, heads, rows, keys, entries of the tile]``."""
         out = entries.new_full((batch, mask.shape[1], rows * block_m, keys * block_n), padding_row)
         out[:, :, :q_len, kv_len:] = padding_key
         out[:, :, :q_len, :kv_len] = entries
@@ -337,7 +340,7 @@ def tile_map_reference(
 
 
 def list_tiles_reference(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`launch_compact` computes from ``states`` without floor tiles."""
+    """Plain PyTorch definition of :func:`launch_compact` for ``states`` without floor tiles."""
     tiles = torch.full(states.shape, -1, dtype=torch.int32)
     counts = torch.full((*states.shape[:3], COUNTS), -1, dtype=torch.int32)
     for row_tiles, row_counts, row_states in zip(

@@ -1,11 +1,14 @@
 """Tiled attention for many query rows: prefill.
 
-One program per (tile of query rows, query head, batch). Arithmetic-bound, so the point is to visit no key tile that no
-row attends to, and to pay for masking only where a tile is partly masked:
+There is one program per (tile of query rows, query head, batch). The kernel is compute-bound, so it skips key tiles
+that no row attends to, and pays for masking only in partly masked tiles:
 
-* without a mask, full tiles run with no checks and the last one checks the end of the keys;
-* causal (top-left aligned), tiles below the diagonal run with no checks and those on it compare positions;
-* with a mask, its tile map lists the full tiles, which run with no checks, and the partial ones, which load the mask.
+* Without a mask, full tiles run without checks, and the last tile checks the end of the keys.
+* With a causal mask (top-left aligned), tiles below the diagonal run without checks, and tiles on it compare positions.
+* With a mask, its tile map lists full tiles, which run without checks, and partial tiles, which load the mask.
+
+On sm_90, :func:`launch_tiled` launches the Hopper kernel instead for most 16-bit calls with more than 64 query rows or
+a dynamic L_q (:func:`flashpte.kernels.tuning.choose_hopper`).
 
 Shapes: ``query [B, H_q, L_q, D]``, ``key [B, H_kv, L_kv, D]``, ``value [B, H_kv, L_kv, D_v]``.
 """
@@ -55,8 +58,8 @@ def _tiled_kernel(
     EXACT: tl.constexpr, STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
-    # The last rows see the most keys under a causal mask: start them first. Query tiles are the innermost grid
-    # dimension, so that neighbouring programs share keys and values in L2.
+    # Under a causal mask, the last rows see the most keys, so they start first. Query tiles are the innermost grid
+    # dimension, so that neighboring programs share keys and values in L2.
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -93,8 +96,8 @@ def _tiled_kernel(
         n_full = tl.load(counts)
         runs = tile_runs(counts, MAP_BLOCK_N)
         first_key = runs[0]
-        # Full tiles that are scattered are walked with the partial ones: a loop whose addresses come from memory runs
-        # up to 20% slower.
+        # Walk scattered full tiles together with the partial ones. Addresses that come from memory would make the loop
+        # over full tiles up to 20% slower.
         full_steps = tl.where(first_key < 0, 0, n_full * (MAP_BLOCK_N // BLOCK_N))
         scattered = tl.where(first_key < 0, n_full, 0)
         edge_steps = (tl.load(counts + 1) + scattered) * (MAP_BLOCK_N // EDGE_BLOCK_N)
@@ -113,7 +116,7 @@ def _tiled_kernel(
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
         state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
-    # Edge tiles: past the end of the keys, on the diagonal, or partly masked; and full tiles that are scattered.
+    # Edge tiles (past the end of the keys, on the diagonal, or partly masked), and full tiles that are scattered.
     for step in tl.range(0, edge_steps, num_stages=EDGE_STAGES):
         if MASK != 0:
             full_edge_steps = n_full * (MAP_BLOCK_N // EDGE_BLOCK_N)
@@ -137,13 +140,13 @@ register(_tiled_kernel, "attention")
 def launch_tiled(
     call: AttentionCall, given: GivenMap = NO_MAP, config: tuning.Config | None = None, into: Destination | None = None
 ) -> torch.Tensor:
-    """Launches the tiled kernel.
+    """Launches the tiled kernel, or the Hopper kernel.
 
     Args:
         call: any L_q.
         given: the mask's or the intervals' tile map with the tile of :func:`tuning.tiled_map_block` and
-            ``head_group = 1``; made here when it has no tiles.
-        config, into: as for the split-K kernels (:func:`flashpte.kernels.split_k.launch_split_k`).
+            ``head_group = 1``; made here if it has no tiles.
+        config, into: as for :func:`flashpte.kernels.split_k.launch_split_k`.
 
     Returns:
         ``[B, H_q, L_q, D_v]`` in the query's dtype.
@@ -184,7 +187,7 @@ def launch_tiled(
 
 
 def _splits(config: tuning.HopperConfig, call: AttentionCall) -> int | torch.SymInt:
-    """Into how many splits the keys are cut at most, so that programs fill the GPU."""
+    """The largest number of splits of the keys, chosen so that programs fill the GPU."""
     slices = cdiv(call.v_head_dim, config.columns)
     programs = cdiv(call.q_len, config.block_m) * slices * call.heads_q * call.batch
     # A batch or a query may be empty.
@@ -192,9 +195,10 @@ def _splits(config: tuning.HopperConfig, call: AttentionCall) -> int | torch.Sym
 
 
 def _stored_rows(config: tuning.HopperConfig, num_splits: int | torch.SymInt, out: torch.Tensor) -> int | None:
-    """Rows of all splits; ``None`` for one split.
+    """Rows of partial results of all splits; ``None`` for one split.
 
-    Of a symbolic number of splits as many as there can be: those of ``fill`` programs, of which several may share rows.
+    If the number of splits or a size is symbolic, it is the most rows there can be: those of ``fill`` programs, several
+    of which may share rows.
     """
     if static_int(num_splits) == 1:
         return None
@@ -205,7 +209,7 @@ def _stored_rows(config: tuning.HopperConfig, num_splits: int | torch.SymInt, ou
 
 
 def _choose(call: AttentionCall) -> tuning.TiledConfig | tuning.HopperConfig:
-    """The current arch's kernel and tile."""
+    """The current arch's kernel and tiles."""
     shape, arch = call.shape(), tuning.current_arch(call.query.device)
     hopper = tuning.choose_hopper(shape, arch) if serves(call) else None
     return tuning.choose_tiled(shape, arch) if hopper is None else hopper

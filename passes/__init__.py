@@ -1,7 +1,7 @@
 """Rewrites of exported programs.
 
-``replace_sdpa`` swaps attention for the project's kernels; ``rewrite_program`` runs every rewrite there is, other
-packages' among them. ``graph`` is plumbing that any rewrite needs, ``attention`` the rewrite of attention.
+``replace_sdpa`` swaps attention for flashpte's kernels. ``rewrite_program`` runs every rewrite, including those of
+other packages. ``graph`` holds helpers that every rewrite needs, and ``attention`` holds the attention rewrite.
 """
 
 from flashpte.passes.attention.report import NodeRoute, RoutingReport, format_table

@@ -1,7 +1,7 @@
-"""Runs rewrites over programs: ``rewrite_program`` an ordered list of them, ``replace_sdpa`` that of attention alone.
+"""Runs rewrites over programs: ``rewrite_program`` runs an ordered list, ``replace_sdpa`` only the attention rewrite.
 
-Who debugs a rewrite asks its logger, ``flashpte.rewrite.<name>``: at ``INFO`` it says how long each run took and what
-was applied, at ``DEBUG`` it prints the graph before and after.
+To debug a rewrite, use its logger, ``flashpte.rewrite.<name>``. At ``INFO`` it logs the time of each run in seconds and
+how many matches were rewritten. At ``DEBUG`` it also logs the graph before and after.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from flashpte.passes.graph.values import Ranges
 from flashpte.passes.rewrite import Outcome, Refusal, Rewrite, Run, Scope, outcome_of
 
 ENTRY_POINTS = "flashpte.rewrites"
-"""Group of entry points under which other packages name their rewrites: subclasses of ``Rewrite`` without arguments."""
+"""Entry point group for rewrites of other packages: subclasses of ``Rewrite`` that take no arguments."""
 
 
 def default_rewrites() -> tuple[Rewrite, ...]:
-    """The rewrites that run where none are named, in order: the project's own, then other packages', by name.
+    """The rewrites that run by default, in order: flashpte's own, then those of other packages, sorted by name.
 
     Raises:
-        TypeError: an entry point is no rewrite.
-        ValueError: two rewrites have one name.
+        TypeError: an entry point is not a rewrite.
+        ValueError: two rewrites have the same name.
     """
     others = []
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
         made = point.load()()
         if not isinstance(made, Rewrite):
-            raise TypeError(f"entry point {point.name} = {point.value} of {ENTRY_POINTS} is no flashpte.passes.Rewrite")
+            raise TypeError(
+                f"entry point {point.name} = {point.value} of {ENTRY_POINTS} is not a flashpte.passes.Rewrite"
+            )
         others.append(made)
     rewrites = (AttentionRewrite(), *others)
     names = [rewrite.name for rewrite in rewrites]
@@ -57,13 +59,13 @@ def rewrite_program(
     """Runs rewrites over a program, one after the other.
 
     Args:
-        exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, before
-            ``to_edge``. It is left untouched; weights are shared with the result, not copied. Buffers that it does not
-            write are taken as constants: masks kept in them may be compiled away.
+        exported_program: a program from ``torch.export.export``, before or after ``run_decompositions``, but before
+            ``to_edge``. It is not changed. The result shares its weights without copying them. Buffers that the program
+            does not write count as constants, so masks kept in them may be compiled away.
         rewrites: the rewrites, in order; by default :func:`default_rewrites`.
 
     Returns:
-        The rewritten program, and by the name of the rewrite its report.
+        The rewritten program, and each rewrite's report by the rewrite's name.
 
     Raises:
         TypeError: the argument is not an exported program.
@@ -77,7 +79,7 @@ def rewrite_program(
     program, reports = exported_program, {}
     for rewrite in default_rewrites() if rewrites is None else rewrites:
         program = _copy(rewrite.prepare(program))
-        # What a preserved module's signature names has to exist.
+        # Nodes that the signature of a preserved module names must stay.
         signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
         kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
         constants = constant_tensors(program)
@@ -97,12 +99,12 @@ def rewrite_graph(
     kept: Collection[str] = (),
     constants: Mapping[str, Constant] | None = None,
 ) -> Any:
-    """Runs one rewrite over a graph, and the branches of control flow in it, in place.
+    """Runs one rewrite in place over a graph and the control flow branches in it.
 
     Args:
         graph_module: a graph whose nodes carry fake tensors.
         rewrite: the rewrite.
-        ranges: the range constraints of its program. Without them a dynamic size starts at 2 even where 1 is allowed.
+        ranges: the program's range constraints. Without them, a dynamic size starts at 2 even where 1 is allowed.
         kept: names of nodes that stay even if nothing uses them any more.
         constants: tensors by the name of the placeholder that always holds them.
 
@@ -125,7 +127,7 @@ def rewrite_graph(
 
 
 def _name_outputs(program: ExportedProgram) -> None:
-    """Has the signature name the nodes that the program returns now: it refers to them by name."""
+    """Updates the signature, which refers to nodes by name, to the nodes that the program now returns."""
     returned = program.graph.output_node().args[0]
     assert isinstance(returned, (list, tuple))
     for spec, node in zip(program.graph_signature.output_specs, returned, strict=True):
@@ -165,15 +167,15 @@ def _log_graph(log: logging.Logger, when: str, rewrite: Rewrite, graph_module: G
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:
     """Swaps every attention call of a program for the kernel that fits its shape.
 
-    The short way to :func:`rewrite_program` with the rewrite of attention alone.
+    Shorthand for :func:`rewrite_program` with only the attention rewrite.
 
     Args:
-        exported_program: as :func:`rewrite_program` takes it.
+        exported_program: the same as for :func:`rewrite_program`.
 
     Returns:
-        The rewritten program and a report with one entry for every attention, however it is written: the operator it
-        was given and why, or why it was left as it was. The rewritten program also runs on a CPU, where the
-        operators are their references.
+        The rewritten program, and a report with one entry for every attention, in any form. An entry names the chosen
+        operator and the reason, or says why the attention was left alone. The rewritten program also runs on a CPU,
+        where the operators run their reference implementations.
 
     Raises:
         TypeError: the argument is not an exported program.
@@ -185,11 +187,11 @@ def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, Ro
 
 
 class ReplaceSdpaPass(PassBase):
-    """The same rewrite as a pass over a graph module.
+    """The attention rewrite as a pass over a graph module.
 
-    Give it to ``to_edge_transform_and_lower(..., transform_passes=[ReplaceSdpaPass()])``; the partitioner must keep
-    ``scaled_dot_product_attention`` whole, as ExecuTorch's ``CudaPartitioner`` does. After a run, :attr:`report` holds
-    what happened to each node.
+    Pass it to ``to_edge_transform_and_lower(..., transform_passes=[ReplaceSdpaPass()])``. The partitioner must keep
+    ``scaled_dot_product_attention`` whole, as ExecuTorch's ``CudaPartitioner`` does. After a run, :attr:`report` says
+    what happened to each attention.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""What a rewrite is: something that finds matches in a graph, decides about each, and applies what it decided.
+"""The interface of a rewrite, which finds matches in a graph, decides on each, and applies its decisions.
 
-``flashpte.passes.rewrite_program`` runs an ordered list of them. Deciding changes nothing; what is to be inserted is
-planned (:mod:`flashpte.passes.graph.planned`). Each match ends in the report, applied or refused, with its reason.
+``flashpte.passes.rewrite_program`` runs an ordered list of rewrites. Deciding changes nothing in the graph. It plans
+the nodes to insert (:mod:`flashpte.passes.graph.planned`). Each match ends up in the report, applied or refused, with
+the reason.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class Decision:
     """A match will be rewritten.
 
     Attributes:
-        reason: one plain sentence: what it becomes, and why.
-        plan: what :meth:`Rewrite.apply` needs.
+        reason: one plain sentence that says what the match becomes, and why.
+        plan: the input of :meth:`Rewrite.apply`.
     """
 
     reason: str
@@ -39,8 +40,8 @@ class Refusal:
     """A match stays as it is.
 
     Attributes:
-        reason: one plain sentence on why.
-        plan: what the report says besides.
+        reason: one plain sentence that says why.
+        plan: additional data for the report.
     """
 
     reason: str
@@ -49,13 +50,13 @@ class Refusal:
 
 @dataclasses.dataclass
 class Run:
-    """One run of a rewrite over a graph module and the branches and regions in it.
+    """One run of a rewrite over a graph module, including its branches and regions.
 
     Attributes:
         graph_module: the graph module.
-        ranges: the range constraints of its program, where they are known.
+        ranges: the range constraints of the program, if known.
         kept: names of nodes that stay even if nothing uses them any more.
-        constants: by graph, the tensors that its placeholders always hold, by their names.
+        constants: for each graph, the tensors that placeholders always hold, by the placeholder's name.
     """
 
     graph_module: GraphModule
@@ -69,10 +70,10 @@ class Scope:
     """One graph, as a rewrite sees it.
 
     Attributes:
-        module: the graph's module: the program's, or a branch or region in it.
-        run: the run that it is part of.
-        dropped: nodes that go with what was rewritten, though they count as impure.
-        changed: whether a match in it was rewritten.
+        module: the graph's module, which is the program's own or that of a branch or region.
+        run: the run that this scope belongs to.
+        dropped: nodes that are removed with a rewritten match even though they count as impure.
+        changed: whether a match in this graph was rewritten.
     """
 
     module: GraphModule
@@ -97,7 +98,7 @@ class Scope:
         return self.run.constants.get(self.module, {})
 
     def state(self, make: Callable[[Scope], T]) -> T:
-        """What matches of this graph share: ``make(self)``, made at the first call."""
+        """State that the matches of this graph share: ``make(self)``, created at the first call."""
         if make not in self._state:
             self._state[make] = make(self)
         return self._state[make]
@@ -108,9 +109,9 @@ class Outcome:
     """What happened to one match.
 
     Attributes:
-        node: name of the node that shows the match.
-        module_path: dotted path of the module that it is in; empty where the graph does not say.
-        decision: the decision, or the refusal.
+        node: name of the node that represents the match.
+        module_path: dotted path of the node's module; empty if the graph does not say.
+        decision: the decision or the refusal.
         result: what :meth:`Rewrite.apply` returned; ``None`` for a refusal.
     """
 
@@ -135,44 +136,44 @@ class Outcome:
 
 
 class Rewrite(abc.ABC):
-    """A rewrite of exported programs. ``docs/adding-a-rewrite.md`` writes one."""
+    """A rewrite of exported programs. ``docs/adding-a-rewrite.md`` walks through an example."""
 
     name: ClassVar[str]
-    """Its key in reports, and the end of its logger's name."""
+    """The rewrite's key in reports, and the last part of its logger's name."""
 
     @abc.abstractmethod
     def match(self, node: Node, scope: Scope) -> Any | None:
-        """What the rewrite sees in a node: anything but ``None``, or ``None`` where there is nothing for it."""
+        """The match that the rewrite finds at a node (any object), or ``None`` if it finds nothing."""
 
     @abc.abstractmethod
     def decide(self, match: Any, scope: Scope) -> Decision | Refusal:
-        """Decides about a match, with a reason. Changes nothing."""
+        """Decides on a match and gives the reason. Changes nothing."""
 
     @abc.abstractmethod
     def apply(self, match: Any, decision: Decision, scope: Scope) -> Any:
-        """Rewrites a match in place; what nothing uses any more is removed after the run."""
+        """Rewrites a match in place. Nodes that become unused are removed after the run."""
 
     def node_of(self, match: Any) -> Node:
-        """The node that shows a match in the report."""
+        """The node that represents a match in the report."""
         return match if isinstance(match, Node) else match.node
 
     def prepare(self, program: ExportedProgram) -> ExportedProgram:
-        """The program that the rewrite starts from: the same one, or an equal one in another form."""
+        """The program that the rewrite starts from: the given one, or an equivalent one in another form."""
         return program
 
     @contextlib.contextmanager
     def around(self, run: Run) -> Iterator[None]:
-        """What happens before the first match of a run is looked for, and after the last one was applied."""
+        """A context around the run, from before the search for the first match until the last one is applied."""
         yield
 
     def report(self, outcomes: Sequence[Outcome]) -> Any:
-        """The report on a run; has ``to_dict()``."""
+        """The report on a run. It must have ``to_dict()``."""
         return Report(tuple(outcomes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a rewrite did to each of its matches, in graph order."""
+    """What a rewrite did with each match, in graph order."""
 
     outcomes: tuple[Outcome, ...]
 

@@ -1,21 +1,27 @@
-"""The kernel for Hopper: warps that copy, warps that compute, softmax under the matrix products of the next tile.
+"""The Hopper kernel, with producer and consumer warps. The softmax overlaps with matrix products.
 
-For prefill, verify and wide decode: the same results, arguments and tile maps as :mod:`flashpte.kernels.tiled` and
-:mod:`flashpte.kernels.split_k`. Written in Gluon, Triton's language for layouts and synchronisation, because Triton
-proper leaves the tensor cores idle during every softmax. One program has three warp groups: a producer that copies
-tiles of keys and values into a ring in shared memory (``cp.async``), and two consumers with 64 rows each. A consumer
-issues ``Q K`` of tile ``i`` and ``P V`` of tile ``i - 1`` together and computes the softmax of tile ``i`` while ``P V``
-still runs (the pipelining within a warp group of FlashAttention-3, arXiv:2407.08608, section 3.2).
+It serves prefill, verify and wide decode, with the same results, arguments and tile maps as
+:mod:`flashpte.kernels.tiled` and :mod:`flashpte.kernels.split_k`. It is written in Gluon, Triton's language for layouts
+and synchronization, because plain Triton leaves the tensor cores idle during every softmax. A program has three warp
+groups: a producer that copies tiles of keys and values into a ring in shared memory, and two consumers with 64 rows
+each. A consumer issues ``Q K`` of tile ``i`` and ``P V`` of tile ``i - 1`` together, and computes the softmax of tile
+``i`` while ``P V`` still runs (the intra-warpgroup pipelining of FlashAttention-3, arXiv:2407.08608, section 3.2).
 
-* Prefill: consumers have rows of their own. Where D_v is above 256 the accumulator does not fit in registers: programs
-  then share the columns of V and each computes the scores for itself, half as much again as the least arithmetic. Few
-  rows over a long context fill the GPU by splitting the keys.
-* Few rows (``share_rows``): the ``L_q x H_q / H_kv`` rows that read the same keys are packed into one tile of 64, both
-  consumers compute its scores, and each has half of the columns of V. Memory still bounds the time: on an H200 64 rows
-  of D = 512 take 1.2 times the time of reading the keys and values once.
+* Prefill: each consumer has its own rows. If D_v is above 256, the accumulator does not fit in registers. Two programs
+  then share the columns of V, and each computes all scores, which is 1.5x the minimum arithmetic. A few rows with a
+  long context fill the GPU by splitting the keys.
+* Few rows (``share_rows``): the ``L_q x H_q / H_kv`` rows that read the same keys are packed into one tile of 64 rows.
+  Both consumers compute its scores, and each has half of the columns of V. The kernel is still memory-bound: on an
+  H200, 64 rows with D = 512 take 1.2x the time of reading the keys and values once.
 
-Copies do not use TMA: its descriptors do not go through AOTInductor. They need strides and addresses that are multiples
-of 16 bytes; :func:`flashpte.kernels.hopper.launch.serves` decides.
+In prefill, TMA copies keys and values for head dims up to 256, and for wider rows that are narrower than their tiles
+(such as D = 320 or 384). AOTInductor cannot pass TMA descriptors (tensor maps), so each program makes its own, after it
+has issued copies of the first two tiles with ``cp.async``. ``cp.async`` copies everything else: query rows, static
+contexts of up to four tiles, D = 512, and keys and values for few rows (``share_rows``), whose splits are too short for
+tensor maps.
+
+Copies need strides and addresses that are multiples of 16 bytes. :func:`flashpte.kernels.hopper.launch.serves` checks
+that.
 """
 
 from flashpte.kernels.hopper.kernel import _hopper_kernel

@@ -1,4 +1,4 @@
-"""The warps that compute: each of two warp groups has 64 query rows, and all columns of V or half of them."""
+"""The consumer warps. Each of two warp groups has 64 query rows, and all columns of V or half of them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,7 +16,7 @@ from flashpte.kernels.hopper.schedule import EACH_UP_TO, start_of
 @gluon.jit
 def _masked(s, start, mask, kv_len, VISIBLE: gl.constexpr):
     """Scores ``[64, N]`` with -inf where a row does not see a key, or with a float mask added."""
-    # Positions of the rows and what belongs to the kind of mask: see consumer.
+    # The positions of the rows and the arguments of the kind of mask; see consumer.
     m, mask_rows, stride_mn, side_stride, values_ptr, values_stride, index_lower, index_upper = mask
     MASK: gl.constexpr = VISIBLE[1]
     INDEX_TERM: gl.constexpr = VISIBLE[3]
@@ -45,11 +45,12 @@ def _masked(s, start, mask, kv_len, VISIBLE: gl.constexpr):
 
 @gluon.jit
 def _give_back(empty, BLOCK_D: gl.constexpr):
-    """Tells the producer that this warp group has read a slot: as each of its threads, or as one.
+    """Tells the producer that this warp group has read a slot. Either every thread arrives, or one thread for all.
 
-    One arrival for all takes a barrier among the threads first, of which two in every step cost 4% of a prefill of
-    2,048 rows of D = 128. A thread that arrives as copies do needs none: it arrives when its copies have landed, and
-    has none. With D = 512 steps are short, and 128 arrivals in each took 1 to 2% more than the barriers.
+    A single arrival first needs a barrier among the threads. Two such barriers per step cost 4% of a prefill of 2,048
+    rows with D = 128. An arrival of the kind that ``cp.async`` copies use needs no barrier: it happens once the
+    thread's copies have landed, and these threads have no copies. With D = 512, steps are short, and 128 arrivals per
+    step took 1 to 2% more time than the barriers.
     """
     if BLOCK_D <= EACH_UP_TO:
         async_copy.mbarrier_arrive(empty, increment_count=False)
@@ -59,16 +60,18 @@ def _give_back(empty, BLOCK_D: gl.constexpr):
 
 @gluon.jit
 def _lane_sums(x):
-    """``x [64, N]`` summed over the columns that a thread holds, ``[64, 4]``: no exchange between threads."""
+    """``x [64, N]`` summed over the columns that each thread holds, ``[64, 4]``. Threads exchange nothing."""
     N: gl.constexpr = x.shape[1]
     return gl.sum(gl.sum(gl.reshape(x, [64, N // 8, 4, 2]), 1), 2)
 
 
 @gluon.jit
 def _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT: gl.constexpr, EXP2_SCALE: gl.constexpr, dtype: gl.constexpr):
-    """One step of the online softmax, as ``primitives.online_softmax``; scores get their scale here unless EXP2_SCALE.
+    """One step of the online softmax, like ``primitives.online_softmax``. Exponentials are base 2.
 
-    A positive scale commutes with the maximum, so that scaling, subtracting and nothing else is one instruction.
+    If ``EXP2_SCALE`` is 1, ``s`` is not scaled yet, and ``qk_scale`` (with log2(e) in it) is applied here. A positive
+    scale commutes with the maximum, so scaling and subtracting are a single instruction. Otherwise, ``s`` is already
+    scaled.
     """
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=ACC_LAYOUT, k_width=2)
     if EXP2_SCALE == 1.0:
@@ -94,7 +97,7 @@ def _step(
     state,  # acc, p, row_max, row_sum
     smem,  # q, k, v, barriers
     mask,
-    visited,  # of partial tiles: see start_of
+    visited,  # for partial tiles; see start_of
     kv_len,
     qk_scale,
     MAP_BLOCK_N: gl.constexpr,
@@ -102,7 +105,7 @@ def _step(
     VISIBLE: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
 ):
-    """Scores and softmax of tile ``step`` beside ``P V`` of the tile before it."""
+    """Scores and softmax of tile ``step``, overlapped with ``P V`` of the previous tile."""
     acc, p, row_max, row_sum = state
     q_smem, k_smem, v_smem, barriers = smem
     _, k_full, v_full, k_empty, v_empty = barriers
@@ -115,7 +118,8 @@ def _step(
     previous = (step - 1) % V_STAGES
     if EDGE:
         start = start_of(visited, step, n_steps, VISIBLE[1] != 0, MAP_BLOCK_N, BLOCK_N)
-    # Copies but those by TMA write shared memory as ordinary stores do, matrix instructions read it by another proxy.
+    # cp.async writes shared memory through the generic proxy, like ordinary stores, but matrix instructions read it
+    # through the async proxy. (TMA copies need no fence.)
     fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
@@ -127,7 +131,7 @@ def _step(
     if EDGE:
         s = _masked(s, start, mask, kv_len, VISIBLE)
     p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, k_smem.dtype)
-    # What the next step waits for, waited for here: the branches keep ptxas from moving the wait for P V above the
+    # Wait here for the tiles of the next step. These branches keep ptxas from moving the wait for P V above the
     # exponentials, which would undo the overlap.
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
@@ -138,7 +142,7 @@ def _step(
 
 @gluon.jit
 def _eight_in_a_row(x):
-    """``x [64, N]`` of 16 bits in a layout in which a thread holds 16 bytes of a row, and four threads 64."""
+    """``x [64, N]`` of 16 bits in a layout in which a thread holds 16 bytes of a row, and four threads 64 bytes."""
     N: gl.constexpr = x.shape[1]
     LANES: gl.constexpr = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
     WARPS: gl.constexpr = [[16, 0], [32, 0]]
@@ -154,10 +158,10 @@ def _eight_in_a_row(x):
 
 @gluon.jit
 def _store_result(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: gl.constexpr):
-    """Stores ``acc / row_sum`` as 64 rows of the result; a row that saw nothing is 0, whatever it did not see.
+    """Stores ``acc / row_sum`` as 64 rows of the result. A row that sees nothing is 0, even if hidden values are NaN.
 
-    With ``WIDE_STORES`` lanes that share a row exchange their columns first, so that each stores 16 bytes, and four of
-    them 64, in one go. That takes 4 KB of shared memory.
+    With ``WIDE_STORES``, lanes that share a row exchange their columns first, so that each lane stores 16 bytes, and
+    four lanes 64 bytes, at once. That takes 4 KB of shared memory.
     """
     first_row, n_rows = rows
     out_ptr, stride_om, stride_oh, stride_od = out
@@ -183,12 +187,13 @@ def _store_result(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: 
 
 @gluon.jit
 def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constexpr):
-    """Stores what a split computed for 64 rows: the accumulator as float16, and for each row maximum, sum and units.
+    """Stores a split's result for 64 rows: the accumulator as float16, and the maximum, sum and unit of each row.
 
-    Columns are stored in the order in which the threads of a row hold them, so that each stores 16 bytes and exchanges
-    nothing: of each 32 the first thread has 0, 1, 8, 9, 16, 17, 24 and 25. Units are powers of two, so that a row's
-    largest value changes no bit of the others; it is 2^14 to 2^15 units, infinities aside. They go down to 2^-120, so
-    that neither they nor their inverses overflow.
+    Columns are stored in the order in which the threads of a row hold them, so each thread stores 16 bytes and
+    exchanges nothing. For example, the first thread holds columns 0, 1, 8, 9, 16, 17, 24 and 25 of each 32. A unit
+    depends on the largest value of the row. It is a power of two, so it changes no bit of the other values. The largest
+    value is 2^14 to 2^15 units, infinities aside. Units are at least 2^-120, so that neither they nor their inverses
+    overflow.
     """
     first_row, n_rows = rows
     acc_ptr, stats_ptr, unit_at = partial
@@ -196,8 +201,8 @@ def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constex
     STATS: gl.constexpr = STORES[2]
     BLOCK_DV: gl.constexpr = acc.shape[1]
     ACC_LAYOUT: gl.constexpr = acc.type.layout
-    # Without the sign numbers are ordered as their bits are, and adding 1 to the exponent of what is no number carries
-    # it out: it becomes small.
+    # Without the sign bit, floats are ordered like their bits. Adding 1 to the exponent of inf or NaN overflows it, so
+    # these become small.
     size = acc.to(gl.uint32, bitcast=True) * 2 + 0x01000000
     exponent = gl.maximum((gl.max(size, 1) >> 24).to(gl.int32) - 15, 7)
     unit = (exponent << 23).to(gl.float32, bitcast=True)
@@ -212,7 +217,7 @@ def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constex
     gl.store(acc_rows[:, None] + dv[None, :], stored, mask=(r < n_rows)[:, None])
     of_unit = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
     gl.store(stats_ptr + of_unit.to(gl.int64) * STATS + unit_at, unit, mask=of_unit < n_rows)
-    # Consumers that share rows both store these.
+    # If consumers share rows, both store the same maximum and sum.
     stats = stats_ptr + row.to(gl.int64) * STATS
     gl.store(stats, row_max, mask=row < n_rows)
     gl.store(stats + 1, row_sum, mask=row < n_rows)
@@ -221,9 +226,9 @@ def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constex
 @gluon.jit
 def consumer(
     rows,  # first_row, n_rows
-    visit,  # which keys: see keys_of_tile
-    tiles,  # the list of the map's row
-    results,  # out: out_ptr, stride_om, stride_oh, stride_od; partial: acc_ptr, stats_ptr, which number is the unit
+    visit,  # the keys to visit; see keys_of_tile
+    tiles,  # the tile list of the map's row
+    results,  # out: out_ptr, stride_om, stride_oh, stride_od; partial: acc_ptr, stats_ptr, index of the unit
     mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
     smem,  # q, k, v, barriers
     limits,  # kv_len, qk_scale, v_width
@@ -233,7 +238,7 @@ def consumer(
     EXP2_SCALE: gl.constexpr,
     STORES: gl.constexpr,  # SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED
 ):
-    """Attention of 64 query rows, by one warp group. Partial results are those of the tile's head."""
+    """Attention of 64 query rows by one warp group. The pointers to partial results are those of the tile's head."""
     q_smem, k_smem, v_smem, barriers = smem
     kv_len, qk_scale, v_width = limits
     out, partial = results
@@ -262,7 +267,7 @@ def consumer(
     if PACK > 1:
         mask_rows += (safe_row % PACK).to(gl.int64) * stride_mh
     if MASK == 3 and VISIBLE[3]:
-        # In 32 bits, which hold every index of a key: what they cut off changes nothing.
+        # Clamp to 32 bits. These hold every key index, so clamping changes nothing.
         lower = gl.load(mask_rows)
         upper = gl.load(mask_rows + side_stride)
         index_lower = gl.minimum(gl.maximum(lower, -1), 2147483647).to(gl.int32)
@@ -274,7 +279,7 @@ def consumer(
     acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
     n_steps = n_listed
     if MASK != 0:
-        # Where there is nothing to see, one tile of it is looked at.
+        # If there is no tile to visit, visit one that is fully masked.
         n_steps = gl.maximum(n_listed, 1)
     start = start_of(visited, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
     mbarrier.wait(q_full, 0)
@@ -305,10 +310,10 @@ def consumer(
     fence_async_shared()
     acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % V_STAGES), acc, is_async=True)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROWS)
-    # What storing takes is waited for, so that it is not computed, and spilled, before the loops.
+    # row is needed only for storing. Depending on the wait keeps it from being computed, and spilled, before the loops.
     acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
 
-    if STORES[0]:  # noqa: SIM114 (known when compiling; the other is not)
+    if STORES[0]:  # noqa: SIM114 (this condition is a compile-time constant, the next is not)
         _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
     elif active == 1:
         _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)

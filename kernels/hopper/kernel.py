@@ -1,4 +1,4 @@
-"""The kernel: lays out shared memory and starts the warps."""
+"""The Hopper kernel, which lays out shared memory and starts the producer and consumer warps."""
 
 import triton
 import triton.language as tl
@@ -17,7 +17,7 @@ from flashpte.kernels.primitives import wait_for_earlier_kernels
 def _hopper_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
     acc_ptr,  # float16 [B, heads, num_splits, L_q * PACK, WIDTH]
-    stats_ptr,  # float32 [B, heads, num_splits, L_q * PACK, STATS]: running maximum and sum, units of the accumulator
+    stats_ptr,  # float32 [B, heads, num_splits, L_q * PACK, STATS]: running maximum and sum, accumulator units
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
     stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
@@ -25,7 +25,7 @@ def _hopper_kernel(
     q_len, kv_len,
     scale,  # positive
     short_splits,
-    # Inductor writes the parameters out where only Triton's language is known.
+    # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     GROUP: tl.constexpr, PACK: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WIDTH: tl.constexpr, STATS: tl.constexpr,
@@ -34,12 +34,12 @@ def _hopper_kernel(
     SHARE_ROWS: tl.constexpr, TMA: tl.constexpr, SINGLE_SPLIT: tl.constexpr, LONG_KEYS: tl.constexpr,
     EXP2_SCALE: tl.constexpr, STAGES: tl.constexpr, V_STAGES: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, WIDE_STORES: tl.constexpr,
-    ROWS_ALIGNED: tl.constexpr,  # of the result, to 16 bytes
+    ROWS_ALIGNED: tl.constexpr,  # whether rows of the result are aligned to 16 bytes
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     BLOCK_M: gl.constexpr = 64 if SHARE_ROWS else 128
-    COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV  # of V, of one program
+    COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV  # columns of V per program
     V_SLICES: gl.constexpr = (V_HEAD_DIM + COLUMNS - 1) // COLUMNS
     KV_GROUP: gl.constexpr = GROUP // PACK
     n_rows = q_len * PACK
@@ -95,8 +95,8 @@ def _hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], BARRIER)
-    # Every thread of the producer arrives when its copies have landed, or one for all (_copy_by_map); for the consumers
-    # see _give_back.
+    # On a full barrier, every thread of the producer arrives when its copies have landed, or one thread for all
+    # (_copy_by_map). For the consumers' arrivals, see _give_back.
     READERS: gl.constexpr = 2 * 128 if BLOCK_D <= EACH_UP_TO else 2
     mbarrier.init(q_full, count=128)
     for i in gl.static_range(STAGES):
@@ -114,14 +114,14 @@ def _hopper_kernel(
     # Bounds of intervals are contiguous.
     mask = (mask_ptr, stride_mm, stride_mh, stride_mn, stride_bs, interval_values_ptr, stride_it)
     v_width = V_HEAD_DIM - dv_first
-    # What the second consumer has of its own: rows, or columns of V.
+    # The second consumer has other rows than the first, or other columns of V.
     MORE_ROWS: gl.constexpr = 0 if SHARE_ROWS else 64
     MORE_COLUMNS: gl.constexpr = BLOCK_DV if SHARE_ROWS else 0
     VISIBLE: gl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
     STORES: gl.constexpr = (SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED)
     COPIED: gl.constexpr = (HEAD_DIM, V_HEAD_DIM % BLOCK_DV != 0, SHARE_ROWS)
     MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N)
-    # Of the first consumer, then of the second.
+    # Arguments of the first consumer, then of the second.
     rows_0 = (first_row, n_rows)
     out_0 = (out_ptr, stride_om, stride_oh, stride_od)
     results_0 = (out_0, (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV))
@@ -165,12 +165,12 @@ def _reads_and_writes(
     stats_ptr,
     SINGLE_SPLIT: tl.constexpr,
 ):
-    """The kernel's twin in Triton: reads and writes the same arguments, and computes nothing."""
+    """The kernel's twin in Triton, which reads and writes the same arguments and computes nothing."""
     read = tl.load(q_ptr).to(tl.float32) + tl.load(k_ptr).to(tl.float32) + tl.load(v_ptr).to(tl.float32)
     read += tl.load(mask_ptr).to(tl.float32) + tl.load(interval_values_ptr).to(tl.float32)
     read += tl.load(tiles_ptr).to(tl.float32) + tl.load(counts_ptr).to(tl.float32)
     tl.store(out_ptr, read.to(out_ptr.dtype.element_ty))
-    # With one split, out_ptr is passed for both. With several, a split that works alone writes the result all the same.
+    # With one split, out_ptr is passed for both partial tensors. With several, a split that is alone still writes out.
     if not SINGLE_SPLIT:
         tl.store(acc_ptr, read)
         tl.store(stats_ptr, read)

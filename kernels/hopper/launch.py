@@ -1,4 +1,4 @@
-"""Launching the kernel for Hopper, for prefill and for split-K."""
+"""Launches the Hopper kernel, for prefill and for split-K."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flashpte.kernels.mask import KernelMask, pointers, strides
 def serves(call: AttentionCall) -> bool:
     """Whether the kernel takes this call: Gluon can be launched, copies are aligned, and the scale is positive.
 
-    (It takes the maximum of the scores before it scales them.)
+    (The scale must be positive because the kernel takes the maximum of the scores before it scales them.)
     """
     if call.scale <= 0 or not all_of_triton(call.query):
         return False
@@ -35,13 +35,14 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
 
     Args:
         call: the attention call.
-        mask: its mask.
-        launch: the kernel's tiles and results; partials have rows ``[B * H_q / pack, splits, L_q * pack]``.
+        mask: the call's mask.
+        launch: the kernel's tiles and results. Partials have rows ``[B * H_q / pack, splits, L_q * pack]``.
         pack: how many consecutive query heads share the rows of a tile: 1, or H_q / H_kv.
 
     Raises:
-        ValueError: the config's tiles do not divide the map's, or splits of a causal mask: the kernel counts the keys
-            that a tile of rows sees, the combining kernel those that all rows see.
+        ValueError: the config's tiles do not divide the map's tiles, or a causal call has several splits. With a causal
+            mask, this kernel counts the keys that a tile of rows sees, but the combining kernel counts the keys that
+            all rows see.
     """
     config, num_splits, out, partials = launch.config, launch.num_splits, launch.out, launch.partials
     assert isinstance(config, tuning.HopperConfig)
@@ -55,7 +56,7 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
     tiles = {"BLOCK_N": config.block_n, "BLOCK_DV": config.block_dv, "SHARE_ROWS": config.share_rows, "TMA": config.tma}
     stages = {"STAGES": config.num_stages, "V_STAGES": config.num_stages + config.more_v_stages}
     splits = {"SINGLE_SPLIT": static_int(num_splits) == 1, "LONG_KEYS": config.long_keys}
-    # Rows of the result are as wide as the values', which are copied in 16 bytes.
+    # Rows of the result are as wide as those of the values, which are multiples of 16 bytes.
     stores = {"WIDE_STORES": config.wide_stores, "ROWS_ALIGNED": static_int(out.stride(3)) == 1}
     run = functools.partial(
         wrap_triton(_hopper_kernel)[(programs * launch.enabled, 1, num_splits)],

@@ -1,4 +1,4 @@
-"""The warps that copy query rows, keys and values to shared memory."""
+"""The producer warps, which copy query rows, keys and values to shared memory."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -7,16 +7,17 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashpte.kernels.hopper.schedule import FIRST_TILES, start_of
 
-# Triton 3.9 has another name for it, and for a tile's copy 3.8.
+# Triton 3.9 renamed cp.async copies, and Triton 3.8 renamed TMA copies.
 async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
 def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr, CHECK_COLS: gl.constexpr):
-    """Copies rows ``first .. first + ROWS`` of a matrix to ``smem [ROWS, cols]``; zeros beyond ``limit`` and ``width``.
+    """Copies rows ``first .. first + ROWS`` of a matrix to ``smem [ROWS, cols]`` with ``cp.async``.
 
-    A chunk at a time: the addresses of more would need more registers than a producer has.
+    Fills with zeros beyond ``limit`` rows and ``width`` columns. Copies 16 rows at a time, because the addresses of
+    more rows would need more registers than a producer has.
     """
     CHUNK: gl.constexpr = 16
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -33,7 +34,7 @@ def _copy_rows(smem, ptr, stride, first, limit, cols, width, ROWS: gl.constexpr,
 
 @gluon.jit
 def _copy_by_map(tensor_map, first, full, smem):
-    """Copies a tile, 64 columns by one instruction. Its arrival at ``full`` stands for those of all the threads."""
+    """Copies a tile with TMA, 64 columns per instruction. One thread arrives at ``full`` for all 128 threads."""
     mbarrier.expect(full, tensor_map.block_type.nbytes)
     mbarrier.arrive(full, count=127)
     load_tile(tensor_map, [first, 0], full, smem)
@@ -56,14 +57,14 @@ def _copy_query(smem, ptr, stride_m, stride_h, first, limit, cols, width, PACK: 
 @gluon.jit
 def _copy_tiles(
     steps,  # from, to
-    start,  # first key of the first of them
+    start,  # first key of the first step
     given,  # visited (tiles, first_step, full_base, partial_base, n_full, n_listed), keys, smem, barriers, v_width
-    maps,  # of keys and values, with TMA
+    maps,  # tensor maps of keys and values, with TMA
     TMA: gl.constexpr,
     COLUMNS: gl.constexpr,  # HEAD_DIM, CHECK_DV, SHARE_ROWS
     MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
 ):
-    """Copies tiles of keys and values, each as soon as its slot is free; returns the first key of the tile behind."""
+    """Copies tiles of keys and values, each once its slot is free. Returns the first key of the tile after them."""
     visited, keys, smem, barriers, v_width = given
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     _, _, k_smem, v0_smem, v1_smem = smem
@@ -81,7 +82,7 @@ def _copy_tiles(
     d = gl.arange(0, BLOCK_D, layout=COLS)
     dv = gl.arange(0, BLOCK_DV, layout=COLS)
     for step in range(steps[0], steps[1]):
-        # Read ahead: the copies would wait for it.
+        # Read the next tile's start ahead, because its copies would wait for it.
         base = gl.where(step + 1 < n_full, full_base, partial_base)
         after = start_of((tiles, first_step, base), step + 1, n_listed, MAP[0], MAP[1], BLOCK_N)
         slot = step % STAGES
@@ -108,8 +109,8 @@ def _copy_tiles(
 @gluon.jit
 def producer(
     first_row,
-    visit,  # which keys: see keys_of_tile
-    tiles,  # the list of the map's row
+    visit,  # the keys to visit; see keys_of_tile
+    tiles,  # the tile list of the map's row
     query,  # pointer, strides (head, row), n_rows
     keys,  # k_ptr, stride_kn, v_ptr, stride_vn, kv_len
     smem,  # q0, q1, k, v0, v1
@@ -120,11 +121,10 @@ def producer(
     MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
     TMA: gl.constexpr,
 ):
-    """Copies the query rows once, then every visited tile of keys and values.
+    """Copies the query rows once, and then every visited tile of keys and values.
 
-    With ``TMA`` one thread copies tiles, by a map of the tensor. Every program makes its own maps, since a lowered
-    program cannot pass any. That takes 0.7 us, in which the first tiles are already on their way: they are copied as
-    without.
+    With ``TMA``, one thread copies tiles through a tensor map. Every program makes its own maps, because a lowered
+    program cannot pass any. That takes 0.7 us. To hide it, the first tiles are copied with ``cp.async`` before.
     """
     q_ptr, stride_qh, stride_qm, n_rows = query
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
@@ -137,7 +137,7 @@ def producer(
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])))
     n_steps = n_listed
     if MAP[0]:
-        # Where there is nothing to see, one tile of it is looked at.
+        # If there is no tile to visit, visit one that is fully masked.
         n_steps = gl.maximum(n_listed, 1)
     base = gl.where(n_full > 0, full_base, partial_base)
     start = start_of((tiles, first_step, base), 0, n_listed, MAP[0], MAP[1], BLOCK_N)
@@ -151,7 +151,7 @@ def producer(
     steps, maps = (0, n_first), (k_ptr, v_ptr)
     start = _copy_tiles(steps, start, given, maps, False, COLUMNS, MAP)
     if TMA:
-        # Beyond the context and the columns they read zeros.
+        # Beyond the keys and the columns, tensor maps read zeros.
         K_TILE: gl.constexpr = [BLOCK_N, BLOCK_D]
         V_TILE: gl.constexpr = [BLOCK_N, v_smem.shape[2]]
         k_map = tma.make_tensor_descriptor(k_ptr, [kv_len, HEAD_DIM], [stride_kn, 1], K_TILE, k_smem.index(0).layout)

@@ -1,4 +1,4 @@
-"""Which work a program has: its place, and the keys that it visits."""
+"""The work of a program: its place in the grid, and the keys that it visits."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -6,14 +6,15 @@ from triton.experimental.gluon import language as gl
 from flashpte.kernels.combine import active_splits, share_of
 from flashpte.kernels.primitives import tile_runs
 
-# Of tiles of keys that are not consecutive: no key that a step before the first would begin with.
+# The base of tiles that are not consecutive. No consecutive run has this base, even if it begins before key 0.
 SCATTERED = gl.constexpr(-(1 << 31))
 
-# Up to this many columns of a query row every thread of a consumer gives a slot back, else one for all: see _give_back.
+# Up to this many columns of a query row, every thread of a consumer gives a slot back. Above, one thread does for all.
+# See _give_back.
 EACH_UP_TO = gl.constexpr(256)
 
-# So many tiles of keys and of values are copied without tensor maps, while those are made: any choice of tiles has room
-# for them.
+# This many tiles of keys and of values are copied without tensor maps, while the maps are made. Every tile choice has
+# room for them.
 FIRST_TILES = gl.constexpr(2)
 
 
@@ -21,10 +22,10 @@ FIRST_TILES = gl.constexpr(2)
 def place(kv_len, heads, row_tiles, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr, V_SLICES: gl.constexpr):
     """Row tile, head, batch entry and slice of V of a program.
 
-    The grid is ``(row tiles x V_SLICES x heads x B, 1, splits)``. (Only its first dimension may be above 65,535.)
-    Programs start in the order of their index. The last rows see the most keys under a causal mask: they start first,
-    in all heads, so that no long program is left over at the end; but of so many heads at a time as have their keys and
-    values (``WIDTH`` elements together) in L2.
+    The grid is ``(row tiles x V_SLICES x heads x B, 1, splits)``. (Only the first dimension may be above 65,535.)
+    Programs start in the order of their index. Under a causal mask, the last rows see the most keys. They start first
+    in all heads, so that no long program is left over at the end. This is limited to as many heads at a time as have
+    their keys and values (together ``WIDTH`` elements of 16 bits per key) within 16 MiB of L2.
     """
     KEYS: gl.constexpr = (16 << 20) // (WIDTH * 2)
     columns = row_tiles * V_SLICES
@@ -42,7 +43,7 @@ def place(kv_len, heads, row_tiles, WIDTH: gl.constexpr, KV_GROUP: gl.constexpr,
 
 @gluon.jit
 def keys_of_tile(
-    counts,  # of the row of the map
+    counts,  # pointer to the counts of the map's row
     first_row,
     kv_len,
     short_splits,
@@ -55,12 +56,12 @@ def keys_of_tile(
     SINGLE_SPLIT: gl.constexpr,
     LONG_KEYS: gl.constexpr,
 ):
-    """The tiles of keys that this program visits for a tile of rows: its split's share, full ones first.
+    """The key tiles that this program visits for a tile of rows: its split's share, full tiles first.
 
     Returns:
-        ``first_step`` among those of all splits; ``n_full`` and ``n_listed``, how many are full and how many there are;
-        of both kinds the ``base`` that :func:`start_of` takes; and ``active``, how many splits work. One that does not
-        has nothing to visit.
+        ``first_step``, the first tile among those of all splits; ``n_full`` and ``n_listed``, how many of the split's
+        tiles are full and how many there are; the ``base`` of the full and of the partial tiles, for :func:`start_of`;
+        and ``active``, the number of active splits. An inactive split has nothing to visit.
     """
     full_start = 0
     partial_start = 0
@@ -91,11 +92,11 @@ def keys_of_tile(
 
 @gluon.jit
 def start_of(visited, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.constexpr, BLOCK_N: gl.constexpr):
-    """First key of the ``step``-th tile visited; 0 or the like from ``n_listed`` on, the number of those tiles.
+    """First key of the ``step``-th of ``n_listed`` visited tiles. From ``n_listed`` on, the result is not meaningful.
 
-    ``visited`` is ``(tiles, first_step, base)``: they are those from ``first_step`` on of the row of the map that
-    ``tiles`` lists; where they are consecutive, the list is not read (keys would wait for it) and ``base`` is what the
-    first key of step 0 is or would be, else it is ``SCATTERED``.
+    ``visited`` is ``(tiles, first_step, base)``. The visited tiles start at ``first_step`` in the map's row, which
+    ``tiles`` lists. If they are consecutive, ``base`` is what the first key of step 0 is or would be, and the list is
+    not read, because loading keys would wait for it. Otherwise ``base`` is ``SCATTERED``.
     """
     tiles, first_step, base = visited
     at = first_step + step
@@ -104,6 +105,6 @@ def start_of(visited, step, n_listed, MAPPED: gl.constexpr, MAP_BLOCK_N: gl.cons
         listed = gl.load(tiles + at // SUB, mask=(step < n_listed) & (base == SCATTERED), other=0)
         start = gl.where(base == SCATTERED, listed * MAP_BLOCK_N + at % SUB * BLOCK_N, base + step * BLOCK_N)
     else:
-        # The minimum changes nothing but LLVM's mind: it would keep a pointer per copy and step them all.
+        # The minimum does not change the result. Without it, LLVM would keep and advance a pointer for every copy.
         start = gl.minimum(at, first_step + n_listed) * BLOCK_N
     return start

@@ -1,6 +1,6 @@
-"""Tile choices: pure functions from (shape, dtype, arch) to a frozen config; nothing is benchmarked at export.
+"""Tile choices: pure functions from (shape, dtype, arch) to a frozen config. Export runs no benchmarks.
 
-A build is therefore deterministic and the same on a machine with no GPU.
+A build is therefore deterministic, and is the same on a machine without a GPU.
 """
 
 from flashpte.kernels.tuning.arch import ARCHES, GpuArch, current_arch, limits

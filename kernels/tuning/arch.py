@@ -1,9 +1,9 @@
-"""GPU architectures as data, the one table that tile choices and cross-compiling share. Nothing here asks a driver.
+"""GPU architectures as data, in the single table that tile choices and cross-compiling share. Never asks a driver.
 
-Limits come from the CUDA programming guide's table of compute capabilities, product numbers from NVIDIA's data sheets.
-The limits decide what compiles (shared memory, registers); the product numbers only steer heuristics (how many programs
-fill the GPU), so one product stands for its architecture. They are used even where a GPU is present, so that a program
-built beside a GPU is the program built without one.
+Limits are from the table of compute capabilities in the CUDA programming guide. Product numbers are from NVIDIA's data
+sheets. The limits decide what compiles (shared memory, registers). The product numbers only steer heuristics (how many
+programs fill the GPU), so one product represents its architecture. They are used even if a GPU is present, so that a
+build on a machine with a GPU equals a build without one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class GpuArch:
         capability: compute capability, ``(major, minor)``.
         product: the GPU whose numbers are used.
         sm_count: streaming multiprocessors of the product.
-        shared_memory_per_block: largest dynamic shared memory of a block (opt-in limit), bytes.
-        shared_memory_per_sm: shared memory of a multiprocessor, bytes.
+        shared_memory_per_block: largest dynamic shared memory of a block (opt-in limit), in bytes.
+        shared_memory_per_sm: shared memory of a multiprocessor, in bytes.
         threads_per_sm: resident threads of a multiprocessor.
         registers_per_sm: 32-bit registers of a multiprocessor.
-        memory_bytes: device memory of the product.
-        l2_bytes: L2 cache of the product.
-        memory_gb_per_s: DRAM bandwidth of the product, 1e9 bytes per second.
-        bf16_tflops: dense bf16 tensor-core throughput of the product, 1e12 operations per second.
+        memory_bytes: device memory of the product, in bytes.
+        l2_bytes: L2 cache of the product, in bytes.
+        memory_gb_per_s: DRAM bandwidth of the product, in 1e9 bytes per second.
+        bf16_tflops: dense bf16 tensor-core throughput of the product, in 1e12 operations per second.
     """
 
     name: str
@@ -96,7 +96,7 @@ ARCHES: dict[str, GpuArch] = {
 
 
 def limits(arch: str) -> GpuArch:
-    """The numbers of ``arch``; an architecture not in the table gets those of the nearest older one in it.
+    """The numbers of ``arch``. An architecture that is not in the table gets those of the nearest older one.
 
     Raises:
         ValueError: ``arch`` is not of the form ``sm_NN`` or older than every entry.
@@ -113,10 +113,10 @@ def limits(arch: str) -> GpuArch:
 
 
 def current_arch(device: torch.device) -> GpuArch:
-    """The architecture that code for ``device`` is being made for.
+    """The architecture that code for ``device`` is compiled for.
 
-    On CUDA it is what ``torch.cuda`` reports, which cross-compiling sets to its target. On a CPU (the interpreter) it
-    is sm_90.
+    On CUDA it is the one that ``torch.cuda`` reports, which cross-compiling sets to its target. On a CPU (the
+    interpreter) it is sm_90.
     """
     if device.type != "cuda":
         return ARCHES["sm_90"]

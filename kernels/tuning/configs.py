@@ -1,4 +1,4 @@
-"""What a table is asked, and what it answers: shapes of attention calls, and the tiles of each kernel."""
+"""The inputs and outputs of tile choices: shapes of attention calls, and the tiles of each kernel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-# Keys per tile of the map that split-K kernels walk; every split-K block_n divides it.
+# Keys per tile of the map that split-K kernels walk. Every split-K block_n divides it.
 SPLIT_K_MAP_BLOCK_N = 64
 
-# From this many keys on, all splits of split-K kernels work, and not only those for short contexts.
+# With at least this many keys to visit, all splits of the split-K kernel are active, not only those for short contexts.
 LONG_KEYS = 16384
 
 MAX_SPLITS = 512
@@ -17,10 +17,10 @@ MAX_SPLITS = 512
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """The shape of one attention call; ``None`` stands for a size that is dynamic.
+    """The shape of one attention call. ``None`` is a dynamic size.
 
-    ``q_len`` is L_q, ``kv_len`` is L_kv (of the buffer, where the keys are a cache), ``mask_itemsize`` the bytes of a
-    mask entry (0 without a mask).
+    ``q_len`` is L_q. ``kv_len`` is L_kv (the length of the buffer if the keys are a cache). ``mask_itemsize`` is the
+    size of a mask entry in bytes (0 without a mask).
     """
 
     batch: int | None
@@ -40,32 +40,32 @@ class AttentionShape:
 
     @property
     def heads_of_batch(self) -> int:
-        """Key/value heads of all entries of the batch; of a dynamic batch those of one."""
+        """Key/value heads of all batch entries. A dynamic batch counts as one entry."""
         return (self.batch or 1) * self.heads_kv
 
     @property
     def packed_rows(self) -> int:
-        """Rows that share a key/value head; with a dynamic L_q those of the longest verify."""
+        """Rows that share a key/value head. A dynamic L_q counts as 16, the longest verify."""
         return (self.q_len or 16) * self.group
 
     @property
     def width(self) -> int:
-        """Columns of the wider of the tiles of keys and of values."""
+        """Columns of a tile of keys or of values, whichever is wider."""
         return padded_head_dim(max(self.head_dim, self.v_head_dim))
 
     @property
     def columns_left_out(self) -> bool:
-        """Whether rows are narrower than the tiles that hold them."""
+        """Whether rows are narrower than the tiles that hold them, which have padded columns."""
         return max(self.head_dim, self.v_head_dim) < self.width
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitKConfig:
-    """Tiles of the split-K kernel: packed rows by keys, and into how many splits the keys are cut.
+    """Tiles of the split-K kernel, in packed rows by keys, and the number of splits of the keys.
 
-    ``num_splits`` programs are launched; where a mask leaves fewer than :data:`LONG_KEYS` keys to visit, only the first
-    ``short_splits`` of them work. ``separate_full`` gives full tiles a loop of their own, without checks or mask. The
-    other tiles' loop is not pipelined: one of them counts as ``edge_weight`` full ones where splits share the keys.
+    ``num_splits`` splits are launched. If fewer than :data:`LONG_KEYS` keys are to be visited, only the first
+    ``short_splits`` are active. ``separate_full`` gives full tiles a separate loop, without checks or mask. The loop
+    over other tiles is then not pipelined, so each counts as ``edge_weight`` full tiles when splits divide the keys.
     """
 
     block_rows: int
@@ -84,8 +84,8 @@ class SplitKConfig:
 class TiledConfig:
     """Tiles of the prefill kernel: query rows by keys.
 
-    ``edge_block_n`` and ``edge_stages`` are for the loop over tiles that need checks or a mask, which costs registers
-    and shared memory of its own; ``edge_block_n`` divides ``block_n``.
+    ``edge_block_n`` and ``edge_stages`` are for the loop over edge tiles, which need checks or a mask. That loop costs
+    additional registers and shared memory. ``edge_block_n`` divides ``block_n``.
     """
 
     block_m: int
@@ -98,16 +98,21 @@ class TiledConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of the kernel for Hopper: query rows by ``block_n`` keys, by columns of V.
+    """Tiles of the Hopper kernel: query rows by ``block_n`` keys, and columns of V.
 
-    Each of two warp groups has 64 rows and ``block_dv`` columns. They have rows of their own, or with ``share_rows``
-    the same rows and columns of their own. ``num_stages`` tiles of keys and of values are in shared memory, and
-    ``more_v_stages`` of values, which are held longer (fewer, if negative); at least two of either: the next tile is
-    waited for before the last tile of values is given back. With ``wide_stores`` 4 KB more let results be stored 16
-    bytes a thread. With ``tma`` keys and values are copied by tensor maps, which every program makes first; not with
-    ``share_rows``, whose splits are too short for it. ``consumer_registers`` and ``producer_registers`` are per thread.
-    Splits are as in :class:`SplitKConfig`, with ``long_keys`` for :data:`LONG_KEYS`; of prefill, as many of them are
-    launched as give ``fill`` programs at most, and at least one.
+    Each of two consumer warp groups has 64 rows and ``block_dv`` columns. The groups have different rows, or with
+    ``share_rows`` the same rows and different columns.
+
+    Shared memory holds ``num_stages`` tiles of keys and ``num_stages + more_v_stages`` tiles of values, which are held
+    longer. Each must be at least two, because a consumer waits for the next tile before it gives back the last tile of
+    values. ``wide_stores`` uses 4 KB more, so that each thread stores results in 16 bytes.
+
+    With ``tma``, keys and values are copied by tensor maps. Every program makes its own, while its first tiles are
+    copied without. It cannot be combined with ``share_rows``, whose splits are too short for it.
+
+    ``consumer_registers`` and ``producer_registers`` are per thread. Splits are as in :class:`SplitKConfig`, with
+    ``long_keys`` instead of :data:`LONG_KEYS`. Prefill launches as many splits as give at most ``fill`` programs, but
+    at least one.
     """
 
     block_n: int
@@ -126,12 +131,12 @@ class HopperConfig:
 
     @property
     def block_m(self) -> int:
-        """Query rows of a program."""
+        """Query rows per program."""
         return 64 if self.share_rows else 128
 
     @property
     def columns(self) -> int:
-        """Columns of V of a program."""
+        """Columns of V per program."""
         return 2 * self.block_dv if self.share_rows else self.block_dv
 
     def __post_init__(self) -> None:
@@ -147,27 +152,28 @@ Config = SplitKConfig | TiledConfig | HopperConfig
 
 @dataclasses.dataclass(frozen=True)
 class CombineConfig:
-    """Tiles of the kernel that combines splits: a step of its one warp adds ``block_s``, in ``block_dv`` columns."""
+    """Tiles of the combining kernel. A step of its single warp adds ``block_s`` splits in ``block_dv`` columns."""
 
     block_s: int
     block_dv: int
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below ``n``."""
+    """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile that holds ``head_dim``: a power of two, at least 16 (a matrix instruction's minimum)."""
+    """Columns of a tile that holds ``head_dim``: a power of two, at least 16 (the minimum of a matrix instruction)."""
     return max(16, next_power_of_2(head_dim))
 
 
 def even(splits: int, tiles: int | None = None) -> int:
-    """``splits``, or the multiple of 16 below if that is near and no split gets more of ``tiles``, if they are known.
+    """``splits`` rounded down to a multiple of 16, if that is near and no split gets more of the ``tiles``, if known.
 
-    Steps that combine powers of two have nothing left over then: 32 splits instead of 33 took 17.8 instead of 18.3 us
-    for one row of D = 512 and 4,096 keys of an H100, 11.6 instead of 12.5 for 16 rows of D = 256.
+    Combining steps add powers of two, so they then have no remainder. On an H100 with 4,096 keys, 32 splits instead of
+    33 took 17.8 us instead of 18.3 us for one row with D = 512, and 11.6 us instead of 12.5 us for 16 rows with
+    D = 256.
     """
     even = splits - splits % 16
     near = splits % 16 <= splits // 32

@@ -1,1 +1,1 @@
-"""The rewrite of attention: find it, bring it to four dimensions, choose a kernel, put it in."""
+"""The attention rewrite: finds attention, brings it to four dimensions, chooses a kernel and inserts it."""

@@ -1,4 +1,4 @@
-"""One attention call: the arguments of ``scaled_dot_product_attention``, as a node or as planned."""
+"""One attention call: the arguments of ``scaled_dot_product_attention``, read from a node or planned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ATEN_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def find_sdpa(graph_module: GraphModule) -> list[tuple[GraphModule, Node]]:
-    """Every ``scaled_dot_product_attention`` with the (sub)graph it is in, in graph order."""
+    """Every ``scaled_dot_product_attention`` with the graph or subgraph that contains it, in graph order."""
     return [
         (module, node)
         for module in graph_module.modules()
@@ -31,9 +31,9 @@ class SdpaCall:
 
     Attributes:
         node: the node itself.
-        query, key, value, mask: arguments, as nodes or planned (``mask`` may be ``None``).
+        query, key, value, mask: arguments, as nodes or plans (``mask`` may be ``None``).
         dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
-        dims: for each of the dimensions ``[B, H, L, D]`` those of the node's result that it stands for.
+        dims: for each of the dimensions ``[B, H, L, D]``, the dimensions of the node's result that it represents.
     """
 
     node: Node
@@ -49,7 +49,7 @@ class SdpaCall:
 
     @classmethod
     def from_node(cls, node: Node) -> SdpaCall:
-        """Reads positional and keyword arguments by the operator's schema."""
+        """Reads positional and keyword arguments according to the operator's schema."""
         names = [argument.name for argument in ATEN_SDPA._schema.arguments]
         given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         return cls(

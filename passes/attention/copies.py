@@ -1,8 +1,8 @@
-"""What a program copies in front of an attention kernel, for the report: kernels read views, and copy nothing.
+"""Estimates what a program copies in front of an attention kernel, for the report. Kernels read views and copy nothing.
 
-A repetition of heads that is not undone writes a cache several times over at every call; ``cat`` of past and new keys
-writes it once, as do ``contiguous`` and a ``reshape`` that is no view. A copy of what was computed just before is not
-counted: compilers write the result where it is wanted.
+A repetition of heads that is not undone writes a cache several times in each call. ``cat`` of past and new keys writes
+it once, and so do ``contiguous`` and a ``reshape`` that is not a view. A copy of a result that was just computed does
+not count, because compilers write the result directly to its destination.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashpte.passes.graph.views import Kind, kind_of, packet_of
 aten = torch.ops.aten
 
 _ALWAYS = (Kind.REPEAT, Kind.INTERLEAVE, Kind.INDEX, Kind.JOIN)
-# What gives the tensor that it changes, and what writes its result to memory of its own.
+# Operators that return the tensor they update. Below: operators that write their result to their own memory.
 _UPDATES = (
     *(aten.index_copy, aten.index_copy_, aten.index_put, aten.index_put_, aten.slice_scatter, aten.select_scatter),
     *(aten.copy, aten.copy_, aten.scatter, aten.scatter_),
@@ -32,11 +32,11 @@ _PRODUCTS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.matmul, aten.line
 
 
 def copied_bytes(call: SdpaCall, counted: set[Value], ranges: Ranges | None) -> int:
-    """Bytes that one run writes only to hand query, key and value to the kernel of ``call``, at most.
+    """The most bytes that one run writes only to hand query, key and value to the kernel of ``call``.
 
     Args:
         call: the call that is replaced.
-        counted: the copies that were counted before; those of this call are added.
+        counted: copies that were already counted. The copies of this call are added.
         ranges: the range constraints of its program.
     """
     total = 0
@@ -49,7 +49,7 @@ def copied_bytes(call: SdpaCall, counted: set[Value], ranges: Ranges | None) -> 
 
 
 def _copies(operand: Value) -> Iterator[Value]:
-    """The nodes that copy on the way to an operand."""
+    """The nodes on the way to an operand that make copies."""
     chain = [operand]
     while (source := _behind(chain[-1])) is not None:
         chain.append(source)
@@ -61,7 +61,7 @@ def _copies(operand: Value) -> Iterator[Value]:
 
 
 def _behind(node: Value) -> Value | None:
-    """The tensor whose entries, or some of them, ``node`` holds."""
+    """The tensor that ``node`` takes all or some of its entries from."""
     given = node.args[0] if node.args else None
     if node.op == "call_function" and node.target is operator.getitem and isinstance(given, Value):
         parts = kind_of(given) is Kind.SPLIT
@@ -91,7 +91,7 @@ def _is_copy(node: Value) -> bool:
 
 
 def _joined(root: Value) -> list[Value]:
-    """The tensors that a join at the start of a chain is made of; else the start itself."""
+    """The inputs of a join at the start of a chain, or the start itself if it is not a join."""
     if kind_of(root) is Kind.JOIN:
         given = root.args[0]
         assert isinstance(given, (list, tuple))
@@ -100,7 +100,7 @@ def _joined(root: Value) -> list[Value]:
 
 
 def _is_in_memory(node: Value) -> bool:
-    """Whether a tensor is in memory before a compiler could write it anywhere else: an input, a cache, a product."""
+    """Whether a compiler cannot redirect a tensor's memory, because it is an input, a cache or a matrix product."""
     while True:
         packet = packet_of(node)
         source = node.args[0] if packet in _UPDATES else _behind(node)

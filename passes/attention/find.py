@@ -1,4 +1,4 @@
-"""Finds every attention of a program, whatever it is written as: none may be absent from the report."""
+"""Finds every attention of a program, in any form. The report must not miss one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashpte.passes.graph.values import aten_target
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Attention that is one node: ``scaled_dot_product_attention``, or an operator that is the same."""
+    """Attention as a single node: ``scaled_dot_product_attention`` or an equivalent operator."""
 
     node: Node
 
@@ -23,7 +23,7 @@ Found = Call | Written | Unserved
 
 
 def find_attention(node: Node) -> Found | None:
-    """The attention that a node is, or that it is the softmax of; ``None`` if of none."""
+    """The attention that a node is, or whose softmax it is; ``None`` if neither."""
     if aten_target(node) is ATEN_SDPA or is_other_attention(node):
         return Call(node)
     return named(node) or find_written(node)

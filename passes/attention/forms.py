@@ -1,10 +1,11 @@
-"""Brings attention of any rank to ``[B, H, L, D]``, and back: views around the node. Plans, and inserts nothing.
+"""Brings attention of any rank to ``[B, H, L, D]`` and back, with views around the node. Plans views, inserts nothing.
 
-``[L, D]``, ``[B, L, D]``, windows ``[B, N, H, L, D]``, and tensors that broadcast along the batch or the heads: the
-dimension in front of the length is the heads, what is in front of it the batch. A broadcast is a stride of 0.
+The inputs may be ``[L, D]``, ``[B, L, D]``, windows ``[B, N, H, L, D]``, or tensors that broadcast along the batch or
+the heads. The dimension in front of the length is the heads, and all dimensions before that are the batch. A broadcast
+is a stride of 0.
 
-The traps: dimensions that do not follow each other in memory merge only by a copy, which is worth it where keys are
-read by many rows, not where a row or two read a cache. And the result must come back in the memory layout of the node.
+Two traps. Dimensions that are not adjacent in memory merge only with a copy. The copy pays off if many rows read the
+keys, but not if one or two rows read a cache. The result must come back in the memory layout of the node.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ Size = int | torch.SymInt
 
 
 def may_copy(call: SdpaCall, ranges: Ranges | None = None) -> bool:
-    """Whether a copy of the keys is small beside the attention: many rows read them, or they are as new as the rows."""
+    """Whether copying the keys is cheap next to the attention: many rows read them, or there is a row per key."""
     q_len, kv_len = val(call.query).shape[-2], val(call.key).shape[-2]
     return size_range(q_len, ranges)[0] > MAX_ROWS or same_size(q_len, kv_len)
 
 
 def merges_in_place(sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt]) -> bool:
-    """Whether neighbouring dimensions are one dimension of the same memory."""
+    """Whether adjacent dimensions can be viewed as one dimension."""
     kept = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if not same_size(size, 1)]
     return all(same_size(outer[1], inner[0] * inner[1]) for outer, inner in itertools.pairwise(kept))
 
 
 def to_four_dims(call: SdpaCall, ranges: Ranges | None = None) -> SdpaCall | str:
-    """The call on ``[B, H, L, D]`` tensors, by planned views; or in one sentence why there are none.
+    """The call on ``[B, H, L, D]`` tensors, with planned views; or one sentence that says why that is impossible.
 
     Args:
-        call: the call as it is written.
-        ranges: the program's range constraints, where they are known.
+        call: the call in its original form.
+        ranges: the program's range constraints, if known.
     """
     tensors = [val(node) for node in (call.query, call.key, call.value)]
     rank = val(call.node).dim()
@@ -63,7 +64,7 @@ def to_four_dims(call: SdpaCall, ranges: Ranges | None = None) -> SdpaCall | str
 
 
 def broadcast(call: SdpaCall) -> SdpaCall:
-    """The call with one batch size and one number of key/value heads: what has size 1 there is expanded."""
+    """The call with equal batch sizes and equal key/value head counts. Dimensions of size 1 are expanded."""
     if any(val(node).dim() != 4 for node in (call.query, call.key, call.value)):
         return call
     nodes: dict[str, Value] = {"query": call.query, "key": call.key, "value": call.value}
@@ -77,7 +78,7 @@ def broadcast(call: SdpaCall) -> SdpaCall:
 
 
 def with_unit_strides(call: SdpaCall, ranges: Ranges | None = None) -> SdpaCall:
-    """The call on copies of keys and values that are not contiguous in the head dim, where a copy is worth it."""
+    """The call with copies of keys and values that are not contiguous in the head dim, if a copy pays off."""
     given = (call.key, call.value)
     if any(val(node).dim() != 4 for node in given) or not may_copy(call, ranges):
         return call
@@ -91,7 +92,7 @@ def with_unit_strides(call: SdpaCall, ranges: Ranges | None = None) -> SdpaCall:
 
 
 def require_equal(anchor: Node, a: Size, b: Size, sources: Sequence[Value | None]) -> None:
-    """Inserts a check that two sizes, of which one is dynamic, are equal, as attention checks."""
+    """Inserts a check that two sizes are equal, as attention does. At least one of them is dynamic."""
     given = [node for node in sources if node is not None]
     sides = [size if isinstance(size, int) else insert(_planned_size(anchor, size, given), anchor) for size in (a, b)]
     equal = insert_before(anchor, operator.eq, tuple(sides), a == b)
@@ -100,7 +101,7 @@ def require_equal(anchor: Node, a: Size, b: Size, sources: Sequence[Value | None
 
 
 def restored(call: SdpaCall, result: Value) -> Value:
-    """The kernel's ``[B, H, L, D]`` in the node's own dimensions, by planned views."""
+    """The kernel's ``[B, H, L, D]`` result in the node's own dimensions, with planned views."""
     shape = val(call.node).shape
     if all(len(group) == 1 for group in call.dims):
         return result
@@ -116,7 +117,7 @@ def restored(call: SdpaCall, result: Value) -> Value:
 
 
 def _of_few_dims(call: SdpaCall, rank: int) -> SdpaCall:
-    """``[L, D]`` and ``[N, L, D]``."""
+    """Handles ``[L, D]`` and ``[N, L, D]``."""
     nodes: list[Value] = [call.query, call.key, call.value]
     while any(val(node).dim() < rank for node in nodes):
         nodes = [_unsqueezed(node, 0) if val(node).dim() < rank else node for node in nodes]
@@ -128,7 +129,7 @@ def _of_few_dims(call: SdpaCall, rank: int) -> SdpaCall:
     if fixed and (call.enable_gqa or not all(same_size(size, sizes[0]) for size in sizes)):
         nodes = [_unsqueezed(node, 0) for node in nodes]
         return _with(call, nodes, call.mask, ((), (0,), (1,), (2,)))
-    # Without groups the batch is as good, which may be dynamic, and where a mask may differ and still be proven.
+    # Without groups, N can also be the batch. The batch may be dynamic, and a mask that differs along it can be proven.
     nodes = [_unsqueezed(node, 1) for node in nodes]
     mask = call.mask
     if mask is not None and val(mask).dim() == 3:
@@ -141,7 +142,7 @@ def _of_few_dims(call: SdpaCall, rank: int) -> SdpaCall:
 
 
 def _of_many_dims(call: SdpaCall, rank: int, ranges: Ranges | None) -> SdpaCall | str:
-    """Four or more dimensions in any of the tensors: all in front of the heads are one batch."""
+    """Handles four or more dimensions in any of the tensors. All dimensions before the heads become one batch."""
     nodes: list[Value] = [call.query, call.key, call.value]
     while any(val(node).dim() < rank for node in nodes):
         nodes = [_unsqueezed(node, 0) if val(node).dim() < rank else node for node in nodes]
@@ -167,7 +168,7 @@ def _of_many_dims(call: SdpaCall, rank: int, ranges: Ranges | None) -> SdpaCall 
 
 
 def _merged_mask(call: SdpaCall, batch: Sequence[int | torch.SymInt], sources: Sequence[Value]) -> Value:
-    """A mask of an attention with several batch dimensions, as the attention with one sees it."""
+    """The mask of an attention with several batch dimensions, with these merged into one."""
     assert call.mask is not None
     source = mask_source(call.mask)
     extra = val(source).dim() - 3
@@ -195,7 +196,7 @@ def _merged(node: Value, rank: int) -> Value:
 
 
 def _expanded(nodes: dict[str, Value], dim: int) -> dict[str, Value]:
-    """The nodes that have size 1 in ``dim`` where another has more, expanded to it."""
+    """The nodes whose ``dim`` has size 1, expanded to the size of the others; empty if all have size 1."""
     sizes = {name: val(node).shape[dim] for name, node in nodes.items()}
     wide = [name for name, size in sizes.items() if not same_size(size, 1)]
     if not wide:
@@ -210,7 +211,7 @@ def _expanded(nodes: dict[str, Value], dim: int) -> dict[str, Value]:
 
 
 def _planned_size(anchor: Node, size: torch.SymInt, sources: Sequence[Value]) -> Value:
-    """A value that reads a dynamic size off one of ``sources`` that has it."""
+    """A value that reads a dynamic size from one of ``sources`` that has it."""
     for source in sources:
         known = source.meta["val"]
         if isinstance(known, torch.SymInt) and same_size(known, size):

@@ -1,7 +1,7 @@
-"""Attention of other operators than ``scaled_dot_product_attention``: what it is lowered to, and what others call.
+"""Handles attention operators other than ``scaled_dot_product_attention``.
 
-PyTorch picks one of its kernels for a device where a program is made functional, and ExecuTorch has Triton operators of
-its own. They say the same with other defaults. Operators that do more than attention are named.
+PyTorch replaces it by a device-specific operator when a program is made functional, and ExecuTorch has its own Triton
+operators. These compute the same with other defaults. Operators that do more than attention are reported with a reason.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _FUSED = (
     "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_attention_math",
 )
-# Causal from the top left, whatever the lengths; the others are given as many rows as keys.
+# These align a causal mask to the top left for any lengths. The others are taken only with as many rows as keys.
 _TOP_LEFT = ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_attention_math")
 _TRITON = ("triton::sdpa", "triton::sdpa_decode_splitk", "triton::sdpa_small_query_splitk")
 _NAMED = {
     "flex_attention": "flex_attention is a higher-order operator: its score function and its block mask are code that "
-    "Inductor compiles into a kernel of its own",
+    "Inductor compiles into a separate kernel",
     "flex_attention_backward": "flex_attention is a higher-order operator; its backward is for training",
     "triton::tq4_sdpa": "its keys and values are quantized; the kernels take one of bfloat16, float16, float32",
-    "llama::sdpa_with_kv_cache": "the operator writes a cache, too",
-    "llama::custom_sdpa": "the operator takes its positions as a number and its heads behind the length",
+    "llama::sdpa_with_kv_cache": "the operator also writes a cache",
+    "llama::custom_sdpa": "the operator takes its positions as a number and its heads after the length",
     "llama::custom_quantized_sdpa": "its keys and values are quantized",
-    "aten::_native_multi_head_attention": "the operator holds its projections, too",
+    "aten::_native_multi_head_attention": "the operator also contains its projections",
     "aten::_transformer_encoder_layer_fwd": "the operator is a whole layer",
-    "aten::_flash_attention_forward": "its sequences are packed, with lengths of their own",
-    "aten::_efficient_attention_forward": "its heads are behind the length, and its sequences may be packed",
+    "aten::_flash_attention_forward": "its sequences are packed, each with its own length",
+    "aten::_efficient_attention_forward": "its heads are after the length, and its sequences may be packed",
     "aten::_cudnn_attention_forward": "its sequences may be packed",
 }
 
 
 def operator_name(node: Node) -> str:
-    """``namespace::name`` of the operator that a node calls; of a higher-order one its name."""
+    """``namespace::name`` of the operator that a node calls, or the name of a higher-order operator."""
     if node.op != "call_function":
         return ""
     target: Any = aten_target(node)
@@ -58,18 +58,18 @@ def operator_name(node: Node) -> str:
 
 
 def named(node: Node) -> Unserved | None:
-    """Attention of an operator that has no form of a plain call, with the reason."""
+    """An attention operator that cannot be written as a plain call, with the reason; ``None`` for other nodes."""
     reason = _NAMED.get(operator_name(node))
     return None if reason is None else Unserved(node, reason)
 
 
 def is_other_attention(node: Node) -> bool:
-    """Whether :func:`other_call` may read the node."""
+    """Whether :func:`other_call` can read the node."""
     return operator_name(node) in (*_FUSED, *_TRITON)
 
 
 def other_call(node: Node) -> SdpaCall | str:
-    """The plain call that an operator stands for, or in one sentence why there is none; plans at most a mask."""
+    """The plain call that is equivalent to an operator, or one sentence that says why none is. Plans at most a mask."""
     schema = aten_target(node)._schema
     given: dict[str, Any] = {argument.name: argument.default_value for argument in schema.arguments}
     given |= dict(zip((argument.name for argument in schema.arguments), node.args, strict=False)) | node.kwargs
@@ -77,7 +77,7 @@ def other_call(node: Node) -> SdpaCall | str:
     result, causal, scale = node, given["is_causal"], given.get("scale")
     name = schema.name
     if len(schema.returns) > 1:
-        # A trace takes all results, whether they are used or not.
+        # A trace unpacks all results, used or not.
         items = [user for user in node.users if user.users]
         if len(items) != 1 or items[0].target is not operator.getitem or items[0].args[1] != 0:
             return f"{name} has more than one result that is used"
@@ -86,7 +86,8 @@ def other_call(node: Node) -> SdpaCall | str:
     lengths = val(query).shape[-2], val(key).shape[-2]
     if name in _TRITON:
         scale = None if scale == 0.0 else scale
-        # One row of these two sees all keys, causal or not; the other takes as many keys as rows.
+        # A row of the two split-K operators sees all keys, causal or not. A causal triton::sdpa takes as many keys as
+        # rows.
         causal = causal and name == "triton::sdpa"
         mask = _bounded(key, mask, given.get("kv_len"))
     if causal and not same_size(*lengths) and name not in _TOP_LEFT:
@@ -96,7 +97,7 @@ def other_call(node: Node) -> SdpaCall | str:
 
 
 def _bounded(key: Node, mask: Value | None, kv_len: Node | None) -> Value | None:
-    """The mask of a call that reads the first ``kv_len`` keys alone."""
+    """The mask of a call that reads only the first ``kv_len`` keys."""
     if kv_len is None:
         return mask
     options: dict[str, Any] = {"dtype": torch.int64, "device": val(kv_len).device, "pin_memory": False, "near": key}

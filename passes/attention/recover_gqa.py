@@ -1,14 +1,14 @@
-"""Recovers grouped-query attention: undoes whatever repeats heads in front of the keys and values.
+"""Recovers grouped-query attention (GQA) by undoing any repetition of the key and value heads.
 
-Without ``enable_gqa`` a model repeats each key/value head for the query heads that share it: ``unsqueeze -> expand ->
+Without ``enable_gqa``, a model repeats each key/value head for the query heads that share it: ``unsqueeze -> expand ->
 reshape`` (Hugging Face's ``repeat_kv``), ``repeat_interleave`` before or after the heads are moved in front of the
-length, a broadcast to more heads than one, ``stack``, an index. That copies the whole cache at every step; the kernels
-take grouped heads as they are. Where each head comes from (``passes/graph/layouts.py``) tells such a chain from any
-other, not its form.
+length, a broadcast of a single head, ``stack``, or an index. That copies the whole cache at every step. The kernels
+take grouped heads directly. The pass recognizes such a chain by where each head comes from
+(``passes/graph/layouts.py``), not by its operators.
 
-The traps: ``k.repeat(1, G, 1, 1)`` has the same shapes and another order of heads (0 1 0 1 instead of 0 0 1 1). And
-before a program is made functional, the cache may be written between the repetition and the attention, or the copy may
-be: then the copy is not the cache.
+Two traps. ``k.repeat(1, G, 1, 1)`` has the same shapes but another order of heads (0 1 0 1 instead of 0 0 1 1). In a
+program that is not functional yet, the cache or its copy may be written between the repetition and the attention, and
+then the copy differs from the cache.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Origin:
 
     Attributes:
         source: the node at the start of the chain.
-        chain: the nodes behind it, first one first.
-        dims: for each of the four dimensions the source's; ``None`` where the source has one entry for all.
-        group: how many heads in a row are one head of the source.
+        chain: the nodes after the source, in order.
+        dims: the source's dimension for each of the four dimensions; ``None`` where the source has one entry for all.
+        group: how many consecutive heads come from one head of the source.
         repeats: whether anything is repeated.
-        read: nodes whose values were looked at.
+        read: nodes whose values were evaluated.
     """
 
     source: Value
@@ -50,16 +50,16 @@ class Origin:
 
     @property
     def is_view(self) -> bool:
-        """Whether the source has the four dimensions as they are, but for repeated heads."""
+        """Whether the source has the same four dimensions, except for repeated heads."""
         return self.dims == (0, 1, 2, 3) and val(self.source).dim() == 4
 
     def heads(self) -> int | torch.SymInt:
-        """Heads of the source."""
+        """Number of heads of the source."""
         dim = self.dims[-3]
         return 1 if dim is None else val(self.source).shape[dim]
 
     def planned(self) -> Value:
-        """The source as ``[B or 1, H / group, L, D]``, by planned views."""
+        """The source as ``[B or 1, H / group, L, D]``, with planned views."""
         value, dims = self.source, self.dims
         missing = [dim for dim in range(val(value).dim()) if dim not in dims]
         if missing:
@@ -74,9 +74,9 @@ class Origin:
         return value
 
     def may_be_written(self, before: Node) -> bool:
-        """Whether what the operand is read from may be written to on the way to ``before``."""
+        """Whether memory that the operand is read from may be written before the node ``before``."""
         copied = [node for node in self.chain if isinstance(node, Node)]
-        # What is planned reads its source at the call itself.
+        # A plan reads its source at the call itself.
         if copied and written_between(copied[0].prev, before, nodes_of([self.source, *copied])):
             return True
         first = min(self.read, default=None)
@@ -84,13 +84,13 @@ class Origin:
 
 
 def recover_gqa(call: SdpaCall, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall:
-    """The call on grouped heads, if both key and value are repetitions of fewer heads; else the call itself.
+    """The call on grouped heads if both key and value repeat fewer heads, otherwise the call itself.
 
-    Plans at most views; the repetition is dead once the call is replaced.
+    Plans at most views. The repetition becomes dead code once the call is replaced.
 
     Args:
         call: the call, on four dimensions.
-        constants: the values of placeholders that no run of the program changes, by name.
+        constants: the values of placeholders that are the same in every call, by name.
     """
     if any(val(node).dim() != 4 for node in (call.query, call.key, call.value)):
         return call
@@ -107,7 +107,7 @@ def recover_gqa(call: SdpaCall, constants: Mapping[str, torch.Tensor] | None = N
 
 
 def origin_of(node: Value, constants: Mapping[str, torch.Tensor] | None = None) -> Origin | None:
-    """What ``node`` ``[B, H, L, D]`` is a repetition of, along the heads and the batch; ``None`` if of nothing."""
+    """The tensor that ``node`` ``[B, H, L, D]`` repeats along the heads and the batch; ``None`` if there is none."""
     chain = [node]
     while (parent := moved_input(chain[-1])) is not None:
         chain.append(parent)
@@ -121,19 +121,19 @@ def origin_of(node: Value, constants: Mapping[str, torch.Tensor] | None = None) 
         if best is None:
             best = origin
         elif origin.is_view and (not best.is_view or val(origin.source).stride(3) == val(best.source).stride(3)):
-            # The nearest is good enough, unless there is one that needs no views, or is not a copy.
+            # Keep the nearest origin, unless a farther one needs no views and the nearest does, or it skips a copy.
             best = origin
     return best
 
 
 def origin_from(source: Value, chain: Sequence[Value], layout: Layout, read: Collection[Node] = ()) -> Origin | None:
-    """Attention's operand of a layout; ``None`` if it is more than a repetition along the heads and the batch.
+    """The origin of an operand with this layout; ``None`` if it is more than a repetition along heads and batch.
 
     Args:
         source: the start of the chain.
-        chain: the nodes behind it, first one first.
-        layout: the layout of the operand, with the heads in the third dimension from the end, if there are three.
-        read: nodes whose values were looked at.
+        chain: the nodes after the source, in order.
+        layout: the layout of the operand. The third dimension from the end, if there is one, is the heads.
+        read: nodes whose values were evaluated.
     """
     shape = val(source).shape
     group, repeats = 1, False
@@ -153,7 +153,7 @@ def origin_from(source: Value, chain: Sequence[Value], layout: Layout, read: Col
         if len(own) > 1 or own[0].dim is None or not same_size(own[0].size, shape[own[0].dim]):
             return None
         dims.append(own[0].dim)
-    # Of a size of 1, which no factor tells, the source's own dimension where there is one.
+    # A dimension of size 1 has no factor. Assign it the source's own dimension if possible.
     if len(shape) == len(dims):
         for dim, origin in enumerate(dims):
             if origin is None and dim not in dims and same_size(shape[dim], 1):

@@ -1,4 +1,4 @@
-"""What the pass did with every attention node, for people (a table) and for programs (``to_dict``)."""
+"""The report on every attention node, for people (a table) and for programs (``to_dict``)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class NodeRoute:
-    """The decision about one ``scaled_dot_product_attention`` node.
+    """The decision on one attention.
 
     Attributes:
         node: name of the original node in the graph.
-        module_path: dotted path of the module that called it (empty when the graph does not say).
-        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), or ``None`` when it was declined.
-        reason: one plain sentence: why this operator, or why the node was left alone.
-        query, key, value: shapes as written in the graph; a dynamic size is a string such as ``"s3"``.
-        lq_range: smallest and largest L_q the program admits (``None`` for no upper bound).
-        dtype: dtype of query.
-        mask: what the mask is: ``"none"``, ``"causal"``, a proven structure such as ``"window"`` or
-            ``"causal+padding"``, or ``"bool"`` or ``"float"`` for one that is only known as a tensor.
-        branches: what the operator chooses between at run time, by L_q; empty where there is no choice.
-        mask_form: what the operator is given: ``"none"``, ``"is_causal"``, ``"positions"`` (the mask's tensor is gone)
-            or ``"tensor"``.
+        module_path: dotted path of the module that called it; empty if the graph does not say.
+        op: name of the operator that replaced it (``flashpte::sdpa_decode``, ...), or ``None`` if it was declined.
+        reason: one plain sentence that says why this operator was chosen, or why the node was left alone.
+        query, key, value: shapes; a dynamic size is a string such as ``"s3"``.
+        lq_range: smallest and largest L_q that the program admits (``None`` for no upper bound).
+        dtype: dtype of the query.
+        mask: the kind of mask: ``"none"``, ``"causal"``, a proven structure such as ``"window"`` or
+            ``"causal+padding"``, or ``"bool"`` or ``"float"`` if nothing more is known.
+        branches: the operators that L_q chooses between at run time; empty if there is no choice.
+        mask_form: how the operator gets the mask: ``"none"``, ``"is_causal"``, ``"positions"`` (without the mask's
+            tensor) or ``"tensor"``.
         mask_note: one plain sentence on why the mask has that form; empty without a mask.
-        map_users: how many attention nodes use this node's tile map, this one included; 0 where there is none.
-        bytes_saved: estimate of the bytes that one run of this node no longer reads and writes: its read of the mask
-            (of a mapped one, if another node's read made the map), the mask's making (of a proven one, counted once),
-            keys and values repeated per query head. At the largest sizes the program admits.
+        map_users: how many attention nodes use this node's tile map, including this one; 0 without a map.
+        bytes_saved: estimate of the bytes that one run of this node no longer reads and writes. It has the node's read
+            of the mask (for a mapped mask, only if the map was made for another node), the write of a proven mask
+            (counted once), and keys and values repeated per query head. Uses the largest sizes the program admits.
         bytes_copied: estimate of the bytes that one run writes only to hand query, key and value to this node's kernel:
-            heads that are repeated, past keys in front of new ones, tensors in another memory layout. At the largest
-            sizes the program admits; a copy that several nodes use is counted at the first.
+            repeated heads, past keys joined with new ones, tensors in another memory layout. Uses the largest sizes the
+            program admits. A copy that several nodes use is counted at the first.
     """
 
     node: str
@@ -71,12 +71,12 @@ class RoutingReport:
 
     @property
     def replaced(self) -> tuple[NodeRoute, ...]:
-        """The nodes that now run on one of our kernels."""
+        """The nodes that now run on a flashpte kernel."""
         return tuple(n for n in self.nodes if n.replaced)
 
     @property
     def declined(self) -> tuple[NodeRoute, ...]:
-        """The nodes that were left as they were."""
+        """The nodes that were left alone."""
         return tuple(n for n in self.nodes if not n.replaced)
 
     def to_dict(self) -> dict[str, Any]:

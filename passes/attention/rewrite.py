@@ -1,4 +1,4 @@
-"""The rewrite of attention: every call of it, however it is written, for the kernel that fits its shape."""
+"""The attention rewrite, which replaces each attention, in any form, by the kernel that fits its shape."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class _Plan:
     """What one call becomes.
 
     Attributes:
-        call: the call as the kernel gets it, on planned values.
-        route: the operator, and why.
-        mask: what the operator is told about the mask.
-        entry: the report's entry, but for what only the inserted nodes tell.
+        call: the call that the kernel gets, on planned values.
+        route: the operator and the reason.
+        mask: how the operator gets the mask.
+        entry: the report's entry, without the fields that need the inserted nodes.
         saved: bytes of repeated keys and values that are no longer written and read.
     """
 
@@ -61,13 +61,13 @@ class _Applied:
 
 
 class _Shared:
-    """What the calls of one graph share.
+    """State that the calls of one graph share.
 
     Attributes:
         masks: the masks.
-        written_in: values that were written into the program as they are, by the names of their placeholders.
-        copies: copies that the report has counted.
-        tiles: the tile maps that calls were given so far.
+        written_in: tensors that the program holds as plain constants (not buffers), by the placeholder's name.
+        copies: copies that the report has already counted.
+        tiles: the tile maps that calls have used so far.
     """
 
     def __init__(self, scope: Scope) -> None:
@@ -82,17 +82,17 @@ class _Shared:
 
 
 class AttentionRewrite(Rewrite):
-    """Swaps every attention call of a program for the kernel that fits its shape; see docs/routing.md."""
+    """Replaces every attention of a program by the kernel that fits its shape; see docs/routing.md."""
 
     name = "attention"
 
     def prepare(self, program: ExportedProgram) -> ExportedProgram:
-        """Masks are proven of plain operators. A program without attention that is one node stays as it is."""
+        """Replaces ``vmap`` by plain operators, which mask proofs need. A program without SDPA nodes stays as it is."""
         return without_vmap(program) if find_sdpa(program.graph_module) else program
 
     @contextlib.contextmanager
     def around(self, run: Run) -> Iterator[None]:
-        """Copies masks into the regions that read them, and takes back what no region needs after all."""
+        """Copies masks into the regions that read them, and removes the copies that no region needs in the end."""
         regions = copy_masks_into_regions(run.graph_module)
         for region in regions:
             run.constants[region.body] = region_constants(region, run.constants.get(region.parent, {}))
@@ -100,11 +100,11 @@ class AttentionRewrite(Rewrite):
         tidy_regions(regions, run.kept)
 
     def match(self, node: Node, scope: Scope) -> Found | None:
-        """Attention that the node is, or that it is the softmax of."""
+        """The attention that the node is, or whose softmax it is."""
         return find_attention(node)
 
     def decide(self, match: Found, scope: Scope) -> Decision | Refusal:
-        """The operator that stands for a match, what it is given, and why; or why there is none."""
+        """Chooses the operator for a match, plans its arguments and gives the reason; or says why none fits."""
         shared, ranges = scope.state(_Shared), scope.ranges
         written = _written_call(match, shared)
         formed = written if isinstance(written, str) else to_four_dims(written, ranges)
@@ -120,7 +120,7 @@ class AttentionRewrite(Rewrite):
         return Decision(decision.reason, _Plan(call, decision, mask, entry, repeated_bytes(formed, call, ranges)))
 
     def apply(self, match: Found, decision: Decision, scope: Scope) -> _Applied:
-        """Puts the operator in the place of the match."""
+        """Replaces the match by the operator."""
         plan, shared = decision.plan, scope.state(_Shared)
         node = plan.call.node
         for a, b in plan.route.equal:
@@ -138,7 +138,7 @@ class AttentionRewrite(Rewrite):
         return _Applied(dataclasses.replace(plan.entry, bytes_saved=saved, bytes_copied=moved), tiles)
 
     def report(self, outcomes: Sequence[Outcome]) -> RoutingReport:
-        """One entry for every attention, with how many share its tile map."""
+        """One entry for every attention, including how many share its tile map."""
         applied = [outcome.result for outcome in outcomes]
         counts = collections.Counter(result.tiles for result in applied if result is not None)
         entries = []
@@ -151,7 +151,7 @@ class AttentionRewrite(Rewrite):
 
 
 def _written_call(found: Found, shared: _Shared) -> SdpaCall | str:
-    """The call as the program writes it, or in one sentence why it is none."""
+    """The call in the program's own form, or one sentence that says why it is not a plain call."""
     if isinstance(found, Unserved):
         return found.reason
     if isinstance(found, Written):
@@ -162,18 +162,18 @@ def _written_call(found: Found, shared: _Shared) -> SdpaCall | str:
 
 
 def _route(formed: SdpaCall, grouped: SdpaCall, ranges: Ranges | None) -> tuple[SdpaCall, Route]:
-    """The call that the kernels get, of the two that are the same, and the decision about it."""
+    """The call that the kernels get and the decision on it. ``formed`` and ``grouped`` are equivalent calls."""
     call = with_unit_strides(broadcast(grouped), ranges)
     decision = route(call, ranges)
     if decision.op is None and grouped is not formed:
-        # The repetition may be what made a layout fit: it is a copy.
+        # The repetition is a copy, so its layout may fit where the source's does not.
         call = with_unit_strides(broadcast(formed), ranges)
         decision = route(call, ranges)
     return call, decision
 
 
 def _tiles(call: SdpaCall, decision: Route) -> list[MapTile]:
-    """The tiles of the maps that the operator walks."""
+    """The tile sizes of the maps that the operator walks."""
     if decision.op not in (PREFILL, DISPATCH):
         return [MapTile.of_few_rows()]
     many = MapTile.of_many_rows(call)
@@ -181,7 +181,7 @@ def _tiles(call: SdpaCall, decision: Route) -> list[MapTile]:
 
 
 def _replace(call: SdpaCall, decision: Route, mask: MaskPlan) -> None:
-    """Puts the operator before the call's node, and in its place."""
+    """Inserts the operator before the call's node and replaces the node by it."""
     assert decision.op is not None
     namespace, name = decision.op.split("::")
     tiles, counts = mask.maps[0] if mask.maps else (None, None)
@@ -195,14 +195,14 @@ def _replace(call: SdpaCall, decision: Route, mask: MaskPlan) -> None:
     new = insert(restored(call, planned(op, *arguments, near=call.node)), call.node)
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
-    # Signatures of a program and of its modules refer to outputs by name.
+    # The signatures of a program and of its modules refer to outputs by name.
     new.name = call.node.name
 
 
 def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, Any]:
-    """The report's words on how a replaced call's mask is passed on."""
+    """The report's fields on the mask of a replaced call."""
     if isinstance(structure, Structure):
-        note = "the mask is computed from positions where it is needed, attention reads no tensor of it"
+        note = "the mask is computed from positions where it is needed; attention reads no mask tensor"
         return {"mask": structure.kind, "mask_form": "positions", "mask_note": note}
     if structure is not None:
         return {"mask_form": "tensor", "mask_note": f"the mask is read through a tile map: {structure}"}
@@ -210,14 +210,14 @@ def _mask_entry(call: SdpaCall, structure: Structure | str | None) -> dict[str, 
 
 
 def _mask_savings(call: SdpaCall, mask: MaskPlan, first: bool, ranges: Ranges | None) -> int:
-    """Bytes of mask that a call no longer moves; ``first``: no call before it has the same map."""
+    """Mask bytes that a call no longer moves. ``first`` says that no earlier call has the same map."""
     if isinstance(mask.structure, Structure):
         return mask_bytes(call, ranges) * (2 if first else 1)
     return 0 if first else mask_bytes(call, ranges)
 
 
 def _entry(node: Node, call: SdpaCall | None, decision: Route, ranges: Ranges | None) -> NodeRoute:
-    """The report on one attention: of one that is no call, what its node shows."""
+    """The report entry of one attention. Without a call, it holds what the node shows."""
     given = node.args[:3] if call is None else (call.query, call.key, call.value)
     if call is None and not isinstance(node.target, torch._ops.HigherOrderOperator):
         given = ()

@@ -1,4 +1,9 @@
-"""Which kernel an attention call gets, or why it gets none. Pure: reads the graph and changes nothing."""
+"""Chooses the operator for an attention call, or says why none fits. Reads the graph and changes nothing.
+
+The operator's launcher chooses the kernel when the program is traced for an arch. On sm_90, most 16-bit calls with more
+than 16 packed rows (L_q x H_q / H_kv) run on the Hopper kernel instead of the split-K or tiled kernel (see
+:mod:`flashpte.kernels`).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +27,15 @@ DISPATCH = "flashpte::sdpa_dispatch"
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A decision.
+    """The decision on one call.
 
     Attributes:
-        op: the operator, ``None`` when the call is declined.
-        reason: one plain sentence, whatever the decision.
+        op: the operator; ``None`` if the call is declined.
+        reason: one plain sentence, for either decision.
         scale: factor of the scores.
         dim_order: memory order of the result's dimensions.
-        branches: what ``op`` chooses between at run time: for at most :data:`MAX_ROWS` rows, and for more.
-        equal: pairs of sizes that attention requires to be equal, where the program does not say that they are.
+        branches: the operators that ``op`` chooses between at run time: up to :data:`MAX_ROWS` rows, and above.
+        equal: pairs of sizes that attention requires to be equal but that the program does not prove equal.
     """
 
     op: str | None
@@ -44,7 +49,7 @@ class Route:
 def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
     """The tensor's dimensions from outermost to innermost in memory.
 
-    A dimension of size 1 has no place of its own: it stays next to the dimension that follows it.
+    A dimension of size 1 has no place of its own. It stays next to the dimension that follows it.
     """
     strides = [hint(s) for s in tensor.stride()]
     sizes = [hint(s) for s in tensor.shape]
@@ -55,7 +60,7 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def result_order(call: SdpaCall, order: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The memory order of the four dimensions, given that of the node's own; ``None`` if no order of four is it."""
+    """The memory order of the four dimensions, given the order of the node's own; ``None`` if no order of four fits."""
     shape = val(call.node).shape
     kept = [dim for dim in order if not same_size(shape[dim], 1)]
     places: list[float] = []
@@ -74,14 +79,14 @@ def result_order(call: SdpaCall, order: tuple[int, ...]) -> tuple[int, ...] | No
 
 
 class _Sizes:
-    """Compares sizes as attention does, which fails at run time where some of them differ."""
+    """Compares sizes under the assumption that attention fails at run time where they must be equal but differ."""
 
     def __init__(self, ranges: Ranges | None) -> None:
         self._ranges = ranges
         self.required: dict[tuple[str, str], tuple[Size, Size]] = {}
 
     def equal(self, a: Size, b: Size, broadcasts: bool = False) -> bool:
-        """Whether two sizes are equal wherever attention takes them; ``broadcasts``: it takes a size of 1, too."""
+        """Whether two sizes must be equal for attention to run. ``broadcasts``: attention also accepts a size of 1."""
         if same_size(a, b):
             return True
         if not may_be_same(a, b, self._ranges):
@@ -94,7 +99,7 @@ class _Sizes:
 
 def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
     if is_batched(call.node):
-        return "it is inside of torch.vmap, whose batch dimension the graph does not show"
+        return "it is inside torch.vmap, whose batch dimension the graph does not show"
     query, key, value = val(call.query), val(call.key), val(call.value)
     if val(call.node).dtype != query.dtype:
         return f"the result is {val(call.node).dtype} for {query.dtype} inputs: it runs under autocast"
@@ -120,21 +125,21 @@ def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
         if tensor.stride(3) != 1:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
     if result_order(call, memory_order(val(call.node))) is None:
-        return "the result's memory layout is none of 4 dimensions"
+        return "no memory order of 4 dimensions gives the result's layout"
     if call.mask is None:
         return None
     return why_not_mask(val(call.mask), (*query.shape[:3], key.shape[2]), sizes.equal)
 
 
 def route(call: SdpaCall, ranges: Ranges | None = None) -> Route:
-    """Decides about one attention call.
+    """Decides on one attention call.
 
-    L_q decides the kernel: 1 decode, 2 to 16 verify, more prefill; a dynamic L_q by its range. Where the range spans
-    regimes, L_q chooses between verify (which is right for 1 row, too) and prefill at run time.
+    L_q, or the range of a dynamic L_q, decides the operator: 1 is decode, 2 to 16 is verify, more is prefill. If the
+    range crosses 16, L_q chooses between verify (which is also correct for 1 row) and prefill at run time.
 
     Args:
         call: the call.
-        ranges: the program's range constraints, where they are known.
+        ranges: the program's range constraints, if known.
     """
     sizes = _Sizes(ranges)
     declined = _decline_reason(call, sizes)

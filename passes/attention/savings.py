@@ -11,7 +11,7 @@ from flashpte.passes.graph.values import Ranges, hint, size_range, val
 
 
 def largest(size: int | torch.SymInt, ranges: Ranges | None) -> int:
-    """The largest value of a size that the program admits; of an unbounded one the example's."""
+    """The largest value of a size that the program admits, or the example's value if the size is unbounded."""
     upper = size_range(size, ranges)[1]
     return hint(size) if upper is None else upper
 
@@ -28,7 +28,7 @@ def mask_bytes(call: SdpaCall, ranges: Ranges | None) -> int:
 
 
 def repeated_bytes(written: SdpaCall, call: SdpaCall, ranges: Ranges | None) -> int:
-    """Bytes of keys and values repeated for every query head, written once and read once; 0 if they were not."""
+    """Bytes of keys and values that were repeated per query head, written once and read once; 0 if nothing was."""
     if call is written:
         return 0
     repeated = [math.prod(largest(s, ranges) for s in val(node).shape) for node in (written.key, written.value)]

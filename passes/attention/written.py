@@ -1,14 +1,14 @@
-"""Finds attention that is written out: two matrix products around a softmax.
+"""Finds attention that is written out as two matrix products around a softmax.
 
-That is what eager attention is (``matmul``, scale, mask, ``softmax``, ``matmul``), and what ``run_decompositions()``
-makes of ``scaled_dot_product_attention``. Starting from a softmax over the last dimension, the pass walks forward to
-the product with the values and back to the product of queries and keys. What lies between is a factor, a mask that is
-added, a mask that chooses, a cast or a view: anything else (a softcap, a sink, weights that are used elsewhere) is
+Eager attention has this form (``matmul``, scale, mask, ``softmax``, ``matmul``), and ``run_decompositions()`` turns
+``scaled_dot_product_attention`` into it. Starting from a softmax over the last dimension, the pass walks forward to the
+product with the values and back to the product of queries and keys. The steps between may be a factor, a mask that is
+added, a mask that selects, a cast or a view. Anything else (a softcap, a sink, weights that are used elsewhere) is
 named in the report.
 
-The traps: a mask that chooses a finite number stands for more than a bool, a row of nothing else is the mean of the
-values; a factor after a mask scales the mask; and in a graph that is not functional, what the products read may be
-written to before the result is used.
+Three traps. A mask that selects a finite number is more than a bool mask: a fully masked row is the mean of the values.
+A factor after a mask also scales the mask. In a graph that is not functional, memory that the products read may be
+written before the result is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 _DROPOUTS = (aten.dropout, aten.native_dropout, aten.feature_dropout)
 _CHECKS = (aten._assert_tensor_metadata, aten.sym_size, aten.full_like, aten.zeros_like)
 _CHOOSES = (aten.where, aten.masked_fill)
-# What a search for the products of an attention that is not taken goes through.
+# Operators that the search for the two products passes through, including those that make the pass decline.
 _BETWEEN = (
     *(aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.cat, aten.slice, aten.where, aten.masked_fill, aten.neg),
     *(aten.clamp, aten.exp, aten.select, aten.nan_to_num, aten.sigmoid, aten.constant_pad_nd, aten.slice_scatter),
@@ -40,7 +40,7 @@ _BETWEEN = (
     *_DROPOUTS,
     *(aten.to, aten._to_copy, aten.type_as),
 )
-# In place, on scores that nothing else uses, an operator does the same.
+# On scores that nothing else uses, an in-place operator is equivalent to its functional form.
 _IN_PLACE = {
     aten.add_: aten.add,
     aten.mul_: aten.mul,
@@ -56,9 +56,9 @@ _DEPTH = 24
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is done to the scores: ``kind`` is ``"scale"``, ``"add"`` or ``"keep"`` (where ``tensor``, else ``number``).
+    """One operation on the scores. ``kind`` is ``"scale"``, ``"add"`` or ``"keep"``.
 
-    ``flipped``: the scores are kept where ``tensor`` is false.
+    ``"keep"`` keeps the scores where ``tensor`` is true (false if ``flipped``) and puts ``number`` elsewhere.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Unserved:
-    """Attention that is left as it is: the node that shows it, and in one sentence why."""
+    """Attention that is left alone: the node that represents it, and one sentence that says why."""
 
     node: Node
     reason: str
@@ -81,10 +81,10 @@ class Written:
 
     Attributes:
         node: its result, ``[..., L, D_v]``.
-        scores, result: the products, with queries, keys (transposed) and values as arguments.
-        steps: what is done to the scores, first one first.
-        dropped: nodes between the products that count as more than their result, and are gone with it.
-        uncast: ``node`` before its result is cast down to 16 bits, where it is; else ``node``.
+        scores, result: the two products. Their arguments are the queries and transposed keys, and the values.
+        steps: the operations on the scores, in order.
+        dropped: nodes between the products that count as impure. They are removed with the attention.
+        uncast: the result before a cast down to 16 bits, if there is one; otherwise ``node``.
     """
 
     node: Node
@@ -96,7 +96,7 @@ class Written:
 
 
 def find_written(softmax: Node) -> Written | Unserved | None:
-    """The attention that a node is the softmax of, if it is one."""
+    """The attention whose softmax a node is; ``None`` if there is none."""
     if packet_of(softmax) not in _SOFTMAX or not isinstance(softmax.meta.get("val"), torch.Tensor):
         return None
     dim, rank = softmax.args[1], val(softmax).dim()
@@ -114,7 +114,7 @@ def find_written(softmax: Node) -> Written | Unserved | None:
 
 
 def is_product(node: Node) -> bool:
-    """Whether a node is a product of batches of matrices."""
+    """Whether a node is a batched matrix product."""
     packet = packet_of(node)
     if packet not in PRODUCTS:
         return False
@@ -123,7 +123,7 @@ def is_product(node: Node) -> bool:
 
 
 class _NotTaken(Exception):
-    """There is something between the products that kernels do not compute; says what."""
+    """The steps around the products include something that the kernels do not compute; the message says what."""
 
 
 class _Reader:
@@ -141,7 +141,7 @@ class _Reader:
         return Written(node, scores, result, tuple(steps), tuple(self._dropped), uncast)
 
     def _only_user(self, node: Node, expected: Node | None = None) -> Node:
-        """The node that uses another, beside those that check it."""
+        """The only user of a node, not counting checks."""
         users = []
         for user in node.users:
             if packet_of(user) in _CHECKS:
@@ -150,17 +150,17 @@ class _Reader:
             elif not self._is_safety(user, node):
                 users.append(user)
         if len(users) != 1 or (expected is not None and users[0] is not expected):
-            raise _NotTaken("its weights or scores are used elsewhere, too")
+            raise _NotTaken("its weights or scores are also used elsewhere")
         return users[0]
 
     def _is_safety(self, user: Node, node: Node) -> bool:
-        """Whether ``user`` begins the test for rows of -inf that a decomposed softmax is followed by."""
+        """Whether ``user`` starts the test for rows of -inf that belongs to a decomposed softmax."""
         if packet_of(user) is not aten.eq or user.args[1] != float("-inf") or node is not self._softmax.args[0]:
             return False
         return _is_row_test(user)
 
     def _back(self) -> tuple[list[Node], Node, list[Step]]:
-        """From the softmax to the product of queries and keys: the nodes behind it, itself, and what they do."""
+        """Walks back from the softmax to ``Q K``: the nodes after that product, the product, and their steps."""
         chain: list[Node] = [self._softmax]
         steps: list[Step] = []
         while True:
@@ -215,28 +215,28 @@ class _Reader:
         value = constant_of(number, set())
         if not isinstance(scores, Node) or not isinstance(condition, Node) or value is None:
             raise _NotTaken("its scores are chosen from two tensors")
-        # Between -inf and what no score of any dtype goes below, a number is a score like others.
+        # A number above float16's minimum could be an ordinary score, so it does not hide anything.
         if value > torch.finfo(torch.float16).min:
             raise _NotTaken(f"what its mask hides has the score {value}")
         steps.append(Step("keep", self._like_scores(condition, node), float(value), flipped))
         return scores
 
     def _like_scores(self, mask: Node, at: Node) -> Node:
-        """A mask of scores, which must be those that the softmax sees, or those of merged batches of heads."""
+        """The mask, if its step has the shape of the softmax or of scores with batch and heads merged."""
         shape, wanted = val(at).shape, val(self._softmax).shape
         if not _same_sizes(shape[-2:], wanted[-2:]) or (len(shape) != 3 and not _same_sizes(shape, wanted)):
             raise _NotTaken("its mask has other dimensions than its softmax")
         return mask
 
     def _forward(self) -> tuple[list[Node], Node]:
-        """From the softmax to the product with the values: the nodes between, and that product."""
+        """Walks from the softmax to the product with the values: the nodes between, and that product."""
         node = self._softmax
         chain: list[Node] = []
         safe = _row_choice(node)
         if safe is not None:
             others = [user for user in node.users if user is not safe and packet_of(user) not in _CHECKS]
             if others:
-                raise _NotTaken("its weights or scores are used elsewhere, too")
+                raise _NotTaken("its weights or scores are also used elsewhere")
             node = safe
         while True:
             user = self._only_user(node)
@@ -260,10 +260,10 @@ class _Reader:
 
     @staticmethod
     def _same_matrix(source: Node, chain: list[Node]) -> None:
-        """Checks that nodes keep rows, columns and the order of the matrices."""
+        """Checks that the nodes keep rows, columns and the order of the matrices."""
         moving = [node for node in chain if moved_input(node) is not None]
         layout, shape = Layouts().through(source, moving), val(source).shape
-        # What views split is whole again in the dimensions of the source.
+        # Regrouping to the source's dimensions undoes what views split.
         again = None if layout is None else regrouped(layout, shape)
         last = val((moving or [source])[-1]).shape
         whole = [dim for dim, size in enumerate(shape) if not same_size(size, 1)]
@@ -277,7 +277,7 @@ class _Reader:
 
     @staticmethod
     def _outcome(result: Node, shape: torch.Size) -> tuple[Node, Node]:
-        """The node to replace, and the same before a cast to 16 bits."""
+        """The node to replace, and the result before a cast to 16 bits (the same node if there is none)."""
         node, lead = result, shape[:-2]
         if not _same_sizes(val(node).shape[:-2], lead):
             view = next(iter(node.users)) if len(node.users) == 1 else None
@@ -303,7 +303,7 @@ class _Reader:
 
 
 def _of_baddbmm(node: Node) -> list[Step]:
-    """The steps of ``beta * input + alpha * (a @ b)``, last one first."""
+    """The steps of ``beta * input + alpha * (a @ b)``, the last one first."""
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)) or alpha == 0 or not isinstance(beta, (int, float)):
         raise _NotTaken("its scores are scaled by a number that is computed")
@@ -316,7 +316,7 @@ def _of_baddbmm(node: Node) -> list[Step]:
 
 
 def _behind_copy(node: Node) -> Node:
-    """The node behind ``permute -> clone -> permute`` that gives the same tensor in another memory layout."""
+    """The end of a ``permute -> clone -> permute`` that only changes the memory layout, or else the node itself."""
     chain = [node]
     while len(chain) < 4 and len(chain[-1].users) == 1:
         user = next(iter(chain[-1].users))
@@ -350,7 +350,7 @@ def _is_row_test(node: Node) -> bool:
 
 
 def _row_choice(softmax: Node) -> Node | None:
-    """``where(row of nothing but -inf, 0, softmax)`` behind a softmax: what kernels do anyway."""
+    """The ``where(row is all -inf, 0, softmax)`` after a softmax, if any. The kernels return 0 for such rows anyway."""
     for user in softmax.users:
         if packet_of(user) is not aten.where or len(user.args) < 3 or user.args[2] is not softmax:
             continue
@@ -372,7 +372,7 @@ def _row_choice(softmax: Node) -> Node | None:
 
 
 def _search(node: Node, back: bool, start: bool = False) -> Node | None:
-    """A product that a node is computed from (or that uses it) through steps that may lie between the two products."""
+    """A product before a node (or after it), reached only through steps that may lie between the two products."""
     seen, frontier = {node}, [node]
     for _ in range(_DEPTH):
         following: list[Node] = []

@@ -1,8 +1,8 @@
-"""Brings attention that is written out into the form of a call: operands without copies and factors, one mask.
+"""Turns attention that is written out into a call: operands without copies and factors, and a single mask.
 
-``run_decompositions()`` scales queries and keys by the root of the factor each, in float32 for 16-bit tensors, and
-merges batch and heads by copies. A kernel reads the tensors as they were: factors become one, and the casts go where
-the result is cast back, because that is how kernels compute.
+``run_decompositions()`` scales queries and keys each by the square root of the factor, in float32 for 16-bit tensors,
+and merges batch and heads by copies. A kernel reads the original tensors. The factors are multiplied into one. Casts to
+float32 are dropped if the result is cast back to 16 bits, because the kernels compute that way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flashpte.passes.graph.views import packet_of
 
 aten = torch.ops.aten
 
-# From here on a number that a mask puts in place of scores is the minimum of its dtype, which other masks may add to.
+# A masked score at or below this number is its dtype's minimum, and another mask may be added to it.
 _MINIMUM = -1e38
 
 
@@ -38,16 +38,16 @@ class _Operand:
 
 
 def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = None) -> SdpaCall | str:
-    """The call that stands for ``written``, on planned views and a planned mask; or in one sentence why there is none.
+    """The call that is equivalent to ``written``, with planned views and mask; or one sentence that says why none is.
 
     Args:
         written: attention that is written out.
-        constants: the values of placeholders that no run of the program changes, by name.
+        constants: the values of placeholders that are the same in every call, by name.
     """
     query, key = written.scores.args[1:3] if packet_of(written.scores) is aten.baddbmm else written.scores.args[:2]
     given = ((query, False), (key, True), (written.result.args[1], False))
     for node in dict.fromkeys((written.node, written.uncast)):
-        # What is cast down behind the attention may have been cast up in front of it.
+        # If the result is cast down, the operands may have been cast up.
         casts = node is not written.uncast
         operands = [_operand(tensor, swap, node, casts, constants) for tensor, swap in given]  # type: ignore[arg-type]
         found = [operand for operand in operands if operand is not None]
@@ -70,12 +70,12 @@ def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = Non
             scale *= step.number
             continue
         if mask is not None and kind == "finite":
-            return "written out; it has several masks, of which one hides scores by a finite number"
+            return "written out; it has several masks, one of which hides scores by a finite number"
         assert step.tensor is not None
         aligned = _aligned(node, step.tensor)
         mask, kind = _masked(mask, step.kind, aligned, step.number, step.flipped, kind)
         if not kind:
-            return "written out; it has several masks, of which one hides scores by a finite number"
+            return "written out; it has several masks, one of which hides scores by a finite number"
     nodes = [operand.origin for operand in found]
     readers = set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
     readers |= {step.tensor for step in written.steps if step.tensor is not None}
@@ -89,7 +89,7 @@ def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = Non
 def _operand(
     node: Node, swap: bool, result: Node, casts: bool, constants: Mapping[str, torch.Tensor] | None
 ) -> _Operand | None:
-    """Where an argument of a product comes from; ``swap``: it is the transposed keys."""
+    """The origin of an argument of a product. ``swap`` marks the transposed keys."""
     chain, factors, same = [node], [1.0], set()
     while True:
         current = chain[-1]
@@ -126,14 +126,14 @@ def _operand(
 def _in_lead(
     layout: Layout, shape: Sequence[int | torch.SymInt], lead: Sequence[int | torch.SymInt], rank: int
 ) -> Layout | None:
-    """A layout with the leading dimensions of the result, which a product may have merged."""
+    """The layout with the leading dimensions of the result, which a product may have merged."""
     if len(shape) == rank or len(shape) != 3:
         return layout
     return regrouped(layout, [*lead, *shape[-2:]])
 
 
 def _unscaled(node: Node) -> tuple[Node | None, float]:
-    """The tensor that ``node`` is a constant factor of, and that factor."""
+    """The tensor and the constant factor whose product ``node`` is; ``None`` and 1 if it is no such product."""
     packet, args = packet_of(node), node.args
     if packet in (aten.mul, aten.div) and len(args) == 2:
         number = constant_of(args[1], set())
@@ -146,7 +146,7 @@ def _unscaled(node: Node) -> tuple[Node | None, float]:
 
 
 def _upcast_source(node: Node) -> Node | None:
-    """The 16-bit tensor that ``node`` is in float32."""
+    """The 16-bit tensor that ``node`` casts to float32; ``None`` if it does not."""
     source = node.args[0] if packet_of(node) in (aten.to, aten._to_copy) else None
     if not isinstance(source, Node) or val(node).dtype != torch.float32 or val(source).device != val(node).device:
         return None
@@ -154,7 +154,7 @@ def _upcast_source(node: Node) -> Node | None:
 
 
 def _aligned(anchor: Node, mask: Node) -> Value:
-    """A mask of merged batches of heads ``[B * H, L, S]`` with the dimensions of the result."""
+    """The mask with the dimensions of the result, if it is ``[B * H, L, S]`` with batch and heads merged."""
     lead = val(anchor).shape[:-2]
     source = mask_source(mask)
     if val(source).dim() != 3 or len(lead) < 2 or same_size(val(source).shape[0], 1) or _is_of_heads(source, lead):
@@ -165,14 +165,14 @@ def _aligned(anchor: Node, mask: Node) -> Value:
 
 
 def _is_of_heads(mask: Value, lead: Sequence[int | torch.SymInt]) -> bool:
-    """Whether a mask of three dimensions broadcasts along all leading dimensions but the heads."""
+    """Whether a 3-dimensional mask broadcasts along all leading dimensions except the heads."""
     return same_size(val(mask).shape[0], lead[-1]) and not all(same_size(size, 1) for size in lead[:-1])
 
 
 def _masked(
     mask: Value | None, kind: str, tensor: Value, number: float, flipped: bool, before: str
 ) -> tuple[Value, str]:
-    """The mask with one more step, and ``"bool"``, ``"float"`` or ``"finite"``; ``""`` where there is no such mask."""
+    """The mask with one more step, and its kind ``"bool"``, ``"float"`` or ``"finite"``; ``""`` if impossible."""
     source = mask_source(tensor)
     finite = kind == "keep" and number != float("-inf")
     after = "float" if kind == "add" or (mask is not None and before == "float") else "bool"
@@ -202,7 +202,8 @@ def _planned_mask(mask: Value | None, kind: str, source: Value, number: float, f
         if before == "bool":
             return planned(aten.logical_and.default, mask, shown, near=source)
         return planned(aten.where.self, shown, mask, constant(number), near=source)
-    # A number that hides scores of float16 hides none of float32: only a row of nothing else tells, whatever it is.
+    # float16's minimum would not hide float32 scores, so use float32's. Only a fully masked row could tell, and it is
+    # the mean of the values for any finite number.
     number = number if number <= _MINIMUM else torch.finfo(torch.float32).min
     if mask is None:
         mask = constant(0.0)

@@ -1,1 +1,1 @@
-"""Graph plumbing that any rewrite needs: values, views and copies, aliases and writes, insertion, clean-up."""
+"""Graph helpers that every rewrite needs: values, views and copies, aliases and writes, insertion, clean-up."""

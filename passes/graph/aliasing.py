@@ -1,8 +1,8 @@
-"""Who writes to what, in a graph that may still hold in-place operators.
+"""Finds which nodes write to which memory, in a graph that may still hold in-place operators.
 
-A program straight from ``torch.export`` is not functional: a cache or a mask may be changed in place between two nodes
-that read it, and then a node's name does not name a value. ``run_decompositions`` makes it functional, but a pass must
-be right before as well.
+A program straight from ``torch.export`` is not functional. A cache or a mask may change in place between two nodes that
+read it, so a node's name does not identify a value. ``run_decompositions`` makes the program functional, but a pass
+must also be correct before that.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from torch.utils import _pytree as pytree
 
 from flashpte.passes.graph.values import aten_target, is_edge
 
-# An in-place operator by its schema, which changes what autograd knows, and no number.
+# Its schema says in-place, but it changes only autograd state, not the numbers.
 _WRITE_NOTHING = {torch.ops.aten.detach_.default}
 
 
 def storage_base(node: Node) -> Node:
-    """The node that made the memory ``node`` may be a view of: followed back through whatever may alias."""
+    """The node that made the memory that ``node`` may be a view of. Follows everything that may alias."""
     while (parent := _aliased_argument(node)) is not None:
         node = parent
     return node
 
 
 def whole(node: Node) -> Node:
-    """The node whose tensor ``node`` is, all of it: followed back through writing in place, not through views."""
+    """The node whose entire tensor ``node`` is. Follows in-place writes, but not views."""
     while (parent := _same_tensor(node)) is not None:
         node = parent
     return node
 
 
 def written_placeholders(module: GraphModule) -> set[Node]:
-    """The placeholders of a graph whose memory it may write to, in a branch or region of it or itself."""
+    """The placeholders whose memory a graph may write to, directly or in one of its branches or regions."""
     return {base for _, bases in written_by(module.graph) for base in bases if base.op == "placeholder"}
 
 
 def written_by(graph: Graph) -> list[tuple[Node, set[Node]]]:
-    """The nodes of a graph that may write to memory, each with the nodes that made it."""
+    """The nodes of a graph that may write to memory, each with the nodes that made that memory."""
     writes = [(node, {storage_base(written) for written in _written(node)}) for node in graph.nodes]
     return [(node, bases) for node, bases in writes if bases]
 
 
 class Writes:
-    """The nodes of one graph that may write to memory, found once for many questions.
+    """The nodes of one graph that may write to memory, found once and queried many times.
 
-    Nodes that are inserted later are taken to write to nothing.
+    Assumes that nodes inserted later write to nothing.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -61,7 +61,7 @@ class Writes:
         return any(base in written for _, written in self._writes)
 
     def between(self, start: Node, end: Node, readers: Iterable[Node]) -> bool:
-        """As :func:`written_between`."""
+        """Same as :func:`written_between`."""
         if not self._writes:
             return False
         bases = {storage_base(reader) for reader in readers}
@@ -69,7 +69,7 @@ class Writes:
 
 
 def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
-    """Whether memory of one of ``readers`` may be written after ``start`` and before ``end``, both in one graph."""
+    """Whether the memory of any of ``readers`` may be written after ``start`` and before ``end``, in the same graph."""
     bases = {storage_base(reader) for reader in readers}
     node = start.next
     while node is not end:
@@ -80,7 +80,7 @@ def written_between(start: Node, end: Node, readers: Iterable[Node]) -> bool:
 
 
 def computed_from(nodes: Iterable[Node], followed: Callable[[Node], bool] = lambda node: True) -> set[Node]:
-    """The nodes and what they are computed from, up to nodes that are not ``followed``, these included."""
+    """The nodes and everything they are computed from. Stops at nodes that are not ``followed``, and includes them."""
     found: set[Node] = set()
     pending = list(nodes)
     while pending:
@@ -141,7 +141,7 @@ def _same_tensor(node: Node) -> Node | None:
 
 
 def _given_to_body(item: Node, follow: Callable[[Node], Node]) -> Node | None:
-    """Of a result of a region the operand that it is, by what ``follow`` finds inside; ``None`` if it is none."""
+    """The operand that a region returns as this result, found by ``follow`` inside the region; ``None`` if none."""
     caller, place = item.args[0], item.args[1]
     bodies = _bodies(caller) if isinstance(caller, Node) else []
     if len(bodies) != 1 or not isinstance(place, int):
@@ -154,7 +154,7 @@ def _given_to_body(item: Node, follow: Callable[[Node], Node]) -> Node | None:
 
 
 def _written(node: Node) -> Iterator[Node]:
-    """Nodes whose memory ``node`` may write to."""
+    """The nodes whose memory ``node`` may write to."""
     if node.op != "call_function" or node.target is operator.getitem or aten_target(node) in _WRITE_NOTHING:
         return
     schema = _schema(node)
@@ -169,14 +169,14 @@ def _written(node: Node) -> Iterator[Node]:
             inside = written_placeholders(body)
             yield from (n for p, n in operands.items() if isinstance(n, Node) and p in inside)
         if not bodies:
-            # What it runs is not seen: it may write to anything that it is given.
+            # The graph that it runs is not visible, so it may write to any of its inputs.
             yield from (n for n in node.all_input_nodes if n.op != "get_attr")
 
 
 def _bodies(caller: Node) -> list[tuple[GraphModule, dict[Node, Any]]]:
-    """The graphs that a higher-order operator runs, with what it gives to each placeholder; none if that is not seen.
+    """The graphs that a higher-order operator runs, with the operand of each placeholder; empty if not visible.
 
-    All such operators take the operands behind the graphs, in the order of their placeholders.
+    All such operators take the operands after the graphs, in the order of the graphs' placeholders.
     """
     parent = caller.graph.owning_module
     if not isinstance(caller.target, torch._ops.HigherOrderOperator) or parent is None:

@@ -1,4 +1,4 @@
-"""Tensors of a program that are the same in every call."""
+"""Finds tensors of a program that are the same in every call."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from flashpte.passes.graph.aliasing import Writes
 
 
 class Constant(NamedTuple):
-    """What a placeholder holds; ``buffer``: a buffer of the module, which other methods of it may still write to."""
+    """The tensor that a placeholder holds.
+
+    ``buffer`` marks a buffer of the module, which the module's other methods may still write to.
+    """
 
     tensor: torch.Tensor
     buffer: bool
 
 
 def constant_tensors(program: ExportedProgram) -> dict[str, Constant]:
-    """Tensors of a program that are the same in every call, by placeholder: constants, and buffers it does not write.
+    """Maps placeholder names to tensors that are the same in every call: constants, and buffers that are never written.
 
-    Parameters are not among them, and buffers are, persistent or not: what is loaded into a program later, or written
-    by another method that shares the buffer, must be what it was exported with.
+    Parameters are excluded. Buffers are included, persistent or not, so a value that is loaded later, or written by
+    another method that shares the buffer, must equal the exported value.
     """
     signature = program.graph_signature
     writes = Writes(program.graph)

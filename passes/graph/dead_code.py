@@ -1,4 +1,4 @@
-"""Removes what a rewritten graph no longer needs."""
+"""Removes nodes that a rewritten graph no longer needs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _ASSERT = torch.ops.aten._assert_tensor_metadata.default
 
 
 def eliminate_dead_code(graph: Graph, kept: Collection[str] = (), dropped: Collection[Node] = ()) -> None:
-    """Erases nodes that nothing reads, and checks of the metadata of a tensor that nothing else reads.
+    """Erases nodes that nothing reads, and metadata checks of tensors that nothing else reads.
 
-    The traps: nothing reads what opens a level of ``vmap``, and without it the nodes inside of it raise; and
-    ``torch.export`` writes a check beside each cast, which would keep a whole mask alive.
+    Two traps. Nothing reads a node that opens a level of ``vmap``, but without it the nodes inside raise.
+    ``torch.export`` writes a metadata check next to each cast, which would keep a whole mask alive.
 
     Args:
         graph: the graph.
         kept: names of nodes that stay.
-        dropped: nodes that go with the attention that they are part of, though they count as impure.
+        dropped: nodes that are removed with their attention even though they count as impure.
     """
 
     def stays(node: Node) -> bool:
-        # What the body of a higher-order operator writes to is not looked into.
+        # Treat every higher-order operator as having an effect. Writes in its body are not analyzed here.
         runs_body = isinstance(node.target, torch._ops.HigherOrderOperator)
         has_effect = node.is_impure() or runs_body or changes_level(node)
         return node.name in kept or (has_effect and node not in dropped)

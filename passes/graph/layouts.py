@@ -1,12 +1,12 @@
-"""Where each entry of a tensor comes from, through any chain of views, copies and repetitions.
+"""Tracks where each entry of a tensor comes from, through any chain of views, copies and repetitions.
 
-Behind such a chain a dimension is a list of factors, outermost first: a run through a dimension of the source, or a
-repetition. ``unsqueeze -> expand -> reshape`` of ``[B, H, L, D]`` makes the heads ``[H, repeated]``, which is what
-grouped attention reads; ``repeat`` makes them ``[repeated, H]``, which is another order of the same shape. Views split
-and merge factors, transposes move them, and whatever is not listed here ends the chain.
+After such a chain, a dimension is a list of factors, outermost first. A factor is a run through a dimension of the
+source, or a repetition. ``unsqueeze -> expand -> reshape`` of ``[B, H, L, D]`` makes the heads ``[H, repeated]``, which
+is the order that grouped attention reads. ``repeat`` makes them ``[repeated, H]``, a different order of the same shape.
+Views split and merge factors, and transposes move them. An operator that is not listed here ends the chain.
 
-The trap: of a tensor that is picked by an index, only the numbers say which entries it has, so the index has to be
-computed from constants alone.
+The trap: when an index picks entries, only the index values say which ones, so the index must be computed from
+constants alone.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from flashpte.passes.graph.views import Kind, kind_of, packet_of
 aten = torch.ops.aten
 Size = int | torch.SymInt
 
-# What keeps entries, each in one place or several. A selected entry has no dimension that a layout could name.
+# Kinds that keep entries, each in one place or several. SELECT removes the dimension, so a layout cannot name it.
 _MOVING = frozenset(Kind) - {Kind.JOIN, Kind.SPLIT, Kind.SELECT}
 
-# The largest index that is computed while the program is rewritten.
+# The largest index, in elements, that the rewrite evaluates.
 _MAX_INDEX = 65536
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """``size`` steps of ``stride`` through dimension ``dim`` of the source; ``dim`` ``None``: the same entry again."""
+    """``size`` steps of ``stride`` through dimension ``dim`` of the source. If ``dim`` is ``None``, a repetition."""
 
     size: Size
     dim: int | None
@@ -45,12 +45,12 @@ Layout = tuple[tuple[Factor, ...], ...]
 
 
 def identity(shape: Sequence[Size]) -> Layout:
-    """The layout of a source itself."""
+    """The layout of the source itself."""
     return tuple(() if same_size(size, 1) else (Factor(size, dim),) for dim, size in enumerate(shape))
 
 
 def moved_input(node: Value) -> Value | None:
-    """The one tensor whose entries ``node`` holds in another place, or ``None``."""
+    """The single tensor whose entries ``node`` rearranges, or ``None``."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     kind = kind_of(node)
@@ -71,16 +71,16 @@ class Layouts:
     """Layouts of the nodes of one graph.
 
     Args:
-        constants: the values of placeholders that no run of the program changes, by name.
+        constants: the values of placeholders that are the same in every call, by name.
     """
 
     def __init__(self, constants: Mapping[str, torch.Tensor] | None = None) -> None:
         self._constants = constants or {}
         self.read: set[Node] = set()
-        """Nodes whose values were computed to find layouts: they must not be written to."""
+        """Nodes whose values were evaluated to find layouts. The graph must not write to them."""
 
     def through(self, source: Value, chain: Sequence[Value], same: Collection[Value] = ()) -> Layout | None:
-        """The layout of the last node of ``chain``, which starts behind ``source``; ``same`` of them move nothing."""
+        """The layout of the last node of ``chain``, which starts after ``source``. Nodes in ``same`` move nothing."""
         layout: Layout | None = identity(val(source).shape)
         for node in chain:
             if layout is not None and node not in same:
@@ -88,7 +88,7 @@ class Layouts:
         return layout
 
     def after(self, node: Value, layout: Layout) -> Layout | None:
-        """The layout of ``node``, given that of its :func:`moved_input`; ``None`` where it is not known."""
+        """The layout of ``node``, given the layout of its :func:`moved_input`; ``None`` if unknown."""
         kind, source = kind_of(node), moved_input(node)
         assert source is not None
         before, after = val(source).shape, val(node).shape
@@ -114,7 +114,7 @@ class Layouts:
         return layout if same else None
 
     def _picked(self, layout: Layout, node: Value) -> Layout | None:
-        """``index`` along one dimension, by a vector that repeats each entry as often, in order."""
+        """Handles ``index`` along one dimension by a vector that repeats each entry equally often, in order."""
         if packet_of(node) is aten.index_select:
             dim, index = node.args[1], node.args[2]
         else:
@@ -143,7 +143,7 @@ class Layouts:
         return _with_inner(layout, dim % len(layout), times)
 
     def _constant(self, node: Node) -> torch.Tensor | None:
-        """The value of a node that is computed from constants alone."""
+        """The value of a node that is computed from constants alone; ``None`` for any other node."""
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in value.shape):
             return None
@@ -168,13 +168,13 @@ class Layouts:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: known[n])
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        # Without the mode that a program's fake tensors may have put in place.
+        # Compute real numbers, outside any fake tensor mode of the program.
         with torch.no_grad():
             return target(*args, **kwargs)
 
 
 def regrouped(layout: Layout, sizes: Sequence[Size]) -> Layout | None:
-    """The same entries in dimensions of other sizes, as ``view`` has them."""
+    """The same entries in dimensions of other sizes, in the order of ``view``; ``None`` if the sizes do not fit."""
     pending = [factor for factors in layout for factor in factors]
     result = []
     for size in sizes:
@@ -227,7 +227,7 @@ def _repetition(times: Size) -> list[Factor]:
 
 
 def _with_inner(layout: Layout, dim: int, times: Size) -> Layout:
-    """Each entry of a dimension ``times`` times in a row."""
+    """Repeats each entry of a dimension ``times`` times in a row."""
     return (*layout[:dim], _merged([*layout[dim], *_repetition(times)]), *layout[dim + 1 :])
 
 
@@ -259,8 +259,8 @@ def _transposed(layout: Layout, node: Value) -> Layout | None:
 
 
 def _repeated(layout: Layout, repeats: Any, sizes: Sequence[Size]) -> Layout | None:
-    """``repeat``: all entries of a dimension, and all of them again."""
-    # ``tile`` may be given fewer repeats than there are dimensions.
+    """``repeat``: repeats a dimension as a whole."""
+    # ``tile`` accepts fewer repeats than there are dimensions.
     repeats = [1] * (len(layout) - len(repeats)) + list(repeats)
     padded = [()] * (len(repeats) - len(layout)) + list(layout)
     result = []
@@ -282,7 +282,7 @@ def _interleaved(layout: Layout, node: Value) -> Layout | None:
 
 
 def _joined(layout: Layout, node: Value, stacked: bool) -> Layout | None:
-    """``stack`` or ``cat`` of one tensor several times."""
+    """``stack`` or ``cat`` of the same tensor several times."""
     tensors = node.args[0]
     assert isinstance(tensors, (list, tuple))
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)

@@ -1,8 +1,8 @@
-"""Calls that are planned and not in a graph yet: a rewrite decides on plans, and inserts them once it has decided.
+"""Planned calls, which are not in a graph yet. A rewrite decides on plans first and inserts them afterwards.
 
-A plan reads like a node (``op``, ``target``, ``args``, ``kwargs``, ``meta["val"]``), so whatever reads a graph reads
-plans, too. Two plans are equal if they are the same call of equal arguments, or the same size: layers that plan the
-same mask share what is inserted for it. Nothing in a graph changes until :meth:`Inserted.insert`.
+A plan has the attributes of a node (``op``, ``target``, ``args``, ``kwargs``, ``meta["val"]``), so code that reads a
+graph also reads plans. Two plans are equal if they are the same call with equal arguments, or the same size. Layers
+that plan the same mask therefore share the inserted nodes. The graph does not change until :meth:`Inserted.insert`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Planned:
     Attributes:
         target: an operator overload, or a Python operator on sizes.
         args, kwargs: nodes, plans and constants.
-        meta: ``{"val": ...}``, the fake result, as nodes have it.
-        order: plans are inserted in the order in which they were made.
+        meta: ``{"val": ...}`` with the fake result, like a node's.
+        order: plans are inserted in the order of their creation.
     """
 
     op = "call_function"
@@ -44,7 +44,7 @@ class Planned:
         self.kwargs = MappingProxyType(kwargs)
         self.meta = MappingProxyType({"val": value})
         self.order = next(_ORDER)
-        # The same number, whatever tensor it is read off.
+        # A size is the same number whichever tensor it is read from.
         self._key = (
             ("size", str(value.node.expr)) if self.is_size else (target, frozen(args), frozen(sorted(kwargs.items())))
         )
@@ -62,7 +62,7 @@ class Planned:
 
     @property
     def all_input_nodes(self) -> list[Value]:
-        """Nodes and plans among the arguments, as :class:`torch.fx.Node` has it."""
+        """Nodes and plans among the arguments, like the attribute of :class:`torch.fx.Node`."""
         leaves = pytree.tree_leaves((list(self.args), dict(self.kwargs)))
         return list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Value)))
 
@@ -77,13 +77,13 @@ class Planned:
 
 
 Value = Node | Planned
-"""What a rewrite reads: a node of the graph, or a plan."""
+"""A node of the graph, or a plan."""
 
 
 def frozen(argument: Any) -> Any:
-    """An argument as a key: equal for arguments that mean the same.
+    """An argument as a key. Keys are equal for arguments that mean the same.
 
-    The trap: True, 1 and 1.0 are equal and are different arguments; so are 0.0 and -0.0.
+    The trap: True, 1 and 1.0 compare equal but are different arguments, and so are 0.0 and -0.0.
     """
     if isinstance(argument, Value):
         return argument
@@ -98,7 +98,7 @@ def planned(op: Any, *args: Any, near: Value, **kwargs: Any) -> Planned:
     Args:
         op: an ATen or ``flashpte`` operator overload.
         args, kwargs: nodes, plans and constants.
-        near: a value of the same program, which brings fake tensors where no argument is a tensor.
+        near: a value of the same program. It provides the fake tensor mode if no argument is a tensor.
     """
     return Planned(op, args, kwargs, _fake_result(op, args, kwargs, near))
 
@@ -113,12 +113,12 @@ def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], near: V
 
 
 def planned_item(pair: Planned, place: int) -> Planned:
-    """One of several results."""
+    """One result of a plan that has several."""
     return Planned(operator.getitem, (pair, place), {}, pair.meta["val"][place])
 
 
 def planned_size(tensor: Value, dim: int) -> int | Planned:
-    """A size of ``tensor`` as an argument: the number itself, or a plan that reads it where it is dynamic."""
+    """A size of ``tensor`` as an argument: a number if static, or a plan that reads it if dynamic."""
     size = tensor.meta["val"].shape[dim]
     if isinstance(size, int):
         return size
@@ -126,7 +126,7 @@ def planned_size(tensor: Value, dim: int) -> int | Planned:
 
 
 def nodes_of(value: Any) -> Iterator[Node]:
-    """The nodes whose memory a value, or any in a structure of values, is computed from: of a node, itself."""
+    """The nodes whose memory is read to compute a value, or any value in a structure. A node yields itself."""
     pending = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Value)]
     seen: set[Value] = set()
     while pending:
@@ -141,7 +141,7 @@ def nodes_of(value: Any) -> Iterator[Node]:
 
 
 def with_nodes(value: Value, of: Any) -> Value:
-    """A value in which each node is replaced by ``of(node)``."""
+    """The value with each node replaced by ``of(node)``."""
     if isinstance(value, Node):
         return of(value)
     args = pytree.tree_map_only((Node, Planned), lambda inner: with_nodes(inner, of), list(value.args))
@@ -152,11 +152,11 @@ def with_nodes(value: Value, of: Any) -> Value:
 class Inserted:
     """The plans that were inserted in one graph, each once.
 
-    A plan that was inserted for an earlier anchor serves a later one unless something that it reads is written to in
+    A plan that was inserted for an earlier anchor is reused for a later one, unless memory that it reads is written in
     between.
 
     Args:
-        writes: what the graph writes to; may be ``None`` for a single anchor.
+        writes: what the graph writes to. May be ``None`` if there is a single anchor.
     """
 
     def __init__(self, writes: Writes | None = None) -> None:
@@ -164,7 +164,7 @@ class Inserted:
         self._made: dict[Planned, Node] = {}
 
     def insert(self, values: Iterable[Any], before: Node) -> list[Any]:
-        """Inserts what is planned among ``values`` before a node; returns the values with nodes for plans."""
+        """Inserts the plans among ``values`` before a node. Returns the values with plans replaced by nodes."""
         values = list(values)
         plans: dict[int, Planned] = {}
         pending = [value for value in values if isinstance(value, Planned)]
@@ -183,7 +183,7 @@ class Inserted:
             if earlier is not None and self._serves(earlier, on_nodes, before):
                 nodes[plan] = earlier
                 continue
-            # Sizes and checks are spelled alike in every dialect.
+            # Sizes and checks are the same in every dialect.
             target = in_dialect(before, plan.target) if _holds_tensors(result) else plan.target
             nodes[plan] = self._made[on_nodes] = insert_before(before, target, args, result, kwargs)
         return [nodes[value] if isinstance(value, Planned) else value for value in values]
@@ -197,6 +197,6 @@ def _holds_tensors(result: Any) -> bool:
 
 
 def insert(value: Value, before: Node) -> Node:
-    """Inserts one value before a node; a node stays where it is."""
+    """Inserts one value before a node. If the value is already a node, it stays where it is."""
     (node,) = Inserted().insert([value], before)
     return node

@@ -1,4 +1,4 @@
-"""What a node of an exported program says of its result: shape, range of each size, operator, dialect, module."""
+"""Reads what an exported program says about a node: shape, range of each size, operator, dialect and module."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch.fx import Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-# What an exported program says of its dynamic sizes. Its graph's own symbols start at 2 where a size may be 1.
+# An exported program's ranges of its dynamic sizes. The graph's own symbols start at 2 even where a size may be 1.
 Ranges = Mapping[sympy.Symbol, ValueRanges]
 
 
 class Described(Protocol):
-    """A node, or a planned one: a call and what it gives."""
+    """A node or a plan: a call and its result."""
 
     @property
     def op(self) -> str:
@@ -23,7 +23,7 @@ class Described(Protocol):
 
     @property
     def target(self) -> Any:
-        """What is called."""
+        """The operator or function that is called."""
 
     @property
     def meta(self) -> Mapping[str, Any]:
@@ -35,18 +35,18 @@ class Described(Protocol):
 
 
 def is_edge(node: Described) -> bool:
-    """Whether the node is in ExecuTorch's edge dialect, where every operator is wrapped."""
+    """Whether the node is in ExecuTorch's edge dialect, which wraps every operator."""
     return node.op == "call_function" and type(node.target).__name__ == "EdgeOpOverload"
 
 
 def aten_target(node: Described) -> Any:
-    """The ATen operator a node calls: of an ExecuTorch edge operator, the one it stands for."""
+    """The ATen operator that a node calls. An ExecuTorch edge operator is unwrapped."""
     target: Any = node.target
     return target._op if is_edge(node) else target
 
 
 def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[int, int | None]:
-    """Smallest and largest value that ``size`` can have; ``None`` when it has no upper bound. Adds no guard."""
+    """Smallest and largest value of ``size``; the largest is ``None`` if there is no upper bound. Adds no guard."""
     if isinstance(size, int):
         return size, size
     expr = size.node.expr
@@ -54,15 +54,15 @@ def size_range(size: int | torch.SymInt, ranges: Ranges | None = None) -> tuple[
         bounds = bound_sympy(expr, dict(ranges))
     else:
         bounds = size.node.shape_env.bound_sympy(expr)
-    # Integer infinities are sympy objects of torch's own, not plain infinities: ask for a number instead.
+    # PyTorch has its own sympy objects for integer infinities, so test for a number, not for infinity.
     lower = int(bounds.lower) if bounds.lower.is_Integer else 0
     upper = int(bounds.upper) if isinstance(bounds.upper, sympy.Integer) else None
-    # An unbounded dimension's range ends at the largest integer a size can be.
+    # The range of an unbounded dimension ends at the largest integer that a size can be.
     return lower, None if upper is None or upper >= 2**62 else upper
 
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    """Whether two sizes are known to be equal, without adding a guard."""
+    """Whether two sizes are known to be equal. Adds no guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
     expr = [s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in (a, b)]
@@ -70,7 +70,7 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def may_be_same(a: int | torch.SymInt, b: int | torch.SymInt, ranges: Ranges | None = None) -> bool:
-    """Whether two sizes are not known to differ. Adds no guard."""
+    """Whether two sizes may be equal, i.e. are not known to differ. Adds no guard."""
     if same_size(a, b):
         return True
     (a_least, a_most), (b_least, b_most) = size_range(a, ranges), size_range(b, ranges)
@@ -81,9 +81,9 @@ def may_be_same(a: int | torch.SymInt, b: int | torch.SymInt, ranges: Ranges | N
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A value of a size or stride to compare magnitudes with: the example's, for a symbolic one.
+    """A number for comparing the magnitudes of sizes or strides. A symbolic size uses its example value.
 
-    A size that depends on data has no example; a number that no size is a multiple of by chance stands in for it.
+    A data-dependent size has no example. A large prime stands in for it, so that no other size is a multiple by chance.
     """
     if isinstance(size, int):
         return size
@@ -95,12 +95,12 @@ def hint(size: int | torch.SymInt) -> int:
 
 
 def printable(size: int | torch.SymInt) -> int | str:
-    """A size as the report writes it."""
+    """A size in the form that the report uses."""
     return size if isinstance(size, int) else str(size.node.expr)
 
 
 def module_path(node: Node) -> str:
-    """Dotted path of the innermost module that made the call; empty when the graph does not say."""
+    """Dotted path of the innermost module that made the call; empty if the graph does not say."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
@@ -112,7 +112,7 @@ def val(node: Described) -> torch.Tensor:
     """The fake tensor that describes a node's result.
 
     Raises:
-        ValueError: the node has none; the graph has not been traced with fake tensors.
+        ValueError: the node has none, because the graph was not traced with fake tensors.
     """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):

@@ -1,7 +1,7 @@
-"""The one table of operators whose result holds entries of their argument: views, copies, repetitions, casts.
+"""The single table of operators whose result holds entries of their argument: views, copies, repetitions, casts.
 
-A kind says what happens to the entries, not whether memory is copied: a functional program spells ``transpose`` as
-``transpose_copy``, and ``reshape`` copies where it has to.
+A kind says what happens to the entries, not whether memory is copied. A functional program writes ``transpose`` as
+``transpose_copy``, and ``reshape`` copies only if it must.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ class Kind(enum.Enum):
     SAME = enum.auto()
     """Every entry stays where it is: an alias or a copy."""
     RESHAPE = enum.auto()
-    """The entries in their order, in dimensions of other sizes."""
+    """The entries keep their order, and dimensions change size."""
     EXPAND = enum.auto()
-    """Dimensions of size 1 are broadcast, dimensions are added in front."""
+    """Dimensions of size 1 are broadcast, and dimensions may be added in front."""
     REPEAT = enum.auto()
-    """All entries of a dimension, and all of them again."""
+    """A dimension is repeated as a whole."""
     INTERLEAVE = enum.auto()
-    """Each entry of a dimension several times in a row."""
+    """Each entry of a dimension is repeated several times in a row."""
     PERMUTE = enum.auto()
-    """Dimensions in another order, which is the second argument."""
+    """Dimensions are reordered; the second argument is the order."""
     TRANSPOSE = enum.auto()
-    """Two dimensions change places."""
+    """Two dimensions are swapped."""
     SLICE = enum.auto()
-    """A run of one dimension."""
+    """A range of one dimension is kept."""
     SELECT = enum.auto()
-    """One entry of a dimension, which goes."""
+    """One entry of a dimension is kept, and the dimension is removed."""
     INDEX = enum.auto()
-    """Entries picked by an index tensor."""
+    """An index tensor picks entries."""
     JOIN = enum.auto()
     """``cat`` or ``stack`` of a list."""
     SPLIT = enum.auto()
     """A list of parts."""
     CAST = enum.auto()
-    """Another dtype, device or memory layout."""
+    """The dtype, device or memory layout changes."""
 
 
 _KINDS: dict[Kind, tuple[Any, ...]] = {
@@ -86,21 +86,21 @@ VIEW_COPIES: dict[Any, Any] = {
     aten.unsqueeze.default: aten.unsqueeze_copy.default,
     aten.view.default: aten.view_copy.default,
 }
-"""Views, and the copies as which a dialect without views (ExecuTorch's edge dialect) spells them."""
+"""Views, and the copies that replace them in a dialect without views (ExecuTorch's edge dialect)."""
 
 
 def packet_of(node: Described) -> Any:
-    """The operator that a node calls, whatever its overload; ``None`` for what calls none."""
+    """The operator that a node calls, without its overload; ``None`` if the node calls none."""
     return getattr(aten_target(node), "overloadpacket", None) if node.op == "call_function" else None
 
 
 def kind_of(node: Described) -> Kind | None:
-    """What the operator of a node does with the entries of its argument; ``None``: it computes others."""
+    """What a node's operator does with the entries of its argument; ``None`` if it computes new ones."""
     target = aten_target(node) if node.op == "call_function" else None
-    # The bits of one dtype read as another.
+    # ``view.dtype`` reinterprets the bits as another dtype.
     if target is None or target is aten.view.dtype:
         return None
-    # ExecuTorch's casts are an operator of their own.
+    # ExecuTorch has its own operator for casts.
     if getattr(target, "__name__", "") == "_to_dim_order_copy.default":
         return Kind.CAST
     return _KIND_OF.get(getattr(target, "overloadpacket", None))

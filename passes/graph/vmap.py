@@ -1,9 +1,9 @@
-"""Programs in which ``torch.vmap`` is still written out.
+"""Handles programs that still contain ``torch.vmap``.
 
-``torch.export`` records a ``vmap`` as it runs: nodes that open a level, nodes that close it, and in between nodes that
-compute on batched tensors, whose metadata has neither the batch dimension nor a fake tensor. Nothing reads the result
-of a node that opens or closes a level, but without it the nodes in between raise, so that dead-code elimination must
-leave them alone. ``run_decompositions`` writes the same arithmetic with plain operators.
+``torch.export`` records a ``vmap`` as it runs: nodes that open a level, nodes that close it, and nodes in between that
+compute on batched tensors. The metadata of those has neither the batch dimension nor a fake tensor. Nothing reads the
+result of a node that opens or closes a level, but without it the nodes in between raise. Dead-code elimination must
+therefore keep it. ``run_decompositions`` replaces all of this with plain operators.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.fx import GraphModule, Node
 
 from flashpte.passes.graph.values import aten_target
 
-# What decompositions take apart.
+# Decompositions would take this operator apart.
 _WHOLE = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def _present(*names: str) -> frozenset[Callable[..., Any]]:
-    """The functions of these names that this PyTorch has: 2.11 records ``vmap`` only."""
+    """The functions with these names that this PyTorch has. PyTorch 2.11 records only ``vmap``."""
     return frozenset(getattr(predispatch, name) for name in names if hasattr(predispatch, name))
 
 
@@ -37,7 +37,7 @@ def changes_level(node: Node) -> bool:
 
 
 def is_batched(node: Node) -> bool:
-    """Whether the node computes inside of a ``vmap``."""
+    """Whether the node computes inside a ``vmap``."""
     if not any(node.graph.find_nodes(op="call_function", target=target, sort=False) for target in _OPEN):
         return False
     level = 0
@@ -50,9 +50,9 @@ def is_batched(node: Node) -> bool:
 
 
 def without_vmap(program: ExportedProgram) -> ExportedProgram:
-    """The program with each ``vmap`` written as plain operators; the program itself where there is none.
+    """The program with each ``vmap`` written as plain operators; the program itself if it has none.
 
-    Attention inside of a ``vmap`` would be taken apart: such a program stays as it is.
+    A program with SDPA inside a ``vmap`` stays as it is, because this would take the SDPA apart.
     """
     modules = [module for module in program.graph_module.modules() if isinstance(module, GraphModule)]
     nodes = [node for module in modules for node in module.graph.nodes]

@@ -1,1 +1,4 @@
-"""What attention operators are told about a mask: a proof of its structure, or the tensor and its tile map."""
+"""Decides how attention operators get a mask: as intervals if its structure is proven, or as its tensor.
+
+Either comes with a tile map.
+"""

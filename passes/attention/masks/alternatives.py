@@ -1,7 +1,8 @@
-"""An "or" of constraints as constraints that all hold, where that is possible.
+"""Rewrites an "or" of constraints as constraints that must all hold, if that is possible.
 
-A comparison holds anyway for keys whose number is the end of the 64-bit range, and for rows whose bound is: a condition
-on keys alone, or on rows alone, joins a comparison that way. Two bounds of one number on the same side are one bound.
+A comparison always holds for a key whose number, or a row whose bound, is at the end of the 64-bit range. That is how a
+condition on keys alone or on rows alone is joined to a comparison. Two bounds of the same number on the same side merge
+into one bound.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from flashpte.passes.attention.masks.terms import Between, Bound, Constraint, Ex
 
 
 class NoConjunction(Exception):
-    """Two conditions of which either may hold are no list of conditions that all hold."""
+    """An "or" of two conditions cannot be written as a list of conditions that must all hold."""
 
 
 def either(a: list[Constraint], b: list[Constraint]) -> list[Constraint]:
-    """Constraints that all hold exactly where all of ``a`` or all of ``b`` do.
+    """Constraints that all hold exactly where all of ``a`` or all of ``b`` hold.
 
     Raises:
-        NoConjunction: there are none of the form looked for.
+        NoConjunction: there are no such constraints of the supported form.
     """
     if not a or not b:
         return []
@@ -31,7 +32,7 @@ def either(a: list[Constraint], b: list[Constraint]) -> list[Constraint]:
 
 
 def _unless(constraint: Constraint, conditions: list[Constraint]) -> list[Constraint]:
-    """``constraint``, or conditions of keys alone or of rows alone."""
+    """``constraint`` or all of ``conditions``, which are on keys alone or on rows alone."""
     of_keys = all(_of_keys(c) for c in conditions)
     if isinstance(constraint, Flag):
         if constraint.of_keys:
@@ -42,7 +43,7 @@ def _unless(constraint: Constraint, conditions: list[Constraint]) -> list[Constr
     joined: list[Constraint] = []
     for side in _sides([constraint]):
         assert isinstance(side, Between)
-        # Two sides of the conditions would be two bounds.
+        # Merge bounds only for a single condition.
         same = _same_side(side, conditions[0]) if len(conditions) == 1 else None
         if same is not None:
             joined.append(same)
@@ -58,7 +59,7 @@ def _unless(constraint: Constraint, conditions: list[Constraint]) -> list[Constr
 
 
 def _pair(x: Constraint, y: Constraint) -> list[Constraint]:
-    """Either of two constraints of one side."""
+    """``x`` or ``y``, each of which has at most one bound."""
     for one, other in ((x, y), (y, x)):
         if _of_keys(other) or _of_rows(other):
             return _unless(one, [other])
@@ -69,14 +70,14 @@ def _pair(x: Constraint, y: Constraint) -> list[Constraint]:
         below, above = (x, y) if x.lower is None else (y, x)
         if isinstance(below.upper, Sum) and isinstance(above.lower, Sum):
             gap = above.lower + below.upper.times(-1)
-            # Number <= upper or number >= lower leaves nothing out if no integer is between them.
+            # "number <= upper or number >= lower" always holds if no integer lies between the two bounds.
             if not gap.parts and gap.constant <= 1:
                 return []
     raise NoConjunction("it is true where either of two conditions holds")
 
 
 def _same_side(x: Constraint, y: Constraint) -> Between | None:
-    """Either of two bounds of the same number on the same side."""
+    """``x`` or ``y`` as one constraint, if they bound the same number on the same side; otherwise ``None``."""
     if not isinstance(x, Between) or not isinstance(y, Between) or x.number != y.number:
         return None
     if x.lower is None and y.lower is None and x.upper is not None and y.upper is not None:
@@ -87,7 +88,7 @@ def _same_side(x: Constraint, y: Constraint) -> Between | None:
 
 
 def _sides(constraints: list[Constraint]) -> list[Constraint]:
-    """The same constraints with at most one bound each."""
+    """The same constraints, split so that each has at most one bound."""
     sides: list[Constraint] = []
     for constraint in constraints:
         if isinstance(constraint, Between) and constraint.lower is not None and constraint.upper is not None:
@@ -98,7 +99,7 @@ def _sides(constraints: list[Constraint]) -> list[Constraint]:
 
 
 def _of_keys(constraint: Constraint) -> bool:
-    """Whether the constraint says the same about a key in every row."""
+    """Whether the constraint depends on the key alone."""
     if isinstance(constraint, Flag):
         return constraint.of_keys
     return all(bound is None or not _varies_by_row(bound) for bound in (constraint.lower, constraint.upper))

@@ -1,4 +1,4 @@
-"""Arithmetic on one bool: what a node is where the bool is true and where it is false."""
+"""Evaluates arithmetic on one bool: a node's value where the bool is true and where it is false."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashpte.passes.graph.values import aten_target, val
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A node with two values: ``true`` where the bool ``condition``, seen through ``path``, is true, else ``false``."""
+    """A node with two values: ``true`` where ``condition``, seen through ``path``, is true, and ``false`` elsewhere."""
 
     condition: Value
     path: Path
@@ -32,14 +32,14 @@ class Choices(Numbers):
         self._choices: dict[tuple, Choice | None] = {}
 
     def choice(self, node: Value, path: Path) -> Choice | None:
-        """The two values of a node; of a bool that is no function of another, true and false."""
+        """The two values of a node. A bool that is not a function of another bool has the values true and false."""
         derived = self.derived_choice(node, path)
         if derived is None and val(node).dtype == torch.bool:
             derived = Choice(node, path, _entry(True, node), _entry(False, node))
         return derived
 
     def derived_choice(self, node: Value, path: Path) -> Choice | None:
-        """The two values of a node that is computed from a bool and constants, each entry from one entry."""
+        """The two values of a node that is computed elementwise from a bool and constants; ``None`` for other nodes."""
         key = (node, path)
         if key not in self._choices:
             self._choices[key] = self._evaluated(node, path)
@@ -95,6 +95,6 @@ class Choices(Numbers):
 
 
 def _entry(value: Any, node: Value) -> torch.Tensor:
-    """One entry of a node, as a tensor that takes part in type promotion as the node does."""
+    """One entry of a node, as a tensor with the same type promotion as the node."""
     shape = (1,) if val(node).dim() else ()
     return torch.as_tensor(value).to("cpu", val(node).dtype).reshape(shape)

@@ -1,7 +1,7 @@
-"""What is known of tensors whose content is part of the program: buffers that it does not write, lifted constants.
+"""Analyzes tensors whose content is part of the program: lifted constants, and buffers that it does not write.
 
-A mask is often a triangle kept as a buffer, of which each call picks rows. The entries themselves are compared with the
-form that a proof needs, so that a triangle with one bit flipped is none.
+A mask is often a triangle in a buffer, from which each call picks rows. Every entry is compared with the form that a
+proof needs, so a triangle with one flipped bit is rejected.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from torch._subclasses import FakeTensor
 from flashpte.passes.graph.constants import Constant
 from flashpte.passes.graph.planned import Value
 
-# Entries looked at: a triangle of 16,384 positions.
+# The largest tensor that is analyzed, in entries: a triangle of 16,384 positions.
 MAX_ENTRIES = 2**28
-# Entries compared at a time.
+# How many entries are compared at a time.
 _CHUNK = 2**22
 
 
 class Constants:
-    """The constant tensors of a graph by the name of their placeholder.
+    """The constant tensors of a graph, by the name of their placeholder.
 
-    A buffer of one number throughout is not taken for constant: that is how a state begins which another method fills.
+    A buffer that holds a single number everywhere does not count as constant. It may be the initial state of a buffer
+    that another method fills.
     """
 
     def __init__(self, tensors: Mapping[str, Constant] | None = None) -> None:
@@ -32,7 +33,7 @@ class Constants:
         self._bands: dict[str, tuple[int | None, int | None, float] | None] = {}
 
     def tensor(self, node: Value) -> torch.Tensor | None:
-        """The content of a node, if it is constant and can be looked at."""
+        """The content of a node, if it is constant and readable; otherwise ``None``."""
         if node.op != "placeholder" or node.name not in self._tensors:
             return None
         tensor = self._tensors[node.name].tensor
@@ -42,7 +43,7 @@ class Constants:
         return tensor.detach() if readable and tensor.layout is torch.strided else None
 
     def only_entry(self, node: Value) -> int | float | bool | None:
-        """The number that every entry of a constant has, or ``None``."""
+        """The number that all entries of a constant are equal to, or ``None``."""
         if node.op != "placeholder" or node.name not in self._tensors or self._tensors[node.name].buffer:
             return None
         if node.name not in self._only_entries:
@@ -53,8 +54,8 @@ class Constants:
     def band(self, node: Value) -> tuple[int | None, int | None, float] | None:
         """``(least, most, other)``: an entry is true (0 in a float mask) where ``least <= column - row <= most``.
 
-        A side that cuts nothing off is ``None``; ``other`` is the float mask's entry elsewhere. ``None``: the constant
-        is no such band in its last two dimensions, or has others.
+        A side that excludes nothing is ``None``. ``other`` is a float mask's entry elsewhere. Returns ``None`` if the
+        constant is not such a band in its last two dimensions, or if another dimension is larger than 1.
         """
         if node.op != "placeholder" or node.name not in self._tensors:
             return None

@@ -1,8 +1,8 @@
-"""Which values of a graph are equal, so that equal masks written in each layer share what is made of them.
+"""Finds equal values in a graph, so that equal masks computed in each layer share tile maps and intervals.
 
-Nodes are numbered by value: two calls of the same operator on equal arguments are equal, a size is its expression. That
-holds for values when they are computed; a graph that is not functional may write to them, or to what they were computed
-from, before they are used.
+Nodes are numbered by value. Two calls of the same operator with equal arguments are equal, and a size is identified by
+its expression. This holds at the time when values are computed. A graph that is not functional may write to them, or to
+their inputs, before they are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flashpte.passes.graph.values import aten_target, printable
 
 
 class EqualValues:
-    """The nodes of one graph by value."""
+    """The nodes of one graph, numbered by value."""
 
     def __init__(self, graph: Graph, writes: Writes) -> None:
         self._writes = writes
@@ -30,17 +30,17 @@ class EqualValues:
             self._number[node] = node if key is None else first.setdefault(key, node)
 
     def number(self, value: Value) -> Value:
-        """The first node that computes what a node computes; of a plan, the same plan of such nodes."""
+        """The first node that computes the same value. For a plan, the same plan on such nodes."""
         return self._number.get(value, value) if isinstance(value, Node) else with_nodes(value, self.number)
 
     def unwritten(self, values: Iterable[Value], user: Node) -> bool:
-        """Whether neither the values nor what they are computed from is written to before ``user`` reads them."""
-        # Down to nodes that are equal only to themselves.
+        """Whether neither the values nor their inputs are written before ``user`` reads them."""
+        # Follow inputs up to nodes that are equal only to themselves.
         computed = computed_from(nodes_of(list(values)), lambda node: self._key(node) is not None)
         return not computed or not self._writes.between(min(computed), user, computed)
 
     def _key(self, node: Node) -> Any:
-        """What is equal for nodes of equal values; ``None`` for a node that equals no other."""
+        """A key that is equal for nodes of equal values; ``None`` for a node that equals no other."""
         target = aten_target(node)
         value = node.meta.get("val")
         if isinstance(value, (int, torch.SymInt)):

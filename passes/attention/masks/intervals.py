@@ -1,4 +1,4 @@
-"""Plans, from a proven mask structure, the two small tensors that kernels read instead of the mask."""
+"""Plans the two small tensors that kernels read instead of a mask with a proven structure."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LEAST, _GREATEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class IntervalPlan(NamedTuple):
-    """A mask as attention operators take it.
+    """A mask in the form that attention operators take.
 
     Attributes:
         key_bounds, key_values: as in :class:`flashpte.kernels.intervals.Intervals`.
-        live: bool ``[B or 1, 1, L_q or 1, 1]``, false for rows that average all values: they see every key, and their
-            query has to be 0. ``None`` if there are no such rows.
+        live: bool ``[B or 1, 1, L_q or 1, 1]``, false for rows that average all values. Such a row sees every key, and
+            its query must be 0. ``None`` if there are no such rows.
     """
 
     key_bounds: Value
@@ -42,9 +42,9 @@ class IntervalPlan(NamedTuple):
 
 
 class IntervalPlanner:
-    """Plans what computes the bounds and values of a structure, for one attention call.
+    """Plans the bounds and values of a structure for one attention call.
 
-    Vectors are int64 ``[B or 1, L]`` with L the rows or the keys.
+    Vectors are int64 ``[B or 1, L]``, where L is the number of rows or of keys.
     """
 
     def __init__(self, call: SdpaCall) -> None:
@@ -53,8 +53,8 @@ class IntervalPlanner:
         self._integers = {"dtype": torch.int64, "device": val(call.mask).device, "pin_memory": False}
 
     def plan(self, structure: Structure) -> IntervalPlan:
-        """Values from which attention operators know the mask."""
-        # The key's index comes first: the kernels know it without being told.
+        """Plans the tensors that define the mask for attention operators."""
+        # The key's index comes first, because the kernels know it without a tensor.
         terms = sorted(structure.terms, key=lambda term: not _is_index(term.number))
         bounds = [
             (
@@ -68,7 +68,7 @@ class IntervalPlanner:
             bounds.append((self._constant(1), self._constant(1)))
             values.append(self._as_int64(self._all(structure.key_flags)))
         if structure.row_flags:
-            # A row that its flags exclude gets bounds that no number lies between.
+            # A row that its flags exclude gets bounds that no number can satisfy.
             shown = self._all(structure.row_flags)
             lower, upper = bounds[0]
             bounds[0] = (
@@ -96,7 +96,7 @@ class IntervalPlanner:
     def _live(self, bounds: list[tuple[Value, Value]], values: list[Value]) -> Value:
         """Which rows see a key: ``[B or 1, L_q or 1]``."""
         if not values:
-            # A key's index starts at 0 and ends before L_kv.
+            # The indices of keys are 0 to L_kv - 1.
             lower, upper = bounds[0]
             length = self._call(aten.full.default, [1, 1], planned_size(self._key, 2), **self._integers)
             seen = self._call(aten.le.Tensor, lower, upper)
@@ -126,7 +126,7 @@ class IntervalPlanner:
         return planned(op, *args, near=self._query, **kwargs)
 
     def _stack(self, vectors: list[Value]) -> Value:
-        # Not aten.stack, which the edge dialect does not have.
+        # The edge dialect has no aten.stack.
         rows = [self._call(aten.unsqueeze.default, vector, 0) for vector in vectors]
         return rows[0] if len(rows) == 1 else self._call(aten.cat.default, rows)
 
@@ -162,7 +162,7 @@ class IntervalPlanner:
         assert total is not None
         if not number.constant:
             return total
-        # A bound that leaves 64 bits stays at their end: a position of the largest integer plus one is no small number.
+        # Saturate at the ends of int64: the largest integer plus one must not wrap to a small number.
         if number.constant > 0:
             total = self._call(aten.minimum.default, total, self._constant(_GREATEST - number.constant))
         else:
@@ -174,14 +174,14 @@ class IntervalPlanner:
         return self._call(aten.unsqueeze.default, self._call(aten.arange.start_step, 0, length, 1, **self._integers), 0)
 
     def _vector(self, operand: Operand) -> Value:
-        """An operand without the dimensions that only line it up: ``[B or 1, L or 1]``."""
+        """An operand without the dimensions that only align it: ``[B or 1, L or 1]``."""
         node = operand.planned()
         rank = val(node).dim()
         varies_by_key = operand.varies_in(0)
         if rank >= 3:
             node = self._call(aten.select.int, node, rank - 3, 0)
         if rank >= 2:
-            # Rows stand in a column, keys in a row.
+            # Rows are along the second to last dimension, keys along the last.
             last = val(node).dim() - 1
             node = self._call(aten.select.int, node, last - 1 if varies_by_key else last, 0)
         while val(node).dim() < 2:
@@ -189,7 +189,7 @@ class IntervalPlanner:
         return node
 
     def _all(self, conditions: tuple[Constraint, ...]) -> Value:
-        """Where all conditions hold, a vector of rows or of keys."""
+        """A bool vector of rows or of keys that is true where all conditions hold."""
         return self._and([self._condition(condition) for condition in conditions])
 
     def _condition(self, condition: Constraint) -> Value:
@@ -203,7 +203,7 @@ class IntervalPlanner:
         return node if val(node).dtype == torch.int64 else self._call(aten._to_copy.default, node, dtype=torch.int64)
 
     def _alike(self, vectors: list[Value], length: int | Value) -> list[Value]:
-        """All expanded to the batch of the widest and to ``length``."""
+        """All vectors, expanded to the largest batch and to ``length``."""
         batches = [planned_size(v, 0) for v in vectors if not same_size(val(v).shape[0], 1)]
         shape = [batches[0] if batches else 1, length]
         return [self._call(aten.expand.default, vector, shape) for vector in vectors]

@@ -1,4 +1,4 @@
-"""The integers that a mask compares: sums of operands, those of keys on one side, those of rows on the other."""
+"""Turns the integers that a mask compares into sums of operands, with keys on one side and rows on the other."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ _NEGATED = {"le": "gt", "gt": "le", "lt": "ge", "ge": "lt", "eq": "ne", "ne": "e
 
 
 class ProofFailed(Exception):
-    """The mask has a part that is no constraint of the form looked for; says which."""
+    """A part of the mask is not a constraint of the supported form; the message says which."""
 
 
 class Numbers:
-    """What one proof knows of integers.
+    """The integers that one proof has analyzed.
 
     Attributes:
-        visited: every node looked at.
+        visited: every node that the proof read.
     """
 
     def __init__(self, kv_len: int | torch.SymInt, constants: Constants) -> None:
         self._kv_len = kv_len
         self._constants = constants
         self.visited: set[Value] = set()
-        # Results by node and path: a graph may use one node many times.
+        # Results by node and path, because a graph may use one node many times.
         self._sums: dict[tuple, Sum] = {}
 
     def constant(self, value: Any) -> int | float | bool | None:
-        """The number that every entry of an argument has, if it is known."""
+        """The number that all entries of an argument are equal to, if known."""
         return constant_of(value, self.visited, self._constants)
 
     def seen_through(self, node: Value, path: Path) -> Operand | None:
-        """The operand, if it has a place in a mask; what its views read is looked at, too."""
+        """The node as an operand, if a mask can hold it; otherwise ``None``. Also visits nodes that its views read."""
         operand = Operand.through(node, path)
         if operand is None or operand.varies_in(HEAD_AXIS) or operand.value.dim() > BATCH_AXIS + 1:
             return None
@@ -70,7 +70,7 @@ class Numbers:
         return operand
 
     def comparison(self, name: str, a: Any, b: Any, path: Path, negated: bool) -> list[Constraint]:
-        """A comparison of integers (or its negation) as constraints that all hold."""
+        """A comparison of integers (or its negation) as constraints that must all hold."""
         name = _NEGATED[name] if negated else name
         if name == "ne":
             raise ProofFailed("it excludes single values")
@@ -100,12 +100,12 @@ class Numbers:
         if name == "lt":
             difference = difference.plus(1)
         if any(abs(n) >= 2**62 for n in (difference.constant, *(c for _, c in difference.parts))):
-            raise ProofFailed("it compares with numbers that 64 bits hardly hold")
+            raise ProofFailed("it compares with numbers that nearly overflow 64 bits")
         number = Sum(tuple((o, c) for o, c in difference.parts if o.varies_in(KEY_AXIS)))
         rest = Sum(tuple((o, c) for o, c in difference.parts if not o.varies_in(KEY_AXIS)), difference.constant)
         if not number.parts:
             raise ProofFailed("it compares nothing that varies from key to key")
-        # Of two comparisons of the same numbers, one negated, both must be recognised as such.
+        # Normalize order and sign, so that comparisons of the same number are recognized, also if one is negated.
         number = Sum(tuple(sorted(number.parts, key=_part_order)))
         if number.parts[0][1] > 0:
             bound = rest.times(-1)
@@ -132,7 +132,7 @@ class Numbers:
     def _sum_of_node(self, value: Value, path: Path) -> Sum:
         self.visited.add(value)
         operand = self.seen_through(value, path)
-        # What belongs to rows is taken as it is; keys are followed down, so that equal numbers are found equal.
+        # Take an operand of rows as it is. Follow an operand of keys further, so that equal numbers compare equal.
         if operand is not None and not operand.varies_in(KEY_AXIS):
             return Sum(((operand, 1),))
         try:
@@ -169,7 +169,7 @@ class Numbers:
         """``s`` if the node, seen through ``path``, is ``s, s + 1, ...`` over all keys."""
         target, args = aten_target(node), arguments(node)
         operand = Operand.through(node, path)
-        # A narrower arange may wrap.
+        # An arange in a narrower dtype may wrap.
         if val(node).dtype not in (torch.int64, torch.int32):
             return None
         if target not in ARANGES or operand is None or operand.value.dim() != 1:
@@ -185,14 +185,14 @@ class Numbers:
         return start if isinstance(start, int) and step == 1 and whole else None
 
     def triangle(self, node: Value, path: Path, negated: bool) -> list[Constraint]:
-        """Where ``tril`` or ``triu`` keeps entries (drops them, if ``negated``)."""
+        """The constraints under which ``tril`` or ``triu`` keeps an entry (or drops it, if ``negated``)."""
         args = arguments(node)
         diagonal = args[1] if len(args) > 1 else 0
         comparison = "le" if aten_target(node) in TRIL else "ge"
         return self._distance(args[0], comparison, diagonal, path, negated)
 
     def band(self, node: Value, path: Path, negated: bool) -> list[Constraint] | None:
-        """Where a constant is true, or 0 (is not, if ``negated``); ``None`` if it is no band around a diagonal."""
+        """The constraints under which a constant is true or 0 (not, if ``negated``); ``None`` if it is not a band."""
         band = self._constants.band(node)
         if band is None:
             return None
@@ -203,13 +203,13 @@ class Numbers:
         return [constraint for constraints in found for constraint in constraints]
 
     def band_fill(self, node: Value) -> float:
-        """What a float constant that is a band holds elsewhere."""
+        """The entry of a float constant outside its band."""
         band = self._constants.band(node)
         assert band is not None
         return band[2]
 
     def _distance(self, matrix: Value, name: str, bound: Any, path: Path, negated: bool) -> list[Constraint]:
-        """``column - row`` of the last two dimensions of ``matrix``, compared with ``bound``."""
+        """Compares ``column - row`` of the last two dimensions of ``matrix`` with ``bound``."""
         options: dict[str, Any] = {"device": val(matrix).device, "pin_memory": False, "near": matrix}
         sizes = [planned_size(matrix, dim) for dim in (-2, -1)]
         numbers = [planned(aten.arange.start_step, 0, size, 1, **options) for size in sizes]

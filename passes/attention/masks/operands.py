@@ -1,8 +1,8 @@
-"""Tensors as a mask sees them: a node, and the views through which the mask reads it.
+"""Operands of a mask: a node, and the views through which the mask reads it.
 
-A mask such as ``(keys <= positions[:, None])[None, None, :, :n]`` applies views to a comparison of two vectors. Moved
-from the comparison to its operands the views mean the same, by broadcasting, and leave vectors: the operands in the
-mask's own coordinates, ``[..., L_q, L_kv]`` aligned at the right.
+A mask such as ``(keys <= positions[:, None])[None, None, :, :n]`` applies views to a comparison of two vectors. Thanks
+to broadcasting, the views can be moved from the comparison to its operands. The result is vectors in the mask's own
+coordinates, ``[..., L_q, L_kv]`` aligned at the right.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ aten = torch.ops.aten
 
 KEY_AXIS, ROW_AXIS, HEAD_AXIS, BATCH_AXIS = 0, 1, 2, 3
 
-# Views that mean the same below a mask's operators, whatever the sizes.
+# Views that can be moved below a mask's operators, for any sizes.
 _MOVED = (Kind.SAME, Kind.EXPAND, Kind.PERMUTE, Kind.TRANSPOSE, Kind.SLICE, Kind.SELECT, Kind.REPEAT)
 _UNSQUEEZE = (aten.unsqueeze, aten.unsqueeze_copy)
 
 
 def arguments(node: Value) -> tuple[Any, ...]:
-    """The node's positional arguments, without fx's type for whatever they may be."""
+    """The node's positional arguments, typed as ``Any`` instead of fx's argument type."""
     return node.args
 
 
 def is_cast(node: Value) -> bool:
-    """Whether the node changes at most dtype, layout or device."""
+    """Whether the node changes nothing but dtype, layout or device."""
     return kind_of(node) is Kind.CAST
 
 
 def view_source(node: Value) -> Value | None:
-    """The node that ``node`` is a view of which can be moved to the operands below it, or ``None``."""
+    """The source of ``node``, if ``node`` is a view that can be moved to the operands below it; otherwise ``None``."""
     kind, args = kind_of(node), arguments(node)
     if kind in _MOVED or packet_of(node) in _UNSQUEEZE:
         return args[0]
@@ -62,11 +62,11 @@ def _same_but_for_ones(a: torch.Size, b: torch.Size) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A part of a concatenation or stack as a view: it stands at some place in the whole.
+    """A view that puts a part in its place within a concatenation or stack.
 
     Attributes:
-        rank, dim: dimensions of the part, and which one it is laid along.
-        before, after: entries of the whole on either side, as arguments.
+        rank, dim: the number of dimensions of the part, and the dimension along which the parts are joined.
+        before, after: the number of entries of the whole before and after the part, as arguments.
         new: whether a stack adds the dimension.
     """
 
@@ -84,7 +84,7 @@ class KeyIndex:
     """The index of a key in the attention's keys, as an operand."""
 
     def varies_in(self, axis: int) -> bool:
-        """Only along the keys."""
+        """Whether the axis is that of the keys."""
         return axis == KEY_AXIS
 
 
@@ -93,14 +93,14 @@ KEY_INDEX = KeyIndex()
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operator applied to an operand: ``op(operand, *args)``, lists among the arguments as tuples."""
+    """One operator applied to an operand: ``op(operand, *args)``. Lists among the arguments are stored as tuples."""
 
     op: Any
     args: tuple
 
     @property
     def call_args(self) -> list:
-        """Arguments after the operand as the operator takes them."""
+        """The arguments after the operand, in the form that the operator takes."""
         return [list(a) if isinstance(a, tuple) else a for a in self.args]
 
 
@@ -108,7 +108,7 @@ class Step:
 class Operand:
     """``node`` seen through ``steps``, aligned at the right with the mask.
 
-    Two operands are equal if they are the same node seen the same way.
+    Two operands are equal if they have the same node and the same steps.
     """
 
     node: Value
@@ -117,22 +117,22 @@ class Operand:
 
     @classmethod
     def through(cls, node: Value, path: Path) -> Operand | None:
-        """``node`` seen through the views ``path``, innermost first; ``None`` if a view can't be moved."""
+        """``node`` seen through the views ``path``, innermost first; ``None`` if a view cannot be moved."""
         operand: Operand | None = cls(node, (), val(node))
         for view in path:
             if isinstance(view, Placed):
                 operand = operand._placed(view) if operand is not None else None
                 continue
-            # What is viewed is what the operand was broadcast to, which may have more dimensions.
+            # The view applies to the tensor that the operand broadcasts to, which may have more dimensions.
             operand = operand._through(view, val(arguments(view)[0]).dim()) if operand is not None else None
         return operand
 
     def varies_in(self, axis: int) -> bool:
-        """Whether the operand has more than one entry (or may have) along an axis counted from the right."""
+        """Whether the operand has, or may have, more than one entry along an axis counted from the right."""
         return axis < self.value.dim() and not same_size(self.value.shape[-1 - axis], 1)
 
     def read_by_steps(self) -> list[Value]:
-        """Nodes that the steps read besides the operand: indices, sizes."""
+        """Nodes and plans that the steps read besides the operand: indices and sizes."""
         return [leaf for step in self.steps for leaf in pytree.tree_leaves(step.args) if isinstance(leaf, Value)]
 
     def planned(self) -> Value:
@@ -153,12 +153,12 @@ class Operand:
         return Operand(self.node, (*self.steps, step), value)
 
     def _through(self, view: Value, rank: int) -> Operand | None:
-        """One view of a tensor of ``rank`` dimensions that this operand, of no more, broadcasts to."""
+        """The operand seen through one view of a ``rank``-dimensional tensor, to which this operand broadcasts."""
         kind, packet, args = kind_of(view), packet_of(view), arguments(view)
         own = self.value.dim()
 
         def own_dim(dim: int) -> int:
-            """The operand's dimension that lines up with dimension ``dim`` of ``rank``; negative: it has none."""
+            """The operand's dimension that aligns with dimension ``dim`` of ``rank``; negative if it has none."""
             return (dim % rank) - (rank - own)
 
         if kind in (Kind.SAME, Kind.EXPAND):
@@ -174,7 +174,7 @@ class Operand:
                 return self.then(aten.slice.Tensor, dim, start, start + length if start else length)
             return self.then(aten.narrow.default, dim, start, length)
         if kind in (Kind.SLICE, Kind.INDEX):
-            # What picks entries along one dimension changes nothing where the operand is broadcast.
+            # Picking entries along a dimension changes nothing if the operand broadcasts along it.
             index, picked = args[1] if len(args) > 1 else 0, None
             if packet is aten.index:
                 index, picked = next((i, chosen) for i, chosen in enumerate(args[1]) if chosen is not None)
@@ -189,7 +189,7 @@ class Operand:
                 return self.then(aten.index_select.default, dim, args[2])
             return self.then(aten.index.Tensor, [*[None] * dim, picked])
         if kind is Kind.REPEAT:
-            # What is broadcast is repeated by broadcasting. ``tile`` may name fewer repeats than there are dimensions.
+            # Broadcasting already repeats dimensions of size 1. ``tile`` accepts fewer repeats than dimensions.
             repeats = [*[1] * (own - len(args[1])), *args[1]]
             times = [
                 1 if same_size(size, 1) else count
@@ -215,7 +215,7 @@ class Operand:
         return None
 
     def _indexed(self, dim: int, index: Value) -> Operand:
-        """Entries picked by an index that has no or several dimensions, which take the place of ``dim``."""
+        """Entries picked by an index of zero or several dimensions, which replace ``dim``."""
         if not same_size(self.value.shape[dim], 1):
             return self.then(aten.index.Tensor, [*[None] * dim, index])
         operand = self.then(aten.select.int, dim, 0)
@@ -224,11 +224,11 @@ class Operand:
         return operand
 
     def _placed(self, place: Placed) -> Operand:
-        """A part of a concatenation, as long as the whole."""
+        """A part of a concatenation, padded to the length of the whole."""
         operand, own = self, self.value.dim()
         dim = place.dim - (place.rank - own)
         if place.new:
-            # A dimension that a stack adds; ``rank`` is that of the part.
+            # A stack adds the dimension; ``rank`` is the part's.
             return operand.then(aten.unsqueeze.default, dim) if dim > 0 else operand
         if dim < 0 or same_size(operand.value.shape[dim], 1):
             return operand
@@ -241,7 +241,7 @@ class Operand:
         return operand
 
     def _through_view(self, old: torch.Size, new: torch.Size) -> Operand:
-        """A view that only adds and removes dimensions of size 1."""
+        """The operand seen through a view that only adds and removes dimensions of size 1."""
         operand = self._padded(len(old))
         for dim in reversed(range(len(old))):
             if same_size(old[dim], 1):

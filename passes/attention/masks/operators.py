@@ -1,4 +1,4 @@
-"""Which operators a proof about a mask understands, and what the graph says about their arguments."""
+"""The operators that a proof about a mask understands, and what the graph says about their arguments."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ CONSTANTS = {
 
 
 def constant_of(value: Any, looked_at: set[Value], constants: Constants | None = None) -> int | float | bool | None:
-    """The number that every entry of an argument has, if the graph says so; adds the nodes that say it.
+    """The number that all entries of an argument are equal to, if the graph says so; otherwise ``None``.
 
-    ``constants`` are the tensors whose content is known; without them, what the graph itself writes is.
+    Adds the nodes that say so to ``looked_at``. ``constants`` are the tensors with known content. Without them, only
+    constants that the graph itself creates are known.
     """
     constants = constants or Constants()
     chain = []
@@ -74,7 +75,7 @@ def constant_of(value: Any, looked_at: set[Value], constants: Constants | None =
     chain.append(value)
     looked_at.update(chain)
     try:
-        # A dtype may change the number: 300 is 44 as uint8, and True as bool.
+        # A cast may change the number: 300 is 44 as uint8, and True as bool.
         tensor = torch.full((), number, dtype=val(chain[-1]).dtype)
     except RuntimeError:
         return None
@@ -84,13 +85,13 @@ def constant_of(value: Any, looked_at: set[Value], constants: Constants | None =
 
 
 def compared_exactly(a: Any, b: Any) -> bool:
-    """Whether a comparison's common dtype holds every value of both sides."""
+    """Whether the common dtype of a comparison can hold every value of both sides."""
     values = [val(v) if isinstance(v, Value) and isinstance(v.meta.get("val"), torch.Tensor) else v for v in (a, b)]
     if any(isinstance(v, Value) for v in values):
         return False
     common = torch.result_type(*values)
     if common == torch.int64 or common not in INTEGERS:
-        return True  # what is no integer is rejected where it is read
+        return True  # other dtypes are rejected where they are read
     limits = torch.iinfo(common)
     return all(
         value.dtype == common if isinstance(value, torch.Tensor) else limits.min <= value <= limits.max

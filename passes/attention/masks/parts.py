@@ -1,4 +1,4 @@
-"""Masks put together from parts along a dimension: ``cat`` and ``stack``."""
+"""Handles masks that ``cat`` or ``stack`` joins from parts along a dimension."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Size = int | Value
 
 
 def parts_of(node: Value, path: Path) -> list[tuple[Value, Path, list[Value]]] | None:
-    """The parts of a concatenation seen through ``path``, or ``None`` if the node is none.
+    """The parts of a concatenation seen through ``path``, or ``None`` if the node is not a concatenation.
 
     Returns:
-        Each part, the path it is seen through, and bools in the coordinates of ``node`` of which one is true wherever
-        another part stands.
+        For each part: the part, the path that it is seen through, and bools in the coordinates of ``node``. Outside the
+        part, exactly one of these bools is true.
     """
     target, args = aten_target(node), arguments(node)
     stacked = target is aten.stack.default
@@ -32,7 +32,7 @@ def parts_of(node: Value, path: Path) -> list[tuple[Value, Path, list[Value]]] |
     given: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
     dim = int(given) % rank
     if any(val(tensor).dim() != rank - stacked for tensor in tensors):
-        return None  # cat leaves out empty vectors
+        return None  # cat skips empty vectors
     if any(val(tensor).dtype != val(node).dtype for tensor in tensors):
         return None
     sizes: list[Size] = [1 if stacked else _size(node, tensor, dim) for tensor in tensors]
@@ -53,7 +53,7 @@ def parts_of(node: Value, path: Path) -> list[tuple[Value, Path, list[Value]]] |
 
 
 def _size(anchor: Value, tensor: Value, dim: int) -> Size:
-    """A size that, if possible, does not keep ``tensor`` in the program: an earlier node may be the same number."""
+    """A size of ``tensor``. Uses an earlier node with the same size if there is one, so that ``tensor`` may go."""
     size = val(tensor).shape[dim]
     if isinstance(size, int):
         return size

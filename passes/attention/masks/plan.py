@@ -1,11 +1,11 @@
-"""Plans what attention operators are told about a mask, and inserts it once per distinct mask.
+"""Plans the mask arguments of attention operators, and inserts them once per distinct mask.
 
-Models compute a mask once and expand it for every layer. The trap: each layer sees its own ``expand`` node, so the
-mask has to be followed back through expands to the tensor that was computed, whose broadcast dimensions have size 1.
-And before a program is made functional the mask may be changed in place between two calls, which then need two maps.
+A mask whose structure is proven is passed as intervals, and its tensor disappears from the program. Any other mask is
+passed as its tensor. Both come with a tile map.
 
-A mask whose structure is proven is handed on as intervals, and its tensor disappears from the program; any other as the
-tensor. Either comes with a tile map.
+Two traps. Models compute a mask once and expand it for every layer, so each layer sees its own ``expand`` node. The
+mask must be followed back through expands to the computed tensor, whose broadcast dimensions have size 1. In a program
+that is not functional yet, the mask may change in place between two calls, and then they need two maps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ aten, flashpte = torch.ops.aten, torch.ops.flashpte
 
 
 def mask_source(mask: Value) -> Value:
-    """The value that ``mask`` is a broadcast of."""
+    """The value that ``mask`` broadcasts."""
     while kind_of(mask) is Kind.EXPAND:
         mask = mask.args[0]  # type: ignore[assignment]
     return mask
@@ -44,9 +44,9 @@ class MapTile:
     """The tile of a map that a kernel walks.
 
     Attributes:
-        rows, keys: its size.
-        row_tiles: how many rows of tiles there are; ``None``: as many as the rows need.
-        packs_heads: whether the rows of all query heads that share a key/value head are in one tile.
+        rows, keys: the size of the tile.
+        row_tiles: the number of rows of tiles; ``None`` for as many as the query rows need.
+        packs_heads: whether one tile holds the rows of all query heads that share a key/value head.
     """
 
     rows: int
@@ -61,21 +61,21 @@ class MapTile:
 
     @classmethod
     def of_few_rows(cls) -> MapTile:
-        """The tile of decode and verify: all rows are in the first; of a dynamic L_q, the others are never walked."""
+        """The tile of decode and verify, which holds all rows in one row of tiles. No further row is ever walked."""
         return cls(MAX_ROWS, tuning.SPLIT_K_MAP_BLOCK_N, 1, True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskPlan:
-    """What one call's operator is told about its mask: planned, or inserted.
+    """The mask arguments of one call's operator, planned or inserted.
 
     Attributes:
         source: the mask without broadcasts; ``None`` for a call without a mask.
-        lengths: L_q and L_kv, as text.
-        structure: what is proven of the mask, or why nothing is; ``None`` without a mask.
-        attn_mask: the mask as ``[B or 1, H or 1, L_q or 1, L_kv or 1]``; ``None`` where intervals stand for it.
-        intervals: what stands for it.
-        maps: for each tile that was asked for, the tile map's ``(tiles, counts)``.
+        lengths: L_q and L_kv, each a number, or a text if it is dynamic.
+        structure: the proven structure, or the reason why there is none; ``None`` without a mask.
+        attn_mask: the mask as ``[B or 1, H or 1, L_q or 1, L_kv or 1]``; ``None`` if intervals replace it.
+        intervals: the intervals that replace it.
+        maps: the tile map's ``(tiles, counts)`` for each requested tile.
     """
 
     source: Value | None = None
@@ -86,7 +86,7 @@ class MaskPlan:
     maps: tuple[tuple[Value, Value], ...] = ()
 
     def query_of(self, call: SdpaCall) -> Value:
-        """The call's query, 0 in rows that average all values."""
+        """The call's query, with rows that average all values set to 0."""
         if self.intervals is None or self.intervals.live is None:
             return call.query
         query = val(call.query)
@@ -97,14 +97,14 @@ class MaskPlan:
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """What was inserted for a mask: the arguments, and the node up to which nothing had been written to them."""
+    """The arguments that were inserted for a mask, and the node up to which nothing wrote to them."""
 
     intervals: IntervalPlan
     until: Node
 
 
 class Masks:
-    """The masks of one graph: what is proven of each, and what was inserted for it."""
+    """The masks of one graph, with the proof of each and the arguments that were inserted for it."""
 
     def __init__(self, graph: Graph, constants: Constants) -> None:
         self._graph = graph
@@ -112,15 +112,15 @@ class Masks:
         self._writes = Writes(graph)
         self._equal = EqualValues(graph, self._writes)
         self._inserted = Inserted(self._writes)
-        # Of masks with the same number those that were inserted.
+        # The masks that were inserted, by their number (see EqualValues).
         self._used: dict[Value, list[Value]] = {}
         self._made: dict[tuple, _Made] = {}
         self._by_structure: dict[tuple, list[tuple[frozenset[Node], IntervalPlan]]] = {}
-        # Proofs, by mask and lengths: computed once.
+        # Proofs by mask and lengths, each computed once.
         self._proofs: dict[tuple, Structure | str] = {}
 
     def plan(self, call: SdpaCall, tiles: Sequence[MapTile]) -> MaskPlan:
-        """Plans what an operator that walks maps of ``tiles`` is told about the mask of ``call``."""
+        """Plans the mask arguments of ``call`` for an operator that walks maps of ``tiles``."""
         if call.mask is None:
             return MaskPlan()
         source = self._first_equal(mask_source(call.mask), call.node)
@@ -137,7 +137,7 @@ class Masks:
         return MaskPlan(source, lengths, structure, mask, None, maps)
 
     def insert(self, plan: MaskPlan, before: Node) -> MaskPlan:
-        """Inserts what is planned before a node, and remembers it for later calls; returns the plan on nodes."""
+        """Inserts a plan before a node and remembers it for later calls. Returns the plan with nodes."""
         if plan.source is None:
             return plan
         intervals = plan.intervals or (None, None, None)
@@ -156,21 +156,21 @@ class Masks:
         return dataclasses.replace(plan, attn_mask=nodes[3], intervals=made, maps=maps)
 
     def _first_equal(self, mask: Value, user: Node) -> Value:
-        """The mask that an earlier call used and that is equal to ``mask`` where ``user`` reads it, or ``mask``."""
+        """An earlier call's mask that is equal to ``mask`` where ``user`` reads it, or else ``mask`` itself."""
         used = self._used.get(self._equal.number(mask), [])
         if mask in used:
             return mask
         return next((other for other in used if self._equal.unwritten((mask, other), user)), mask)
 
     def _structure(self, source: Value, lengths: tuple, call: SdpaCall) -> Structure | str:
-        """The proven structure of a mask where ``call`` reads it, or why it has none."""
+        """The proven structure of a mask where ``call`` reads it, or the reason why there is none."""
         use = (source, *lengths)
         if use not in self._proofs:
             self._proofs[use] = prove(source, val(call.key).shape[2], self._constants)
         structure = self._proofs[use]
         if isinstance(structure, str):
             return structure
-        # Until the intervals are made, what they are computed from must stay as it was; then they and the mask.
+        # Before the intervals exist, their inputs must stay unwritten. Afterwards, the intervals and the mask must.
         made = self._made.get(use)
         if made is not None:
             read = [source, *(value for value in made.intervals if value is not None)]
@@ -184,7 +184,7 @@ class Masks:
         made = self._made.get((source, *lengths))
         if made is not None:
             return made.intervals
-        # Masks that are written differently may still compare the same numbers.
+        # Masks with different nodes may still compare the same numbers.
         for visited, intervals in self._by_structure.get(self._form(structure, lengths), []):
             if self._equal.unwritten(structure.visited | visited, call.node):
                 return intervals

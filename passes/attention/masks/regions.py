@@ -1,11 +1,11 @@
-"""Masks that are computed outside of a region and read inside of it.
+"""Handles masks that are computed outside a region and read inside it.
 
-``torch.export`` puts what runs under ``torch.no_grad()`` or under another autocast into a submodule of its own, which
-a higher-order operator calls. A proof sees one graph. So that it sees the whole mask, the nodes that compute it are
-copied into the region before masks are looked at, and what is not needed there is taken back afterwards.
+``torch.export`` puts code that runs under ``torch.no_grad()`` or under another autocast into a submodule, which a
+higher-order operator calls. A proof sees only one graph. To show it the whole mask, the nodes that compute the mask are
+copied into the region before masks are analyzed. Copies that turn out to be unnecessary are removed afterwards.
 
-The trap: an operand of a region may share memory with another one. A mask is copied only if nothing that the region
-writes to is memory of what it is computed from.
+The trap: two operands of a region may share memory. A mask is copied only if the region writes to none of the memory
+that the mask is computed from.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from flashpte.passes.graph.constants import Constant
 from flashpte.passes.graph.dead_code import eliminate_dead_code
 from flashpte.passes.graph.values import aten_target
 
-# Operators that run a submodule once, under another grad mode or autocast: which argument is the submodule. Operands
-# follow it.
+# Operators that run a submodule once, under another grad mode or autocast, with the position of the submodule among the
+# arguments. The operands follow it.
 REGION_BODY = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
     torch.ops.higher_order.wrap_with_autocast: 4,
@@ -35,9 +35,9 @@ class Region:
     """A submodule that a node of ``parent`` calls once.
 
     Attributes:
-        caller, parent, body: the node, the graph it is in, the submodule.
-        first: which of the caller's arguments is the first operand.
-        copies: copies of masks inside, by the placeholder that they stand in for.
+        caller, parent, body: the calling node, the graph that contains it, and the submodule.
+        first: index of the first operand among the caller's arguments.
+        copies: the copied masks inside the region, by the placeholder that they replace.
         brought: placeholders that were added.
     """
 
@@ -50,13 +50,13 @@ class Region:
 
     @property
     def operands(self) -> dict[Node, Node | None]:
-        """What the caller gives, by the body's placeholders; ``None`` for what is no node."""
+        """The caller's operands by the body's placeholders; ``None`` for an operand that is not a node."""
         inside = self.body.graph.find_nodes(op="placeholder")
         given = self.caller.args[self.first :]
         return {p: n if isinstance(n, Node) else None for p, n in zip(inside, given, strict=True)}
 
     def bring(self, node: Node) -> Node:
-        """The placeholder for ``node`` of the parent's graph; adds one if it is no operand yet."""
+        """The placeholder for ``node`` of the parent's graph. Adds one if the node is not an operand yet."""
         for placeholder, given in self.operands.items():
             if given is node:
                 return placeholder
@@ -69,14 +69,14 @@ class Region:
         return placeholder
 
     def remove(self, placeholder: Node) -> None:
-        """Takes an operand back that nothing reads."""
+        """Removes an operand that nothing reads."""
         place = self.first + list(self.operands).index(placeholder)
         self.caller.args = (*self.caller.args[:place], *self.caller.args[place + 1 :])
         self.body.graph.erase_node(placeholder)
 
 
 def copy_masks_into_regions(graph_module: GraphModule) -> list[Region]:
-    """Copies into each region what computes the masks that it reads; returns the regions, outer ones first."""
+    """Copies into each region the nodes that compute the masks it reads. Returns the regions, outer ones first."""
     if not find_sdpa(graph_module):
         return []
     regions = _regions(graph_module)
@@ -86,10 +86,10 @@ def copy_masks_into_regions(graph_module: GraphModule) -> list[Region]:
 
 
 def tidy_regions(regions: list[Region], kept: Collection[str] = ()) -> None:
-    """Takes back what no region needs after all: a mask that is still read as a tensor is read from outside.
+    """Removes copies that no region needs. A mask that is still read as a tensor is read from outside again.
 
     Args:
-        regions: what :func:`copy_masks_into_regions` returned.
+        regions: the result of :func:`copy_masks_into_regions`.
         kept: names of nodes that stay even if nothing uses them any more.
     """
     for region in reversed(regions):
@@ -149,7 +149,7 @@ def _copy_masks(region: Region) -> None:
 
 
 def _masks_read_in(module: GraphModule) -> list[Node]:
-    """Nodes of a graph that attention in it, or in regions inside of it, takes for a mask."""
+    """The nodes of a graph that serve as a mask of attention in the graph or in its regions."""
     masks = [mask for node in module.graph.nodes for mask in _masks_of(node)]
     for region in _regions(module):
         if region.parent is module:
@@ -166,18 +166,18 @@ def _masks_of(node: Node) -> list[Node]:
 
 
 def _is_pure(node: Node, caller: Node) -> bool:
-    """Whether a copy of the node inside of the region computes the same."""
+    """Whether a copy of the node inside the region computes the same."""
     target = aten_target(node)
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not isinstance(target, torch._ops.OpOverload):
         return False
-    # Autocast changes the dtype of what is no integer.
+    # Autocast may change the dtype of a floating-point result.
     changed = caller.target is torch.ops.higher_order.wrap_with_autocast and value.dtype.is_floating_point
     return not changed and not is_in_place(target) and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def region_constants(region: Region, outer: Mapping[str, Constant]) -> dict[str, Constant]:
-    """Constants of the parent's graph, by the names of the placeholders that stand for them inside."""
+    """Constants of the parent's graph, by the names of the placeholders that hold them inside the region."""
     return {
         placeholder.name: outer[given.name]
         for placeholder, given in region.operands.items()

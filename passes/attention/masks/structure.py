@@ -1,18 +1,18 @@
-"""Proves that a mask says nothing but "numbers of the keys lie between bounds of the rows".
+"""Proves that a mask only says "each number of a key lies between two bounds of the row".
 
-The proof walks the nodes that compute a mask down to comparisons, and each comparison of integers down to a sum of
-operands: those that vary from key to key go to one side, those that do not to the other. What is left is a list of
-constraints ``lower(row) <= number(key) <= upper(row)``, the form of :class:`flashpte.kernels.intervals.Intervals`:
-causal masks, windows, ring buffers, prefixes, packed documents, padding. An "or" joins a condition to a number or to a
-bound (:mod:`flashpte.passes.attention.masks.alternatives`). What the numbers are is not looked into: they
-are read at run time, so positions with gaps or out of order are as good as any.
+The proof walks from the mask back to comparisons, and from each comparison of integers back to a sum of operands. The
+operands that vary from key to key go to one side, and the others go to the other side. The result is a list of
+constraints ``lower(row) <= number(key) <= upper(row)``, the form of :class:`flashpte.kernels.intervals.Intervals`. It
+covers causal masks, windows, ring buffers, prefixes, packed documents and padding. An "or" joins a condition to a
+number or to a bound (:mod:`flashpte.passes.attention.masks.alternatives`). The numbers are read at run time, so
+positions may have gaps or be out of order.
 
-A float mask is 0 where the constraints hold and, elsewhere, -inf or the most negative numbers of a dtype that scores do
-not reach. Arithmetic on a bool and constants is evaluated for both values of the bool, in its own dtypes, so that
-``(1.0 - mask) * minimum`` is what it is found to be.
+A float mask is 0 where the constraints hold. Elsewhere it is -inf, or a most negative number of its dtype that scores
+do not reach. Arithmetic on a bool and constants is evaluated for both values of the bool, in its own dtypes. So
+``(1.0 - mask) * minimum`` gets its exact values.
 
-A proof fails, and the mask is then reduced to a tile map, on whatever is not listed here. Integers are taken not to
-overflow when a comparison is rearranged.
+If a mask uses anything else, the proof fails and the mask is used as a tensor with a tile map. The proof assumes that
+integers do not overflow when a comparison is rearranged.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def prove(mask: Value, kv_len: int | torch.SymInt, constants: Constants | None =
     """Proves the structure of a mask ``[..., L_q, L_kv]``.
 
     Args:
-        mask: the node that computes it, bool (True = attend) or float (0 = attend, -inf or the minimum = not).
+        mask: the node that computes it: bool (True = attend) or float (0 = attend; -inf or the minimum = do not).
         kv_len: L_kv.
-        constants: what is known of the content of placeholders.
+        constants: the known contents of placeholders.
 
     Returns:
-        The structure, or in one sentence why there is none.
+        The structure, or one sentence that says why there is none.
     """
     proof = _Proof(kv_len, constants or Constants())
     try:
@@ -61,11 +61,11 @@ def prove(mask: Value, kv_len: int | torch.SymInt, constants: Constants | None =
 class _Proof(Choices):
     def __init__(self, kv_len: int | torch.SymInt, constants: Constants) -> None:
         super().__init__(kv_len, constants)
-        # Results by node and path: a graph may use one node many times.
+        # Results by node and path, because a graph may use one node many times.
         self._bools: dict[tuple, list[Constraint]] = {}
 
     def collect(self, constraints: list[Constraint], fills: set[float], mask: Value) -> Structure:
-        """Merges constraints on the same number of the keys; ``fills`` are the entries where they do not hold."""
+        """Merges constraints on the same number of the keys. ``fills`` are the entries where they do not hold."""
         terms: dict[Number, Between] = {}
         for constraint in constraints:
             if isinstance(constraint, Between):
@@ -87,9 +87,9 @@ class _Proof(Choices):
         return Structure(tuple(terms.values()), key_flags, row_flags, average, frozenset(nodes_of(list(self.visited))))
 
     def of_float(self, node: Value, path: Path) -> tuple[list[Constraint], set[float]]:
-        """Constraints under which a float mask is 0, and its entries elsewhere."""
+        """The constraints under which a float mask is 0, and the mask's entries elsewhere."""
         constraints, fills = self._of_float_node(node, path)
-        # A dtype may change the number: float32's minimum is -inf in bfloat16.
+        # A cast may change the number: float32's minimum is -inf in bfloat16.
         return constraints, {torch.tensor(fill, dtype=torch.float64).to(val(node).dtype).item() for fill in fills}
 
     def _of_float_node(self, node: Value, path: Path) -> tuple[list[Constraint], set[float]]:
@@ -138,7 +138,7 @@ class _Proof(Choices):
             return self.of_float(source, (node, *path))
         if is_cast(node) and val(args[0]).dtype.is_floating_point:
             return self.of_float(args[0], path)
-        raise ProofFailed(f"its part {node.name} is neither 0 nor a minimum by comparisons")
+        raise ProofFailed(f"comparisons do not make its part {node.name} 0 or a minimum")
 
     def _filled(
         self, condition: Any, path: Path, negated: bool, kept: tuple[list[Constraint], set[float]], fill: float
@@ -153,12 +153,12 @@ class _Proof(Choices):
         raise ProofFailed(f"it adds {value} to the scores")
 
     def of_bool(self, node: Any, path: Path, negated: bool) -> list[Constraint]:
-        """Constraints under which a bool node is true (false, if ``negated``)."""
+        """The constraints under which a bool node is true (or false, if ``negated``)."""
         constant = self.constant(node)
         if constant is not None and bool(constant) != negated:
             return []
         if not isinstance(node, Value) or val(node).dtype != torch.bool:
-            raise ProofFailed(f"{node} is no bool tensor")
+            raise ProofFailed(f"{node} is not a bool tensor")
         key = (node, path, negated)
         if key not in self._bools:
             self._bools[key] = list(dict.fromkeys(self._of_bool_node(node, path, negated)))
@@ -185,7 +185,7 @@ class _Proof(Choices):
             return self.of_bool(args[0], path, not negated)
         if target in AND or target in OR:
             both = [self.of_bool(argument, path, negated) for argument in args[:2]]
-            # By De Morgan a negated "or" is an "and".
+            # By De Morgan's law, a negated "or" is an "and".
             return both[0] + both[1] if (target in AND) != negated else either(*both)
         if target in COMPARISONS:
             return self.comparison(COMPARISONS[target], args[0], args[1], path, negated)
@@ -224,7 +224,7 @@ class _Proof(Choices):
         return constraints
 
     def _part(self, part: Any, placed: Path, beside: list[Value], path: Path, negated: bool) -> list[Constraint]:
-        """A part of a concatenation, where it stands."""
+        """The constraints of one part of a concatenation, which apply only where the part is."""
         constant = self.constant(part)
         if constant is None or bool(constant) != negated:
             return self._beside(beside, path, self.of_bool(part, placed, negated))
@@ -234,7 +234,7 @@ class _Proof(Choices):
         return outside[0] if len(outside) == 1 else either(*outside)
 
     def _beside(self, beside: list[Value], path: Path, constraints: list[Constraint]) -> list[Constraint]:
-        """Constraints that need not hold where one of the bools ``beside`` is true."""
+        """The constraints, relaxed so that they need not hold where one of the bools ``beside`` is true."""
         for node in beside:
             constraints = either(self.of_bool(node, path, False), constraints)
         return constraints
@@ -253,15 +253,15 @@ def _is_bool(value: Any) -> bool:
 
 
 def _blank_rows_average(fills: set[float], dtype: torch.dtype) -> bool:
-    """Whether a row of nothing but masked entries averages the values, as one finite number in each does.
+    """Whether a fully masked row averages the values, as it does if each entry is the same finite number.
 
     Raises:
-        ProofFailed: masked entries are not as good as -inf in rows that see a key.
+        ProofFailed: in a row that sees a key, masked entries are not equivalent to -inf.
     """
     if fills <= {NEG_INF}:
         return False
-    # Beside an entry of 0, half of the minimum weighs exactly 0, whatever finite scores are added. float16's minimum
-    # and numbers such as -1e9 are within reach of scores.
+    # Next to an entry of 0, half of the minimum has a weight of exactly 0, whatever finite scores are added. Scores can
+    # make up for float16's minimum and for numbers such as -1e9.
     if len(fills) == 1 and dtype in (torch.float32, torch.bfloat16) and min(fills) <= torch.finfo(dtype).min / 2:
         return True
     raise ProofFailed(f"masked entries are {', '.join(str(fill) for fill in sorted(fills))}: scores may outweigh that")

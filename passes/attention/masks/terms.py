@@ -1,4 +1,4 @@
-"""What a proof about a mask consists of: sums of operands, bounds, constraints, the structure they make."""
+"""The terms of a proof about a mask: sums of operands, bounds, constraints, and the structure they form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flashpte.passes.graph.planned import Planned, Value
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """``constant + sum of coefficient * operand``, operands in the order of the graph."""
+    """``constant + sum of coefficient * operand``."""
 
     parts: tuple[tuple[Operand | KeyIndex, int], ...] = ()
     constant: int = 0
@@ -28,11 +28,11 @@ class Sum:
         return Sum(parts, self.constant + other.constant)
 
     def times(self, factor: int) -> Sum:
-        """Every coefficient and the constant times ``factor``."""
+        """The sum times ``factor``."""
         return Sum(tuple((o, c * factor) for o, c in self.parts if factor), self.constant * factor)
 
     def plus(self, number: int) -> Sum:
-        """The sum and a number."""
+        """The sum plus a number."""
         return Sum(self.parts, self.constant + number)
 
 
@@ -47,7 +47,7 @@ class Extreme:
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """``lower <= number <= upper``; a missing side is no constraint. ``number`` varies from key to key."""
+    """``lower <= number <= upper``. A missing side does not constrain. ``number`` varies from key to key."""
 
     number: Number
     lower: Bound | None = None
@@ -56,7 +56,7 @@ class Between:
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """A bool operand that has to be true (or false, if ``negated``); it belongs to keys or to rows, not to both."""
+    """A bool operand that must be true (or false, if ``negated``). It belongs to keys or to rows, not to both."""
 
     operand: Operand
     negated: bool
@@ -67,7 +67,7 @@ class Flag:
 class Unless:
     """``number``, but the largest 64-bit integer (smallest, if not ``largest``) where all ``conditions`` hold.
 
-    As a key's number or a row's bound, it makes a comparison true wherever the conditions hold.
+    Used as a key's number or a row's bound, it makes a comparison true wherever the conditions hold.
     """
 
     number: Number | Bound
@@ -77,7 +77,7 @@ class Unless:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """1 for keys of which all ``conditions`` hold, 0 for the others."""
+    """1 for keys for which all ``conditions`` hold, 0 for the others."""
 
     conditions: tuple[Constraint, ...]
 
@@ -88,7 +88,7 @@ Number = Sum | Unless | Truth
 
 
 def with_values(part: Any, of: Callable[[Value], Value]) -> Any:
-    """A part of a proof in which every node or plan is replaced by ``of(value)``."""
+    """A part of a proof with every node or plan replaced by ``of(value)``."""
     if isinstance(part, Operand):
         steps = tuple(Step(step.op, pytree.tree_map_only((Node, Planned), of, step.args)) for step in part.steps)
         return Operand(of(part.node), steps, part.value)
@@ -102,14 +102,14 @@ def with_values(part: Any, of: Callable[[Value], Value]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """A proven mask: all constraints must hold.
+    """A proven mask, whose constraints must all hold.
 
     Attributes:
         terms: one for each different number of the keys, with both bounds.
-        key_flags, row_flags: bool vectors that must hold as well.
-        blank_rows_average: whether a row that sees no key gets the mean of all values (0 otherwise), as it does where
-            masked entries are the most negative finite number.
-        visited: every node the proof looked at; their memory must not be written to before the mask is used.
+        key_flags, row_flags: bool vectors that must also hold.
+        blank_rows_average: whether a row that sees no key is the mean of all values (otherwise it is 0). That is the
+            case if masked entries are the most negative finite number.
+        visited: every node that the proof read. Their memory must not be written before the mask is used.
     """
 
     terms: tuple[Between, ...]
@@ -120,7 +120,7 @@ class Structure:
 
     @property
     def kind(self) -> str:
-        """What the mask is, in one or two words."""
+        """The kind of mask in a word per constraint, joined by ``+``."""
         names = []
         for term in self.terms:
             if not isinstance(term.number, Sum):
