@@ -37,12 +37,18 @@ def many(gpu: str) -> list[str]:
 
 
 def missed(gpu: str) -> list[str]:
-    """The targets that are not met."""
-    found = [j for j in targets.judge(document(gpu)) if not j.met]
-    body = [
-        [f"{j.suite} {j.case}", j.wanted, f"{j.value:.3f}", f"{'>=' if j.least else '<='} {j.limit:.3g}"] for j in found
-    ]
-    return markdown(["case", "compared with", "is", "target"], body)
+    """The targets that are not met, those of one shape and limit together."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for j in targets.judge(document(gpu)):
+        if not j.met:
+            shape, _, case = j.case.partition(" ")
+            wanted, _, peer = j.wanted.partition(" (")
+            limit = f"{'>=' if j.least else '<='} {j.limit:.3g}"
+            if peer.startswith("limit"):
+                wanted = j.wanted
+            found.setdefault((j.suite, shape, wanted, limit), []).append(f"{case.removesuffix(' M=1')}: {j.value:.3g}")
+    columns = ["suite", "shape", "compared with", "target", "is"]
+    return markdown(columns, [[*key, "; ".join(values)] for key, values in found.items()])
 
 
 def met(gpu: str) -> list[str]:

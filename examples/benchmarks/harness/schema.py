@@ -21,7 +21,7 @@ ResultFile = dict[str, Any]
 
 REQUIRED_HEADER = {"schema": int, "suite": str, "gpu": str, "date": str, "rows": list}
 # ``ceilings`` are the measured read bandwidth and matrix rate; ``runs`` has them for each topic of a file that several
-# runs made. ``left_out`` names cases that there was no time for, ``not_prepared`` what did not compile, with its reason.
+# runs made. ``left_out`` names the cases that did not fit in the time, ``not_prepared`` what did not compile, and why.
 OPTIONAL_HEADER = {
     "versions": dict,
     "ceilings": dict,
