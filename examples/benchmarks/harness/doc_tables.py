@@ -46,7 +46,7 @@ def missed(gpu: str) -> list[str]:
             limit = f"{'>=' if j.least else '<='} {j.limit:.3g}"
             if peer.startswith("limit"):
                 wanted = j.wanted
-            found.setdefault((j.suite, shape, wanted, limit), []).append(f"{case.removesuffix(' M=1')}: {j.value:.3g}")
+            found.setdefault((j.suite, shape, wanted, limit), []).append(f"{case.removesuffix(' M=1')}: {j.value:.3f}")
     columns = ["suite", "shape", "compared with", "target", "is"]
     return markdown(columns, [[*key, "; ".join(values)] for key, values in found.items()])
 
