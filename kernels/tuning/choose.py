@@ -1,6 +1,6 @@
 """The tile choices for kernels that run on every arch.
 
-Where a number came from a measurement it says which; see docs/notes/tuning.md.
+Where a number came from a measurement it says which; see docs/benchmarks.md.
 """
 
 from __future__ import annotations
