@@ -1,8 +1,9 @@
 """Attention kernels on one GPU, beside every peer that runs there, with floors and targets from the same run.
 
-    python examples/benchmarks/attention.py --json results.json --plot plots
+    python examples/benchmarks/attention.py --results run --plot run
     python examples/benchmarks/attention.py --suite decode verify --cases llama --peers torch fa3 --fa3 LIBRARY
-    python examples/benchmarks/attention.py --from-json results.json --plot plots [--against other.json]
+    python examples/benchmarks/attention.py --from-json examples/benchmarks/results/h100 --summary
+    python examples/benchmarks/attention.py --from-json run --against examples/benchmarks/results/h100
 
 Times are microseconds per call: medians of CUDA-graph replays over inputs that rotate through more memory than L2, and
 of plain launches in a Python loop, host included. Every result is compared with float32 attention (of sampled rows,
@@ -23,8 +24,9 @@ import sys
 import time
 from pathlib import Path
 
-from harness import results, table, targets
+from harness import report, results, targets
 from harness.cases import SUITES, Case, choose
+from harness.options import add_result_flags
 from harness.timing import ceilings, require_gpu
 
 
@@ -33,8 +35,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=tuple(SUITES), default=list(SUITES))
     parser.add_argument("--cases", default="", metavar="SUBSTRING", help="only cases whose name contains it")
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only peers whose name starts so (none: no peers)")
-    parser.add_argument("--json", type=Path, help="write raw numbers to this file, after every case")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw a PNG for each suite into this folder")
     parser.add_argument("--fa3", type=Path, metavar="FILE", help="library of FlashAttention 3")
     parser.add_argument(
         "--make-programs",
@@ -47,18 +47,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prepare-limit", type=float, default=300.0, metavar="SECONDS")
     parser.add_argument("--workers", type=int, help="processes that compile side by side (default: the cores but one)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the result says what is left")
-    parser.add_argument("--resume", action="store_true", help="keep what the JSON file holds already")
-    parser.add_argument("--from-json", type=Path, help="measure nothing, show this earlier result")
-    parser.add_argument("--against", type=Path, help="with --from-json: show where another result differs")
+    parser.add_argument("--resume", action="store_true", help="keep what the files of --results hold already")
+    add_result_flags(parser, plot="draw DIR/<suite>.png for each suite")
+    parser.add_argument(
+        "--against", type=Path, nargs="+", metavar="PATH", help="with --from-json: show where other results differ"
+    )
     args = parser.parse_args(arguments)
-    if args.resume and args.json is None:
-        parser.error("--resume needs --json")
+    if args.resume and args.results is None:
+        parser.error("--resume needs --results")
+    if args.against is not None and args.from_json is None:
+        parser.error("--against needs --from-json")
     return args
 
 
-def report(document: results.Document, args: argparse.Namespace) -> None:
+def show(document: results.Document, args: argparse.Namespace) -> None:
     """Prints tables and targets and draws the plots."""
-    print("\n".join([*table.lines(document), "\n### targets", "", *targets.lines(document)]), flush=True)
+    if args.summary:
+        text = [*report.summary(document), "", targets.count(document)]
+    else:
+        text = [*report.lines(document), "\n### targets", "", *targets.lines(document)]
+    print("\n".join(text), flush=True)
     if args.plot is not None:
         from harness.plots import draw
 
@@ -81,12 +89,10 @@ def prepare_all(runners, cases: list[Case], args: argparse.Namespace, document: 
 
     torch.cuda.empty_cache()
     swept = [case for case in cases if case.suite == "other"]
-    begin = time.monotonic()
     outcome = run_jobs(plan(runners, cases, swept), args.prepare_limit, args.workers)
     for label, case in list(outcome.failed):
         if label == results.OURS:  # tried again where it is timed: without it nothing can be said
             outcome.failed.pop((label, case))
-    document["prepare"] = {"total": round(time.monotonic() - begin, 1), **outcome.seconds}
     document["not_prepared"] = {f"{label}: {case}": reason for (label, case), reason in outcome.failed.items()}
     return outcome.failed
 
@@ -123,8 +129,9 @@ def run(args: argparse.Namespace) -> results.Document:
     torch._inductor.config.compile_threads = 1  # what there is to compile is in caches
     torch.manual_seed(0)
     cases, runners = choose(args.suite, args.cases), chosen(args.peers)
-    resumed = args.resume and args.json.is_file()
-    document = results.load(args.json) if resumed else results.new_document(ceilings())
+    earlier = results.paths([args.results], args.suite) if args.resume else []
+    resumed = any(path.is_file() for path in earlier)
+    document = results.load(*earlier) if resumed else results.new_document(ceilings())
     failed = known_failures(document)
     if not args.no_prepare and not resumed:
         failed |= prepare_all(runners, cases, args, document)
@@ -145,17 +152,17 @@ def run(args: argparse.Namespace) -> results.Document:
             results.put(document, measure(case, who, failed, document["ceilings"]))
         except DeviceLost as lost:
             results.put(document, lost.row | {"lost": lost_times + 1})
-            results.save(document, args.json)
+            results.save(document, args.results)
             tell(f"{case.key}: {lost}")
             start_again(args, time.monotonic() - start)
             break
         except Exception as error:
             document["left_out"].append(f"{case.key} ({type(error).__name__}: {error})"[:300])
             torch.cuda.empty_cache()
-        results.save(document, args.json)
+        results.save(document, args.results)
         tell(case.key)
     document["seconds"] = round(document.get("seconds", 0.0) + time.monotonic() - start, 1)
-    results.save(document, args.json)
+    results.save(document, args.results)
     if args.programs is None:
         shutil.rmtree(package_folder(), ignore_errors=True)
     return document
@@ -163,13 +170,28 @@ def run(args: argparse.Namespace) -> results.Document:
 
 def start_again(args: argparse.Namespace, spent: float) -> None:
     """Replaces this process, whose GPU context is lost, by one that goes on with the next runner."""
-    if args.json is None:
-        raise SystemExit("error: a runner made the GPU unusable; with --json the rest would have been measured")
+    if args.results is None:
+        raise SystemExit("error: a runner made the GPU unusable; with --results the rest would have been measured")
     sys.stdout.flush()
     more = ["--resume"] if not args.resume else []
     if args.time_limit is not None:
         more += ["--time-limit", str(max(0.0, args.time_limit - spent))]
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
+
+
+def loaded(given: list[Path]) -> results.Document:
+    """Earlier results.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    try:
+        document = results.load(*given)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if not document["rows"]:
+        raise SystemExit(f"error: {', '.join(map(str, given))}: no results of attention")
+    return document
 
 
 def make_programs(args: argparse.Namespace) -> None:
@@ -190,14 +212,14 @@ def main() -> None:
         make_programs(args)
         return
     if args.from_json is not None:
-        document = results.load(args.from_json)
+        document = loaded(args.from_json)
         if args.against is not None:
-            compare(document, results.load(args.against))
+            compare(document, loaded(args.against))
         else:
-            report(document, args)
+            show(document, args)
         return
     require_gpu()
-    report(run(args), args)
+    show(run(args), args)
 
 
 if __name__ == "__main__":

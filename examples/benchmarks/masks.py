@@ -1,6 +1,7 @@
 """What a mask costs on one GPU: buffers longer than the context, dense masks against ``is_causal``, making the map.
 
-    python examples/benchmarks/masks.py [--suite context prefill map] [--json FILE]
+    python examples/benchmarks/masks.py [--suite context prefill map] [--results DIR]
+    python examples/benchmarks/masks.py --from-json examples/benchmarks/results/h200/masks.json
 
 Times are microseconds per call, as in ``attention.py``; the inputs that a call reads rotate through more memory than
 L2. "tensor" is a dense bool mask with its tile map, "positions" a mask that the pass proved and that the kernel
@@ -10,15 +11,16 @@ computes from positions. Results of the two forms are compared before they are t
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Callable
 
 import torch
 from harness.cases import SHAPES
 from harness.inputs import LARGEST_ERROR, ROTATED_BYTES, forms, random
+from harness.options import add_result_flags, read_suite
 from harness.ours import DIM_ORDER
-from harness.table import print_table
+from harness.results import here
+from harness.schema import Row, flat_row, new_file, write
+from harness.tables import print_table
 from harness.timing import require_gpu, time_us
 
 import flashpte.kernels as kernels
@@ -61,11 +63,12 @@ def context_case(name: str, rows: int) -> dict:
         )
         for form, given in {"tensor": dense, "positions": computed}.items():
             calls = [lambda pair=pair, given=given: op(q, *pair, *given) for pair in caches]
-            row[f"{form} {length}"] = time_us(calls) if checked(calls[0], expected) else float("nan")
+            key = f"{form}_us" if length == CONTEXT else f"{form}_long_us"
+            row[key] = time_us(calls) if checked(calls[0], expected) else float("nan")
         del caches, calls
     for form in ("tensor", "positions"):
-        row[f"{form} ratio"] = row[f"{form} {BUFFER}"] / row[f"{form} {CONTEXT}"]
-    return row | {"target": "<= 1.15", "met": max(row["tensor ratio"], row["positions ratio"]) <= 1.15}
+        row[f"{form}_ratio"] = row[f"{form}_long_us"] / row[f"{form}_us"]
+    return row | {"limit": 1.15, "met": max(row["tensor_ratio"], row["positions_ratio"]) <= 1.15}
 
 
 def prefill_case(name: str, length: int, window: int | None) -> dict:
@@ -91,10 +94,10 @@ def prefill_case(name: str, length: int, window: int | None) -> dict:
     for _ in range(3):
         for form, call in calls.items():
             times[form].append(time_us([call] * 3) if checked(call, expected) else float("nan"))
-    row |= {form: sorted(t)[1] for form, t in times.items()}
+    row |= {f"{form}_us": sorted(t)[1] for form, t in times.items()}
     base, most = ("positions", 1.10) if window else ("is_causal", 1.08)
-    row["ratio"] = row["tensor"] / row[base]
-    return row | {"target": f"<= {most}", "met": row["ratio"] <= most}
+    row["ratio"] = row["tensor_us"] / row[f"{base}_us"]
+    return row | {"limit": most, "met": row["ratio"] <= most}
 
 
 def map_case(name: str, rows: int, context: int) -> dict:
@@ -112,11 +115,10 @@ def map_case(name: str, rows: int, context: int) -> dict:
     layer = lambda: kernels.sdpa_prefill(q, k, v, None, *makers["positions"](), *options, bounds)  # noqa: E731
     row: dict = {"case": f"{name} {rows} rows, context={context} of {BUFFER}"}
     for form, make in makers.items():
-        row[f"map by {form}"] = time_us([make] * 4)
-    row["one layer"] = time_us([layer])
-    row["share"] = row["map by tensor"] / row["one layer"]
-    full = context == BUFFER
-    return row | {"target": "<= 0.05" if full else "-", "met": row["share"] <= 0.05 if full else "-"}
+        row[f"map_{form}_us"] = time_us([make] * 4)
+    row["layer_us"] = time_us([layer])
+    row["ratio"] = row["map_tensor_us"] / row["layer_us"]
+    return row | ({"limit": 0.05, "met": row["ratio"] <= 0.05} if context == BUFFER else {})
 
 
 CASES = {
@@ -130,22 +132,35 @@ CASES = {
 }
 
 
+def show(rows: list[Row], short: bool) -> None:
+    """Prints each part as a table, or how many of its targets are met."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        found = [{key: value for key, value in row.items() if key != "part"} for row in rows if row["part"] == part]
+        if short:
+            judged = [row["met"] for row in found if "met" in row]
+            print(f"{part}: {sum(judged)} of {len(judged)} targets met")
+        else:
+            print_table(part, found)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=tuple(CASES), default=tuple(CASES))
-    parser.add_argument("--json", help="also write raw numbers to this file")
-    arguments = parser.parse_args()
+    add_result_flags(parser)
+    args = parser.parse_args()
+    if args.from_json is not None:
+        show(read_suite(args.from_json, "masks")["rows"], args.summary)
+        return
     require_gpu()
     torch.manual_seed(0)
-    gpu = torch.cuda.get_device_name()
-    results: dict = {"date": datetime.date.today().isoformat(), "gpu": gpu, "torch": torch.__version__}
-    for suite in arguments.suite:
+    rows: list[Row] = []
+    for suite in args.suite:
         run, cases = CASES[suite]
-        results[suite] = [run(*case) for case in cases]
-        print_table(suite, results[suite])
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(results, file, indent=1)
+        for case in cases:
+            rows.append(flat_row(part=suite, **run(*case)))
+            if args.results is not None:  # after each: what is measured stays
+                write(new_file("masks", rows=rows, **here()), args.results / "masks.json")
+    show(rows, args.summary)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a round of speculative decoding asks of the target, by context: target_verify beside one decode step.
 
-    python examples/benchmarks/speculative.py --work-dir work --json speculative.json --plot speculative.png
-    python examples/benchmarks/speculative.py --from-json speculative.json --plot speculative.png
+    python examples/benchmarks/speculative.py --work-dir work --results run --plot run
+    python examples/benchmarks/speculative.py --from-json examples/benchmarks/results/h200 --plot run
 
 Gemma 4 31B at full width, cut to two periods of its layers (10 sliding, 2 full) and a smaller vocabulary, with random
 bfloat16 weights and a random EAGLE-3 draft that proposes 4 tokens. Exported twice side by side on this machine, with
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from exports import export_side_by_side, profile_export, recorded, write_config
+from harness import models, schema
+from harness.options import add_result_flags, read_suite
 
 OURS, PLAIN = "flashpte", "no-midm-sdpa"
 METHODS = {OURS: ("target_verify", "decode"), PLAIN: ("target_verify",)}
@@ -67,22 +69,15 @@ def weight_bytes(manifest: dict[str, Any]) -> int:
     return int(manifest["files"]["aoti_cuda_blob.ptd"]["bytes"]) - sum(caches)
 
 
-def summarise(reports: dict[str, Any], manifest: dict[str, Any], read_bytes_per_us: float) -> list[dict[str, Any]]:
-    """A row for each context: floor, and attention and total of each kind, in microseconds."""
-    found: dict[int, dict[str, Any]] = {}
-    for kind, report in reports.items():
-        for row in report["rows"]:
-            method, context, chunks = row["case"]["name"], row["case"]["context"], row["case"]["chunks"]
-            name = "decode" if method == "decode" else "verify" if kind == OURS else "plain verify"
-            entry = found.setdefault(context, {"context": context})
-            entry[f"{name} attention"], entry[f"{name} total"] = row["families_us"]["attention"], row["total_us"]
-            entry[f"{name} kernels"] = row["kernels"]
-            if name == "verify":
-                entry["floor"] = live_bytes(manifest, context, sum(chunks)) / read_bytes_per_us
-    return [found[context] for context in sorted(found)]
+def floors(manifest: dict[str, Any], contexts: list[int], rows: int, read_bytes_per_us: float) -> list[schema.Row]:
+    """A row for each context: the time of its live keys and values, which a call of ``rows`` tokens reads."""
+    return [
+        schema.flat_row(context=context, floor_us=live_bytes(manifest, context, rows) / read_bytes_per_us)
+        for context in contexts
+    ]
 
 
-def conclusions(rows: list[dict[str, Any]]) -> dict[str, float]:
+def conclusions(rows: list[dict[str, float]]) -> dict[str, float]:
     """Verify's attention over decode's at the last context; growth of verify's total and of the floor to there."""
     first, last = rows[0], rows[-1]
     result = {}
@@ -101,26 +96,7 @@ def conclusions(rows: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-COLUMNS = (
-    "context",
-    "floor",
-    *("decode attention", "verify attention", "plain verify attention"),
-    *("decode total", "verify total", "plain verify total"),
-)
-
-
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    for row in rows:
-        cells = [
-            f"{row[name]:.1f}" if name in row and name != "context" else str(row.get(name, "-")) for name in COLUMNS
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, float]], path: Path) -> None:
     """Attention and totals over the context, one panel each."""
     from flashpte.export.runtime.plot import require_matplotlib
 
@@ -149,21 +125,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def report_on(document: dict[str, Any], plot: Path | None) -> None:
-    """Prints the table and what follows from it, and draws it."""
-    rows = document["rows"]
-    print("\n".join(table(rows)))
-    print(f"weights {document['weight_bytes'] / 1e9:.2f} GB: {document['weights_floor_us']:.0f} us to read")
-    for name, value in document["conclusions"].items():
+def report_on(data: schema.ResultFile, args: argparse.Namespace) -> None:
+    """Prints the table, what follows from it and, unless it is to be short, the slowest kernels; and draws it."""
+    contexts = models.by_context(data["rows"])
+    print("\n".join(models.speculative(data["rows"])))
+    print(f"weights {data['weight_bytes'] / 1e9:.2f} GB: {data['weights_floor_us']:.0f} us to read")
+    for name, value in conclusions(contexts).items():
         print(f"{name}: {value:.3f}")
-    if plot is not None:
-        draw(rows, plot)
+    if not args.summary:
+        print("", *models.slowest(data["rows"]), sep="\n")
+    if args.plot is not None:
+        args.plot.mkdir(parents=True, exist_ok=True)
+        draw(contexts, args.plot / "speculative.png")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, help="folder for the exports")
-    parser.add_argument("--from-json", type=Path, help="measure nothing, show this earlier result")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--max-seq-len", type=int, default=131_072)
@@ -172,9 +150,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--small", action="store_true", help="the small Gemma 4, to try the script itself")
     parser.add_argument("--arch", help="GPU to export for (default: this machine's)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the exports")
+    add_result_flags(parser, plot="draw DIR/speculative.png")
     args = parser.parse_args()
     if (args.work_dir is None) == (args.from_json is None):
         parser.error("give --work-dir or --from-json")
@@ -184,7 +161,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     if args.from_json is not None:
-        report_on(json.loads(args.from_json.read_text()), args.plot)
+        report_on(read_suite(args.from_json, "speculative"), args)
         return 0
     start = time.monotonic()
 
@@ -195,6 +172,7 @@ def main() -> int:
     tell(f"exported {', '.join(folders)}")
     if not folders:
         return 1
+    from harness.results import here
     from harness.timing import ceilings
 
     read = ceilings()["read_bytes_per_us"]
@@ -203,7 +181,7 @@ def main() -> int:
     contexts = sorted({min(context, longest) for context in args.contexts})
     reports: dict[str, Any] = {}
     manifests = {kind: json.loads((folder / "manifest.json").read_text()) for kind, folder in folders.items()}
-    document: dict[str, Any] = {}
+    data: schema.ResultFile = {}
     for kind, folder in folders.items():
         try:  # made a moment ago in this very process's folder: hashing the weights again would only take time
             report = profile_export(folder, contexts, None, cuda_graph=True, unverified=True)
@@ -211,24 +189,21 @@ def main() -> int:
             tell(f"{kind}: {type(error).__name__}: {error}")
             continue
         tell(f"measured {kind}")
-        print(f"{kind}\n" + "\n".join(report.lines()) + "\n", flush=True)
         reports[kind] = report.to_dict()
         manifest = manifests.get(OURS, manifests[kind])
-        rows = summarise(reports, manifest, read)
-        document = {
-            "arguments": recorded(args),
-            "versions": manifest["versions"],
-            "read_bytes_per_us": read,
-            "weight_bytes": weight_bytes(manifest),
-            "weights_floor_us": weight_bytes(manifest) / read,
-            "rows": rows,
-            "conclusions": conclusions(rows),
-            "reports": reports,
-        }
-        if args.json is not None:  # after each: what is measured stays
-            args.json.write_text(json.dumps(document, indent=1) + "\n")
+        data = schema.new_file(
+            "speculative",
+            rows=[*floors(manifest, contexts, args.chain + 1, read), *models.profile_rows(reports)],
+            **here() | {"versions": manifest["versions"]},
+            ceilings={"read_bytes_per_us": read},
+            arguments=recorded(args),
+            weight_bytes=weight_bytes(manifest),
+            weights_floor_us=weight_bytes(manifest) / read,
+        )
+        if args.results is not None:  # after each: what is measured stays
+            schema.write(data, args.results / "speculative.json")
     if reports:
-        report_on(document, args.plot)
+        report_on(data, args)
     if not args.keep:
         shutil.rmtree(args.work_dir)
     return 0 if len(reports) == len(args.kinds) else 1

@@ -1,7 +1,8 @@
 """Sweeps the tiles of our kernels on this machine's GPU and compares the tables' choices with the best ones.
 
-    python examples/benchmarks/tune.py --kernel decode verify prefill --dims 64 128 256 512 --json tiles.json
-    python examples/benchmarks/tune.py --random 40 --seed 1 --narrow --json random.json
+    python examples/benchmarks/tune.py --kernel decode verify prefill --dims 64 128 256 512 --results run
+    python examples/benchmarks/tune.py --random 40 --seed 1 --narrow --results run
+    python examples/benchmarks/tune.py --from-json examples/benchmarks/results/h100/random.json --summary
 
 For every shape of the grid, or of shapes drawn from all that the tables are for, each tile (and, for decode and verify,
 number of splits) is compiled, checked against float32 attention and timed as in ``attention.py``. Printed is the best
@@ -15,11 +16,11 @@ import argparse
 import random
 import sys
 import time
-from pathlib import Path
 
 from harness import cases as case_table
-from harness import results, table
+from harness import report, results, schema
 from harness.cases import Case, Shape
+from harness.options import add_result_flags
 from harness.timing import ceilings, require_gpu
 
 ROWS = {"decode": [1], "verify": [4, 16], "prefill": []}
@@ -86,12 +87,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prepare-limit", type=float, default=1800.0, metavar="SECONDS")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the result says what is left")
     parser.add_argument("--workers", type=int, help="processes that compile side by side (default: the cores but one)")
-    parser.add_argument("--json", type=Path, help="write raw numbers to this file, after every shape")
+    add_result_flags(parser)
     return parser.parse_args(arguments)
+
+
+def suite_of(args: argparse.Namespace) -> str:
+    """The suite of a result file."""
+    return "grids" if args.random is None else "random"
+
+
+def save(document: results.Document, args: argparse.Namespace) -> None:
+    """Writes random.json or grids.json, whichever suite the shapes are of."""
+    if args.results is not None:
+        suite = suite_of(args)
+        (data,) = results.files({**document, "rows": [{**row, "suite": suite} for row in document["rows"]]})
+        schema.write(data, args.results / f"{suite}.json")
+
+
+def show(document: results.Document, args: argparse.Namespace) -> None:
+    """Prints every shape, or how many are near the best tile."""
+    rows = document["rows"]
+    print("\n".join(report.sweep_summary(rows) if args.summary else report.sweep_lines(rows)))
+    if document["left_out"]:
+        print(f"left out: {', '.join(document['left_out'])}")
 
 
 def main() -> None:
     args = parse()
+    if args.from_json is not None:
+        show(results.load(*args.from_json, suites=("random", "grids")), args)
+        return
     require_gpu()
     import torch
     from harness.inputs import Inputs
@@ -101,10 +126,11 @@ def main() -> None:
     start, cases = time.monotonic(), grid(args)
     torch.manual_seed(0)
     document = results.new_document(ceilings())
-    document["prepare"] = run_jobs(plan([], [], cases), args.prepare_limit, args.workers).seconds
+    document["arguments"] = {"random": args.random, "seed": args.seed} if args.random is not None else {}
+    run_jobs(plan([], [], cases), args.prepare_limit, args.workers)
     for case in cases:
         if args.time_limit is not None and time.monotonic() - start > args.time_limit:
-            document["left_out"].append(case.name)
+            document["left_out"].append(f"{suite_of(args)} {case.name}")
             continue
         row = {**case.describe(), "floor": case.floor(document["ceilings"]), "layers": 1, "times": {}}
         try:
@@ -112,13 +138,11 @@ def main() -> None:
         except Exception as error:
             row["sweep"] = {"failed": describe(error)}
         results.put(document, row)
-        results.save(document, args.json)
+        save(document, args)
         torch.cuda.empty_cache()
         print(f"[{time.monotonic() - start:6.1f} s] {case.name}", file=sys.stderr, flush=True)
-    results.save(document, args.json)
-    print("\n".join(table.sweep_lines(document["rows"])))
-    if document["left_out"]:
-        print(f"left out: {', '.join(document['left_out'])}")
+    save(document, args)
+    show(document, args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A whole model, end to end: prefill, decode and verify with our kernels, with ExecuTorch's, and with plain math.
 
-    python examples/benchmarks/whole_model.py --work-dir work --json whole_model.json --plot whole_model.png
+    python examples/benchmarks/whole_model.py --work-dir work --results run --plot run
+    python examples/benchmarks/whole_model.py --from-json examples/benchmarks/results/h200 --summary
 
 Gemma 4 31B at full width, cut to one period of its layers and a smaller vocabulary, with random bfloat16 weights,
 exported three times side by side on this machine and run from the .pte. Needs a GPU, about 25 GB of disk and 40 GB of
@@ -11,13 +12,15 @@ verifying 15 s each; measuring 5 s each.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from pathlib import Path
 
 from exports import export_side_by_side, profile_export, recorded, write_config
+from harness import models, schema
+from harness.options import add_result_flags, read_suite
+from harness.results import here
 
 KINDS = {"flashpte": [], "executorch": ["--no-replace", "executorch"], "math": ["--no-replace", "math"]}
 
@@ -35,7 +38,7 @@ def export_all(args: argparse.Namespace) -> dict[str, Path]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder for the exports")
+    parser.add_argument("--work-dir", type=Path, help="folder for the exports")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--max-seq-len", type=int, default=32_768)
@@ -46,14 +49,26 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--small", action="store_true", help="the small Gemma 4, to try the script itself")
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--keep", action="store_true", help="keep the exports")
-    return parser.parse_args()
+    add_result_flags(parser, plot="draw DIR/whole-model.png, after a measurement")
+    args = parser.parse_args()
+    if (args.work_dir is None) == (args.from_json is None):
+        parser.error("give --work-dir or --from-json")
+    return args
+
+
+def show(rows: list[schema.Row], short: bool) -> None:
+    """Prints the calls, and unless it is to be short the slowest kernels of each."""
+    print("\n".join(models.whole_model(rows)))
+    if not short:
+        print("", *models.slowest(rows), sep="\n")
 
 
 def main() -> int:
     args = parse()
+    if args.from_json is not None:
+        show(read_suite(args.from_json, "whole-model")["rows"], args.summary)
+        return 0
     start = time.monotonic()
     folders = export_all(args)
     print(f"[{time.monotonic() - start:6.1f} s] exported {', '.join(folders)}", file=sys.stderr)
@@ -65,14 +80,17 @@ def main() -> int:
             print(f"{kind}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         print(f"[{time.monotonic() - start:6.1f} s] measured {kind}", file=sys.stderr)
-        print(f"{kind}\n" + "\n".join(reports[kind].lines()) + "\n")
-        if args.json is not None:  # after each: what is measured stays
-            shown = {"arguments": recorded(args)}
-            args.json.write_text(json.dumps({**shown, **{k: r.to_dict() for k, r in reports.items()}}, indent=1) + "\n")
+        rows = models.profile_rows({name: report.to_dict() for name, report in reports.items()})
+        if args.results is not None:  # after each: what is measured stays
+            data = schema.new_file("whole-model", rows=rows, arguments=recorded(args), **here())
+            schema.write(data, args.results / "whole-model.json")
+    if reports:
+        show(rows, args.summary)
     if args.plot is not None and reports:
         from flashpte.export.runtime.plot import draw_beside
 
-        draw_beside(reports, args.plot)
+        args.plot.mkdir(parents=True, exist_ok=True)
+        draw_beside(reports, args.plot / "whole-model.png")
     if not args.keep:
         shutil.rmtree(args.work_dir)
     return 0 if len(reports) == len(args.kinds) else 1

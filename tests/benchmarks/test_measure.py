@@ -121,12 +121,11 @@ def command(on_cpu, monkeypatch, tmp_path):
     monkeypatch.setattr(attention, "choose", lambda suites, substring: CASES[:2])
     monkeypatch.setattr(runners, "chosen", lambda wanted: [ours.RUNNERS[0]])
     monkeypatch.setattr(attention, "ceilings", lambda: CEILINGS)
-    monkeypatch.setattr(results, "new_document", lambda limits: {"rows": [], "left_out": [], "ceilings": limits})
+    monkeypatch.setattr(results, "here", lambda: {"gpu": "a GPU", "date": "2026-01-01"})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    path = tmp_path / "results.json"
 
     def run(*arguments):
-        return attention.run(attention.parse(["--json", str(path), "--no-prepare", *arguments]))
+        return attention.run(attention.parse(["--results", str(tmp_path), "--no-prepare", *arguments]))
 
     return run
 

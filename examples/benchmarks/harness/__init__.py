@@ -14,8 +14,14 @@ runners      all of them by name
 prepare      compiles everything beforehand, in processes side by side
 measure      one case: check, then time
 sweep        all tiles of a shape against the table's
-results      the JSON document
+schema       the result files: header, flat rows, what is wrong with one
+results      what the attention suites measure, in memory and as result files
+options      flags that all benchmarks share: --results, --from-json, --summary
 targets      what is wanted of the numbers, and whether it is met
-table, plots the document as text and as pictures
+tables       the Markdown printer, and the marked tables of the docs
+doc_tables   those tables by name
+report       results of attention as text
+plots        and as pictures
+models       profiles of whole models as rows and tables
 ============ ==================================================================
 """

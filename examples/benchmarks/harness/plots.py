@@ -36,14 +36,14 @@ def draw(document: Document, folder: Path) -> list[Path]:
 
     require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
-    suites = dict.fromkeys(row["suite"] for row in document["rows"])
-    return [_draw(suite, document, folder / f"attention-{suite}.png") for suite in suites]
+    suites = dict.fromkeys(row["suite"] for row in document["rows"] if row["times"])
+    return [_draw(suite, document, folder / f"{suite}.png") for suite in suites]
 
 
 def _draw(suite: str, document: Document, path: Path) -> Path:
     from matplotlib.figure import Figure
 
-    rows = [row for row in document["rows"] if row["suite"] == suite]
+    rows = [row for row in document["rows"] if row["suite"] == suite and row["times"]]
     found = [speeds(row) for row in rows]
     labels = [OURS, *dict.fromkeys(label for each in found for label in each if label != OURS)]
     figure = Figure(figsize=(8.0, 1.8 + 0.3 * len(rows)), layout="constrained")
@@ -63,7 +63,8 @@ def _draw(suite: str, document: Document, path: Path) -> Path:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlim(0, 1.1)
     axis.set_xlabel("speed over the floor's (1 = the measured ceiling), CUDA graphs")
-    axis.set_title(f"{suite}, {document['gpu']}", fontsize=10)
+    header = document.get("headers", {}).get(suite, document)
+    axis.set_title(f"{suite}, {header['gpu']}, {header['date']}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)

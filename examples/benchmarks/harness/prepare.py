@@ -36,10 +36,6 @@ class Job:
     cases: tuple[Case, ...]
     part: tuple[int, int] = (0, 1)
 
-    @property
-    def name(self) -> str:
-        return f"{self.runner}: {self.cases[0].key} {self.part[0] + 1}/{self.part[1]}"
-
     def to_json(self) -> str:
         shapes = {case.shape_name: dataclasses.asdict(case.shape) for case in self.cases}
         return json.dumps({**dataclasses.asdict(self), "shapes": shapes})
@@ -54,9 +50,8 @@ class Job:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of the jobs: seconds of each, and reasons by ``runner, case`` of what is not prepared."""
+    """What became of the jobs: reasons by ``runner, case`` of what is not prepared."""
 
-    seconds: dict[str, float]
     failed: dict[tuple[str, str], str]
 
 
@@ -74,7 +69,7 @@ def plan(runners, cases: list[Case], sweeps: list[Case]) -> list[Job]:
 
 def run_jobs(jobs: list[Job], limit: float, workers: int | None = None) -> Outcome:
     """Runs the jobs side by side; when ``limit`` seconds have passed, what still runs is ended."""
-    outcome = Outcome({}, {})
+    outcome = Outcome({})
     waiting = queue.SimpleQueue[Job]()
     for job in jobs:
         waiting.put(job)
@@ -134,7 +129,7 @@ class Worker:
                 job = waiting.get_nowait()
             except queue.Empty:
                 break
-            begin, printed, process = time.monotonic(), [], self.start()
+            printed, process = [], self.start()
             if process is not None and process.stdin is not None and process.stdout is not None:
                 try:
                     process.stdin.write(job.to_json() + "\n")
@@ -147,7 +142,6 @@ class Worker:
                     printed.append(line)
                 else:
                     process.wait()
-                outcome.seconds[job.name] = round(time.monotonic() - begin, 1)
             _collect(job, printed, "not prepared in time" if self.stopped else "", outcome)
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.close()

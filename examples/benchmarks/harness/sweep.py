@@ -141,7 +141,7 @@ def sweep(inputs: Inputs, budget_us: float = 2e3) -> dict[str, Any]:
     """Times every tile and split; the table's choice and the best one are then timed again side by side.
 
     Returns:
-        ``table`` and ``best`` microseconds with their configs, their ``ratio``, how many were tried, and the ten best.
+        ``table`` and ``best`` microseconds with their tiles, their ``ratio``, how many were tried, and the ten best.
     """
     arch, call = tuning.current_arch(torch.device("cuda")), launcher(inputs)
     chosen = table_choice(inputs.case, arch)
@@ -171,13 +171,14 @@ def sweep(inputs: Inputs, budget_us: float = 2e3) -> dict[str, Any]:
     return {
         **times,
         "ratio": times["table"] / times["best"],
-        "table config": described(chosen),
-        "best config": described(best),
+        "table tile": described(chosen),
+        "best tile": described(best),
         "tried": tried,
-        "first": [{"us": time, **described(config)} for time, config in found[:10]],
+        "first": [{"us": time, "tile": described(config)} for time, config in found[:10]],
     }
 
 
-def described(config: Config) -> dict[str, Any]:
-    """A config as JSON holds it."""
-    return {"kernel": type(config).__name__.removesuffix("Config"), **dataclasses.asdict(config)}
+def described(config: Config) -> str:
+    """A config as results hold it: the kernel and all of its numbers."""
+    numbers = " ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items())
+    return f"{type(config).__name__.removesuffix('Config')} {numbers}"

@@ -12,7 +12,7 @@ everywhere. The model takes the larger of
   how well a tile feeds the tensor cores: its operations per byte, its step length and its pipeline depth;
 
 and adds 1% per wave of thread blocks. The constants were fitted to the times of Inductor's own choices on an H200;
-docs/benchmarks.md says how far the picks are from the best ones.
+docs/benchmarks-h200.md says how far the picks are from the best ones.
 """
 
 from __future__ import annotations
