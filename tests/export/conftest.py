@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from host_code import checked_host_code
 
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
@@ -68,6 +69,16 @@ CLASSES = {
 }
 
 TARGETS = {"llama": "hf", "qwen3": "hf", "qwen3-sliding": "hf", "gemma4": "gemma4-31b"}
+
+
+@pytest.fixture(autouse=True)
+def _host_code(request):
+    """Lowering in a test checks its host code and links a stub, but for tests marked ``gpu`` or ``host_code``."""
+    if request.node.get_closest_marker("gpu") or request.node.get_closest_marker("host_code"):
+        yield
+        return
+    with checked_host_code():
+        yield
 
 
 @pytest.fixture(scope="session")

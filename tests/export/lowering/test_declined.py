@@ -21,6 +21,7 @@ class Declined(torch.nn.Module):
         return dropped + F.scaled_dot_product_attention(q, k.transpose(2, 3).contiguous().transpose(2, 3), v)
 
 
+@pytest.mark.host_code
 def test_declined_attention_still_lowers_by_a_compiler_of_two_words(cxx, tmp_path):
     # Few rows, so that copying the keys does not pay.
     args = tuple(torch.randn(1, 4, rows, 64, dtype=torch.bfloat16) for rows in (4, 64, 64))

@@ -44,6 +44,7 @@ def read(folder):
 
 
 @pytest.mark.lowering
+@pytest.mark.host_code
 def test_second_arch_in_one_process_equals_a_fresh_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "12345")
     hopper = lower({"forward": program()}, output_dir=tmp_path / "hopper", arch="sm_90")

@@ -1,0 +1,100 @@
+"""Checks the host code of lowered programs without compiling it, because g++ takes most of a small lowering's time.
+
+AOTInductor writes one C++ file per method. g++ spends four fifths of its time on optimizing what PyTorch's headers
+bring along, which is the same for every program. Inside :func:`checked_host_code` g++ still parses each file and
+instantiates its templates, so wrong C++ still fails. The object file that gets linked is a stub: it has AOTInductor's
+entry points and refers to the functions of libtorch that the file calls, so a function that ExecuTorch lacks is still
+refused. Tests of the library itself (its instructions, equal bytes, running it) need the real thing:
+``@pytest.mark.host_code``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from flashpte.export.lowering.cross_compile.toolchain import ReproducibleFlags, find_compiler
+
+_ENTRY_POINTS = ("CreateWithDevice", "Delete", "GetNumInputs", "GetNumOutputs", "Run")
+
+
+@contextlib.contextmanager
+def checked_host_code() -> Iterator[None]:
+    """Inside, lowering in this process checks each method's host code and links a stub in its place."""
+    rewrite = ReproducibleFlags.rewrite
+
+    def check_only(self: ReproducibleFlags, command_line: str) -> str:
+        return _check_only(rewrite(self, command_line))
+
+    with mock.patch.object(ReproducibleFlags, "rewrite", check_only):
+        yield
+
+
+def _check_only(command_line: str) -> str:
+    """The command to run instead of one that compiles a method's host code; any other command as it is."""
+    words, compiler = shlex.split(command_line), find_compiler()
+    arguments = words[len(compiler) :]
+    source = next((word for word in arguments if word.endswith(".wrapper.cpp") and not word.startswith("-")), None)
+    if source is None or "-c" not in arguments:
+        return command_line
+    output = arguments[arguments.index("-o") + 1]
+    flags = [word for word in arguments if word not in (source, output, "-c", "-o")]
+    headers = _precompiled(_includes(source), tuple(flags))
+    check = shlex.join([*compiler, "-include", headers, *flags, "-fsyntax-only", source])
+    stub = Path(source).with_suffix(".stub.c")
+    stub.write_text(_stub(Path(source).read_text()))
+    compile_stub = shlex.join([*compiler, "-c", "-fPIC", "-x", "c", str(stub), "-o", output])
+    return shlex.join(["sh", "-c", f"{check} && {compile_stub}"])
+
+
+def _includes(source: str) -> str:
+    lines = Path(source).read_text().splitlines()
+    return "".join(f"{line}\n" for line in lines if line.startswith("#include"))
+
+
+class _Headers(dict[tuple[str, tuple[str, ...]], str]):
+    """Precompiled headers by their text and the flags that matter: all but the folders of one lowering."""
+
+    def __missing__(self, key: tuple[str, tuple[str, ...]]) -> str:
+        self[key] = str(_folder() / f"headers-{len(self)}.h")
+        return self[key]
+
+
+_HEADERS = _Headers()
+
+
+def _precompiled(text: str, flags: tuple[str, ...]) -> str:
+    header = _HEADERS[text, tuple(flag for flag in flags if not flag.startswith(("-I", "-L", "-ffile-prefix-map")))]
+    if not Path(header).exists():
+        Path(header).write_text(text)
+        command = [*find_compiler(), *flags, "-x", "c++-header", header, "-o", f"{header}.gch"]
+        subprocess.run(command, check=True, capture_output=True)
+    return header
+
+
+def _stub(source: str) -> str:
+    """C source of the stub for a method's host code."""
+    called = sorted(set(re.findall(r"\baoti_torch_\w+(?=\()", source)))
+    return "".join(
+        (
+            *(f"int AOTInductorModelContainer{name}(void) {{ return 0; }}\n" for name in _ENTRY_POINTS),
+            *(f"void {name}(void);\n" for name in called),
+            f"void (*const called[])(void) = {{{', '.join(called) or '0'}}};\n",
+        )
+    )
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="host-code-")  # removed when the process ends
+
+
+def _folder() -> Path:
+    return Path(_temporary().name)
