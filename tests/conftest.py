@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 from grids import SLOW, is_swept
+
+# How long a case takes says how busy the machine is, and nothing about the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

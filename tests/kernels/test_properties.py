@@ -27,9 +27,8 @@ def examples(**strategies):
         def at(count):
             chosen = settings(
                 max_examples=count,
-                deadline=None,
                 derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture],
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
             )
             return chosen(given(**strategies)(copied(check)))
 
