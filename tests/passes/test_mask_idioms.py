@@ -12,6 +12,8 @@ from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
 
+pytestmark = pytest.mark.xdist_group("mask idioms")  # their programs take 25 s each
+
 KEYS, WINDOW = 200, 30
 NEG_INF, MIN = float("-inf"), torch.finfo(torch.float32).min
 arange, where = torch.arange, torch.where
