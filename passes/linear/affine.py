@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from flashpte.passes.graph.values import val
 from flashpte.passes.graph.views import Kind, kind_of, packet_of
@@ -127,8 +126,8 @@ def _path(node: Node, known: Known) -> Iterator[_Step]:
 
 def _moved(node: Node, known: Known) -> Callable[..., tuple[Any, Any, Any]]:
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        args, kwargs = (map_arg(part, known.value) for part in (node.args[1:], node.kwargs))
-        return node.target(tensor, *args, **kwargs)  # type: ignore[operator]
+        args, kwargs = known.arguments(node)
+        return node.target(tensor, *args[1:], **kwargs)  # type: ignore[operator]
 
     return lambda q, a, b: (move(q), move(a), move(b))
 
@@ -193,8 +192,8 @@ def holds_codes(node: Node) -> bool:
 
 def _blocks(node: Node, known: Known) -> tuple[Any, Any, list[int]]:
     """Scale, zero point and block sizes of ``torchao.dequantize_affine``."""
-    _, block, scale, zero = (*node.args, None)[:4]
-    return scale, zero, list(block)  # type: ignore[call-overload]
+    block: Any = node.args[1]
+    return node.args[2], node.args[3] if len(node.args) > 3 else None, list(block)
 
 
 def _per_group(node: Node, known: Known) -> tuple[Any, Any, list[int]]:

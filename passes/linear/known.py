@@ -50,10 +50,16 @@ class Known:
         if node.op == "placeholder":
             return self._held[node.name].detach()
         if node not in self._values:
-            args, kwargs = (map_arg(part, self.value) for part in (node.args, node.kwargs))
+            args, kwargs = self.arguments(node)
             with torch.no_grad():
                 self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
+
+    def arguments(self, node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a known node, with values in place of nodes."""
+        args: Any = map_arg(node.args, self.value)
+        kwargs: Any = map_arg(node.kwargs, self.value)
+        return args, kwargs
 
     def forget(self) -> None:
         """Frees the values; what is known stays known."""

@@ -67,8 +67,8 @@ class LinearRewrite(Rewrite):
             return Refusal("its scale or zero point is computed at run time")
         try:
             weight = quantized_weight(match.weight, match.transposed, known)
-        except NotQuantized as reason:
-            return Refusal(f"the weight stays as it is: {reason}")
+        except NotQuantized as why:
+            return Refusal(f"the weight stays as it is: {why}")
         finally:
             known.forget()
         if x.dtype not in _DTYPES or val(match.node).dtype != x.dtype:
