@@ -48,7 +48,7 @@ def _add_group(acc, weight, x_of_tile, GROUP: tl.constexpr, FORMAT: tl.constexpr
 
     Args:
         weight: ``(w_ptrs [T, N, 32], s_ptrs [T, N], z_ptrs [T, N])`` for these tiles.
-        x_of_tile: ``(x_rows [M] pointers, row_ok [M], first [T], limit)``: first columns, and where they end.
+        x_of_tile: ``(x_rows [M] pointers, row_ok [M], first [T], K)``, where ``first`` are the tiles' first columns.
         FORMAT: ``(BITS, GROUPS, ZEROS)``.
     """
     BITS: tl.constexpr = FORMAT[0]
@@ -56,20 +56,19 @@ def _add_group(acc, weight, x_of_tile, GROUP: tl.constexpr, FORMAT: tl.constexpr
     ZEROS: tl.constexpr = FORMAT[2]
     CENTER: tl.constexpr = 2 ** (BITS - 1)
     w_ptrs, s_ptrs, z_ptrs = weight
-    x_rows, row_ok, first, limit = x_of_tile
+    x_rows, row_ok, first, K = x_of_tile
     dtype: tl.constexpr = x_rows.dtype.element_ty
     EXACT: tl.constexpr = dtype == tl.float32
     product = tl.zeros(acc.shape, tl.float32)
     x_sum = tl.zeros([acc.shape[0], acc.shape[2]], tl.float32)
     if ZEROS:
         zero = tl.load(z_ptrs + GROUP).to(tl.float32) - CENTER
-    for p in tl.static_range(4 // GROUPS):
-        PLANE: tl.constexpr = GROUP * (4 // GROUPS) + p
-        column = first[:, None] + PLANE * 32 + tl.arange(0, 32)[None, :]
-        x_ok = row_ok[None, :, None] & (column < limit)[:, None, :]
+    for plane in tl.static_range(GROUP * 4 // GROUPS, (GROUP + 1) * 4 // GROUPS):
+        column = first[:, None] + plane * 32 + tl.arange(0, 32)[None, :]
+        x_ok = row_ok[None, :, None] & (column < K)[:, None, :]
         x = tl.load(x_rows[None, :, None] + column[:, None, :], mask=x_ok, other=0.0)
-        words = tl.load(w_ptrs + (PLANE * 32 if BITS == 8 else 0))
-        codes = centered_codes(words, PLANE, BITS, dtype)
+        words = tl.load(w_ptrs + (plane * 32 if BITS == 8 else 0))
+        codes = centered_codes(words, plane, BITS, dtype)
         if ZEROS:
             if EXACT:
                 codes = codes - zero[:, :, None]
@@ -96,7 +95,6 @@ def _linear_few_rows_kernel(
     split = tl.program_id(1)
     begin = split * tiles_per_split
     end = tl.minimum(begin + tiles_per_split, column_tiles)
-    limit = tl.minimum(end * 128, K)
     # Rows past the end repeat the last one, so that every pointer made from them is in range.
     row = tl.minimum(n, padded_n - 1)
     words, scales = offsets_of_rows(row, column_tiles, scale_tiles, BITS, GROUPS)
@@ -107,11 +105,11 @@ def _linear_few_rows_kernel(
     x_rows = x_ptr + m.to(tl.int64) * stride_xm
     acc = tl.zeros([TILES, BLOCK_N, BLOCK_M], tl.float32)
     for start in tl.range(begin, end, TILES, num_stages=STAGES):
-        # Tiles past the end repeat the last one. They multiply zeros, because x ends at the limit.
+        # Tiles past the end repeat the last one. They multiply zeros, because x ends there.
         at = tl.minimum(start + tile, column_tiles - 1)
         w_ptrs = w_rows + (at * TILE_WORDS)[:, None, None]
         s_at = scales[None, :] + (at * SCALE_STEP)[:, None]
-        x_of_tile = (x_rows, m < M, (start + tile) * 128, limit)
+        x_of_tile = (x_rows, m < M, (start + tile) * 128, K)
         for group in tl.static_range(GROUPS):
             acc = _add_group(acc, (w_ptrs, s_ptr + s_at, z_ptr + s_at), x_of_tile, group, FORMAT)
     y = tl.sum(acc, 0)

@@ -59,7 +59,7 @@ def choose_few_rows(shape: LinearShape, arch: GpuArch) -> FewRowsConfig:
 
     A split has at least four steps, so that its loads overlap.
     """
-    block_n, at_once = 64, 2
+    block_n, at_once = 32, 2
     steps = cdiv(cdiv(shape.in_features, _COLUMNS), at_once)
     wanted = 2 * arch.sm_count // cdiv(shape.out_features, block_n)
     splits = max(1, min(wanted, steps // 4))
@@ -74,4 +74,4 @@ def choose_many_rows(shape: LinearShape, arch: GpuArch) -> ManyRowsConfig:
         return ManyRowsConfig(32, 32, num_warps=4, num_stages=2)
     if shape.rows is not None and shape.rows <= 64:
         return ManyRowsConfig(64, 64, num_warps=4, num_stages=3)
-    return ManyRowsConfig(128, 64, num_warps=4, num_stages=3)
+    return ManyRowsConfig(128, 64, num_warps=8, num_stages=3)
