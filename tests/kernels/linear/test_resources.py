@@ -37,13 +37,13 @@ def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
 @pytest.mark.parametrize(
     ("arch", "rows", "weight", "dtype"),
     [
-        *itertools.product(("sm_80", "sm_86", "sm_90", "sm_120"), ROWS, WEIGHTS, (torch.bfloat16,)),
-        *itertools.product(("sm_90",), ROWS, WEIGHTS, (torch.float16,)),
+        *itertools.product(("sm_80", "sm_86", "sm_90", "sm_120"), ROWS, WEIGHTS, ["bfloat16"]),
+        *itertools.product(("sm_90",), ROWS, WEIGHTS, ["float16"]),
     ],
 )
 def test_nothing_spills_and_shared_memory_suffices(arch, rows, weight, dtype):
     with compiling_for(arch) as kernels:
-        launch_linear(empty_call(rows, weight, dtype))
+        launch_linear(empty_call(rows, weight, getattr(torch, dtype)))
     expected = ["few_rows", "sum_splits"] if rows <= 16 else ["many_rows"]
     assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected]
     for kernel in kernels:
