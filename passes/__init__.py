@@ -1,11 +1,19 @@
 """Rewrites of exported programs.
 
 ``replace_sdpa`` swaps attention for flashpte's kernels. ``rewrite_program`` runs every rewrite, including those of
-other packages. ``graph`` holds helpers that every rewrite needs, and ``attention`` holds the attention rewrite.
+other packages. ``replace_linear`` swaps products with quantized weights. ``graph`` holds helpers that every rewrite
+needs; ``attention`` and ``linear`` hold the rewrites.
 """
 
 from flashpte.passes.attention.report import NodeRoute, RoutingReport, format_table
-from flashpte.passes.pipeline import ReplaceSdpaPass, default_rewrites, replace_sdpa, rewrite_graph, rewrite_program
+from flashpte.passes.pipeline import (
+    ReplaceSdpaPass,
+    default_rewrites,
+    replace_linear,
+    replace_sdpa,
+    rewrite_graph,
+    rewrite_program,
+)
 from flashpte.passes.rewrite import Decision, Refusal, Report, Rewrite, Scope
 
 __all__ = [
@@ -19,6 +27,7 @@ __all__ = [
     "Scope",
     "default_rewrites",
     "format_table",
+    "replace_linear",
     "replace_sdpa",
     "rewrite_graph",
     "rewrite_program",

@@ -24,7 +24,9 @@ from flashpte.passes.graph.constants import Constant, constant_tensors
 from flashpte.passes.graph.dead_code import eliminate_dead_code
 from flashpte.passes.graph.insert import keep_names
 from flashpte.passes.graph.values import Ranges
-from flashpte.passes.rewrite import Outcome, Refusal, Rewrite, Run, Scope, outcome_of
+from flashpte.passes.graph.weights import Weights
+from flashpte.passes.linear.rewrite import LinearRewrite
+from flashpte.passes.rewrite import Outcome, Refusal, Report, Rewrite, Run, Scope, outcome_of
 
 ENTRY_POINTS = "flashpte.rewrites"
 """Entry point group for rewrites of other packages: subclasses of ``Rewrite`` that take no arguments."""
@@ -82,10 +84,10 @@ def rewrite_program(
         # Nodes that the signature of a preserved module names must stay.
         signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
         kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}
-        constants = constant_tensors(program)
-        reports[rewrite.name] = rewrite_graph(
-            program.graph_module, rewrite, ranges=program.range_constraints, kept=kept, constants=constants
-        )
+        constants, weights = constant_tensors(program), Weights(program)
+        run = Run(program.graph_module, program.range_constraints, kept, {program.graph_module: constants}, weights)
+        reports[rewrite.name] = _run(rewrite, run)
+        weights.finish()
         _name_outputs(program)
         program.validate()
     return program, reports
@@ -111,10 +113,13 @@ def rewrite_graph(
     Returns:
         The rewrite's report.
     """
-    log = logging.getLogger(f"flashpte.rewrite.{rewrite.name}")
+    return _run(rewrite, Run(graph_module, ranges, kept, {graph_module: dict(constants or {})}))
+
+
+def _run(rewrite: Rewrite, run: Run) -> Any:
+    log, graph_module = logging.getLogger(f"flashpte.rewrite.{rewrite.name}"), run.graph_module
     start = time.perf_counter()
     _log_graph(log, "before", rewrite, graph_module)
-    run = Run(graph_module, ranges, kept, {graph_module: dict(constants or {})})
     with rewrite.around(run):
         outcomes = _outcomes(rewrite, run)
     report = rewrite.report(outcomes)
@@ -162,6 +167,28 @@ def _outcomes(rewrite: Rewrite, run: Run) -> list[Outcome]:
 def _log_graph(log: logging.Logger, when: str, rewrite: Rewrite, graph_module: GraphModule) -> None:
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s %s:\n%s", when, rewrite.name, graph_module.print_readable(print_output=False))
+
+
+def replace_linear(exported_program: ExportedProgram) -> tuple[ExportedProgram, Report]:
+    """Swaps every product with a 4-bit or 8-bit weight for a kernel that reads the codes.
+
+    Shorthand for :func:`rewrite_program` with only the linear rewrite.
+
+    Args:
+        exported_program: the same as for :func:`rewrite_program`. Weights may be torchao's tensor subclasses, or
+            computed in the graph by any affine arithmetic on integers.
+
+    Returns:
+        The rewritten program, which holds the packed weights, and a report with one entry for every product with a
+        weight: its format, or the reason it was left alone. The rewritten program also runs on a CPU.
+
+    Raises:
+        TypeError: the argument is not an exported program.
+        ValueError: the graph carries no tensor metadata.
+    """
+    rewrite = LinearRewrite()
+    program, reports = rewrite_program(exported_program, (rewrite,))
+    return program, reports[rewrite.name]
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:

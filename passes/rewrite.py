@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from flashpte.passes.graph.constants import Constant
 from flashpte.passes.graph.values import Ranges, module_path
+from flashpte.passes.graph.weights import Weights
 
 T = TypeVar("T")
 
@@ -57,12 +58,14 @@ class Run:
         ranges: the range constraints of the program, if known.
         kept: names of nodes that stay even if nothing uses them any more.
         constants: for each graph, the tensors that placeholders always hold, by the placeholder's name.
+        weights: the program's weights, parameters included; ``None`` if only a graph is known.
     """
 
     graph_module: GraphModule
     ranges: Ranges | None
     kept: Collection[str]
     constants: dict[GraphModule, Mapping[str, Constant]]
+    weights: Weights | None = None
 
 
 @dataclasses.dataclass

@@ -13,8 +13,11 @@ from flashpte.export.common.options import (
     CHAIN_RANGE,
     DEFAULT_CHAIN,
     DEFAULT_PREFILL_CHUNK,
+    DEFAULT_QLINEAR_GROUP_SIZE,
     DTYPE_NAMES,
     METHOD_NAMES,
+    QLINEAR_GROUP_SIZES,
+    QLINEAR_NAMES,
     ExportOptions,
     check_has_weights,
     check_options,
@@ -37,6 +40,9 @@ examples:
 
   # with an EAGLE-3 draft head that proposes 4 tokens at a time: prefill, target_verify and draft_decode
   export-model --target gemma4-31b --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3 --chain 4 --output-dir out
+
+  # linear layers in 4 bits, a scale per 32 columns
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --qlinear 4w --output-dir out
 
   # any dense Llama or Qwen3 folder
   export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
@@ -86,6 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
     weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
+
+    weights.add_argument(
+        "--qlinear",
+        metavar="BITS",
+        help=f"{' or '.join(QLINEAR_NAMES)}: weights of the decoder layers' linear layers in 4 or 8 bits, rounded to "
+        "nearest (default: --dtype)",
+    )
+    weights.add_argument(
+        "--qlinear-group-size",
+        type=int,
+        metavar="N",
+        help=f"columns that share a scale: {', '.join(map(str, QLINEAR_GROUP_SIZES))} (default: "
+        f"{DEFAULT_QLINEAR_GROUP_SIZE} with 4w, a whole row with 8w)",
+    )
 
     methods = parser.add_argument_group("methods (prefill and decode; target_verify with --verify-window)")
     methods.add_argument(
@@ -193,6 +213,8 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
         draft=args.draft,
         chain=args.chain,
         with_decode=args.with_decode,
+        qlinear=args.qlinear,
+        qlinear_group_size=args.qlinear_group_size,
         midm_sdpa=not args.no_midm_sdpa,
     )
     check_options(options)

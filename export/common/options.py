@@ -21,6 +21,14 @@ TARGET_METHODS = (PREFILL, DECODE, TARGET_VERIFY)
 """Methods of a language model; a draft adds one more."""
 METHOD_NAMES = (*TARGET_METHODS, DRAFT_DECODE)
 
+QLINEAR_NAMES = ("4w", "8w")
+"""Bits of the weights of linear layers: 4 or 8; activations keep the export's dtype."""
+
+QLINEAR_GROUP_SIZES = (32, 64, 128)
+"""Numbers of columns that may share a scale."""
+
+DEFAULT_QLINEAR_GROUP_SIZE = 32
+
 VERIFY_WINDOW_RANGE = (2, 16)
 """Fewest and most tokens of one target_verify call; the mid-M kernel takes at most 16."""
 
@@ -65,6 +73,9 @@ class ExportOptions:
         chain: K, tokens that the draft proposes at a time; ``None`` for 4 with a draft. With ``random_seed`` and no
             ``draft``, it adds a random draft that fits the target.
         with_decode: with a draft, also export ``decode``, which speculative decoding does not need.
+        qlinear: one of :data:`QLINEAR_NAMES`; ``None`` keeps the weights of linear layers in ``dtype``.
+        qlinear_group_size: columns that share a scale, one of :data:`QLINEAR_GROUP_SIZES`; ``None`` for 32 with
+            ``"4w"`` and one scale per row with ``"8w"``.
         midm_sdpa: ``False`` leaves the attention of ``target_verify`` to plain arithmetic, for comparisons.
     """
 
@@ -83,6 +94,8 @@ class ExportOptions:
     draft: Path | None = None
     chain: int | None = None
     with_decode: bool = False
+    qlinear: str | None = None
+    qlinear_group_size: int | None = None
     midm_sdpa: bool = True
 
     @property
@@ -99,6 +112,7 @@ def check_options(options: ExportOptions) -> None:
     """
     if options.dtype not in DTYPE_NAMES:
         raise UsageError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPE_NAMES)}")
+    _check_qlinear(options)
     _check_conflicts(options)
     _check_draft_options(options)
     _check_lengths(options)
@@ -109,6 +123,18 @@ def check_has_weights(options: ExportOptions) -> None:
     """Raises a UsageError unless there is a checkpoint or a seed of random weights."""
     if options.checkpoint is None and options.random_seed is None:
         raise UsageError("no weights: give ", wanted("checkpoint"), " or ", wanted("random_seed"))
+
+
+def _check_qlinear(options: ExportOptions) -> None:
+    if options.qlinear is not None and options.qlinear not in QLINEAR_NAMES:
+        raise UsageError(Option("qlinear", options.qlinear), f": must be {' or '.join(QLINEAR_NAMES)}")
+    size = options.qlinear_group_size
+    if size is None:
+        return
+    if options.qlinear is None:
+        raise UsageError(Option("qlinear_group_size"), " belongs to ", wanted("qlinear"))
+    if size not in QLINEAR_GROUP_SIZES:
+        raise UsageError(Option("qlinear_group_size", size), ": must be 32, 64 or 128")
 
 
 def _check_conflicts(options: ExportOptions) -> None:

@@ -33,8 +33,8 @@ from flashpte.export.lowering.executorch import (
 )
 from flashpte.export.lowering.explain import explain, origin
 from flashpte.export.lowering.preflight import check_programs, check_request, check_surroundings
-from flashpte.export.lowering.prepare import unwrap_weights
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
+from flashpte.passes.graph.subclasses import unwrap_weights
 
 _SPARE_BYTES = 200_000_000  # for code, caches and intermediate files, in addition to the weights
 

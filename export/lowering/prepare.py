@@ -8,7 +8,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.fx import Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 
@@ -21,16 +20,6 @@ def prepare_pte(program: ExportedProgram) -> ExportedProgram:
     program = deepcopy_sharing_tensors(program, {})
     _clone_returned_placeholders(program)
     return program
-
-
-def unwrap_weights(program: ExportedProgram) -> ExportedProgram:
-    """Returns a program whose weights are plain tensors: quantized ones (torchao's) become the tensors that they hold.
-
-    A program without quantized weights is returned unchanged.
-    """
-    if not any(map(is_traceable_wrapper_subclass, program.state_dict.values())):
-        return program
-    return program.run_decompositions({})  # unwraps them and names their parts
 
 
 def _clone_returned_placeholders(program: ExportedProgram) -> None:

@@ -24,6 +24,7 @@ from flashpte.export.pipeline.lengths import (
     prefill_chunk,
     sequence_length,
 )
+from flashpte.export.pipeline.qlinear import qlinear_rules
 from flashpte.export.state.layer_state import DRAFT_PART, StateRules
 from flashpte.export.state.model_state import DRAFT_STATE, TARGET_STATE, state_rules
 from flashpte.export.weights.checkpoint_folder import (
@@ -166,7 +167,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         check_tensors(checkpoint, model, total_layers)
     elif options.random_seed is not None:
         source = RandomWeights(model, DTYPES[options.dtype], options.random_seed)
-    recipe = Recipe(options.dtype, spec.weight_formats)
+    recipe = Recipe(options.dtype, (*spec.weight_formats, *qlinear_rules(model, options)))
     weights = plan_weights(model, recipe)
     methods = plan_methods(
         chunk,

@@ -1,9 +1,10 @@
 """Weight formats: how a program stores a weight.
 
 A format takes the dense tensor of a weight, as a checkpoint holds it, and returns the tensors that the program holds
-instead. A dense format returns one tensor, in its dtype. A 4-bit format would return two (packed values and scales) and
-replace the linear layer by a module that reads them. A new format is a class in its own file and a row in
-:data:`FORMATS`; a recipe (:mod:`flashpte.export.weights.recipe`) chooses the weights that get it.
+instead. A dense format returns one tensor, in its dtype. A format of 4 or 8 bits returns two, packed codes and scales,
+and replaces the linear layer by a module that reads them (:mod:`flashpte.export.weights.quantized`). A new format is a
+class in its own file and a row in :data:`FORMATS`; a recipe (:mod:`flashpte.export.weights.recipe`) chooses the weights
+that get it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Protocol
 
 import torch
 from torch import nn
+
+from flashpte.export.weights.quantized import QUANTIZED
 
 
 class WeightFormat(Protocol):
@@ -58,5 +61,6 @@ FORMATS: dict[str, WeightFormat] = {
     "float16": Dense(torch.float16),
     "float32": Dense(torch.float32),
     "int64": Dense(torch.int64),
+    **QUANTIZED,
 }
 """Every format, by its name in recipes and manifests."""

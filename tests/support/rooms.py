@@ -27,6 +27,7 @@ ROOMS = (
     "passes.attention.call",
     "passes.attention.masks",
     "passes.attention",
+    "passes.linear",
     "passes",
     "export.common",
     "export.files",

@@ -16,7 +16,7 @@ from torchao.quantization import (
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
-from flashpte.export.lowering.prepare import unwrap_weights
+from flashpte.passes.graph.subclasses import unwrap_weights
 
 CONFIGS = {
     "int8": lambda: Int8WeightOnlyConfig(),

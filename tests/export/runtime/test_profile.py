@@ -8,9 +8,15 @@ from flashpte.export.runtime.language_model import Limits
 from flashpte.export.runtime.profile import Case, ProfileReport, plan_cases, summarise
 from flashpte.kernels.facts import registered
 
+
+def own_kernels(folder: str) -> set[str]:
+    """Names of the registered kernels below a module of flashpte."""
+    return {facts.name for facts in registered() if f"{facts.kernel.fn.__module__}.".startswith(f"flashpte.{folder}.")}
+
+
 NAMES = {
     "attention": [
-        *(facts.name for facts in registered() if facts.kernel.fn.__module__.startswith("flashpte.")),
+        *(own_kernels("kernels") - own_kernels("kernels.linear")),
         "_split_k_kernel_0",
         "_sdpa_fwd_kernel_body",
         "_sdpa_decode_splitk_kernel",
@@ -23,6 +29,7 @@ NAMES = {
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(Params)",
     ],
     "matmul": [
+        *own_kernels("kernels.linear"),
         "triton_tem_fused_mm_t_view_2",
         "triton_tem_fused__unsafe_view_gelu_mm_mul_t_view_8",
         "triton_tem_fused_addmm_5",

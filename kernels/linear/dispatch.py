@@ -1,0 +1,41 @@
+"""One operator for few and many rows of x: M chooses the kernel, at run time if it is dynamic.
+
+As in :mod:`flashpte.kernels.dispatch`, a lowered program then contains both kernels, and the one that M does not select
+gets an empty grid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from flashpte.kernels.linear.call import Destination, LinearCall
+from flashpte.kernels.linear.contract import check_linear
+from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
+from flashpte.kernels.linear.tuning import MAX_FEW_ROWS
+
+
+def launch_linear(call: LinearCall) -> torch.Tensor:
+    """Launches the few-rows kernel for at most :data:`MAX_FEW_ROWS` rows of x, and the many-rows kernel for more.
+
+    A symbolic M whose known range is on one side gets one kernel.
+
+    Returns:
+        ``[..., N]`` in the dtype of x, contiguous.
+
+    Raises:
+        ValueError: the call does not fit.
+    """
+    check_linear(call)
+    rows = call.rows
+    if statically_known_true(rows == 0):
+        return call.empty_output()
+    if statically_known_true(rows <= MAX_FEW_ROWS):
+        return launch_few_rows(call)
+    if statically_known_true(rows > MAX_FEW_ROWS):
+        return launch_many_rows(call)
+    many = torch.sym_min(1, rows // (MAX_FEW_ROWS + 1))
+    out = call.empty_output()
+    launch_few_rows(call, into=Destination(out, 1 - many))
+    launch_many_rows(call, into=Destination(out, many))
+    return out

@@ -1,0 +1,77 @@
+"""Tile choices of the linear layers with packed weights: pure functions from shape and arch to a frozen config.
+
+These are plain defaults. None of them has been measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from flashpte.kernels.launch import cdiv
+from flashpte.kernels.tuning import GpuArch
+
+MAX_FEW_ROWS = 16
+"""The most rows of x that the few-rows kernel takes."""
+
+_COLUMNS = 128  # of a tile of packed weights
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearShape:
+    """The shape of one call: M rows (``None`` if dynamic), N = ``out_features``, K = ``in_features``."""
+
+    rows: int | None
+    out_features: int
+    in_features: int
+    bits: int
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRowsConfig:
+    """Tiles of the few-rows kernel.
+
+    A program has ``block_n`` rows of the weight. It multiplies ``tiles_at_once`` tiles of 128 columns in a step, which
+    warps share. ``num_splits`` programs share the columns. ``num_stages`` is for the loop over steps.
+    """
+
+    block_n: int
+    tiles_at_once: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyRowsConfig:
+    """Tiles of the many-rows kernel: ``block_m`` rows of x by ``block_n`` rows of the weight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_few_rows(shape: LinearShape, arch: GpuArch) -> FewRowsConfig:
+    """Tiles for at most :data:`MAX_FEW_ROWS` rows. Splits the columns until there are two programs per multiprocessor.
+
+    A split has at least four steps, so that its loads overlap.
+    """
+    block_n, at_once = 32, 2
+    steps = cdiv(cdiv(shape.in_features, _COLUMNS), at_once)
+    wanted = 2 * arch.sm_count // cdiv(shape.out_features, block_n)
+    splits = max(1, min(wanted, steps // 4))
+    # As many as have work: splits of equal length may need fewer.
+    splits = cdiv(steps, cdiv(steps, splits))
+    return FewRowsConfig(block_n, at_once, splits, num_warps=4, num_stages=3 if shape.dtype.itemsize == 2 else 2)
+
+
+def choose_many_rows(shape: LinearShape, arch: GpuArch) -> ManyRowsConfig:
+    """Tiles for more rows. Float32 gets small ones: its products run outside the tensor cores."""
+    if shape.dtype.itemsize == 4:
+        return ManyRowsConfig(32, 32, num_warps=4, num_stages=2)
+    if shape.rows is not None and shape.rows <= 64:
+        return ManyRowsConfig(64, 64, num_warps=4, num_stages=3)
+    return ManyRowsConfig(128, 64, num_warps=8, num_stages=3)

@@ -1,0 +1,1 @@
+"""The rewrite of products with quantized weights."""

@@ -1,0 +1,36 @@
+"""A program with a linear layer of 4 bits lowers, for any number of rows, and copies no weight."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from linear_cases import Case, build
+from wrappers import wrapper_source
+
+from flashpte.kernels import quantized_linear
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, arguments):
+        super().__init__()
+        self.numbers = {name: value for name, value in arguments.items() if isinstance(value, int)}
+        for name in ("weight", "scales", "zeros", "bias"):
+            self.register_buffer(name, arguments[name])
+
+    def forward(self, x):
+        return quantized_linear(x, self.weight, self.scales, self.zeros, self.bias, **self.numbers).cos()
+
+
+@pytest.mark.lowering
+def test_a_program_of_dynamic_rows_lowers(tmp_path):
+    arguments = build(Case(5, 48, 2048, zeros="real", bias=True, dtype=torch.bfloat16)).arguments
+    rows = torch.export.Dim("rows", min=1, max=512)
+    x = arguments.pop("x")[None]
+    program = torch.export.export(Layer(arguments), (x,), dynamic_shapes=({1: rows},))
+    source = wrapper_source(program, tmp_path)
+    launched = re.findall(r"^\s*launch\w*\(kernels_\._linear_(\w+)_kernel_\d", source, re.M)
+    assert launched == ["few_rows", "sum_splits", "many_rows"]
+    # Memory for the sums of splits, the layer's result and its cosine, but for no copy of x or the weight.
+    assert len(re.findall(r"aoti_torch_empty_strided\(", source)) == 3

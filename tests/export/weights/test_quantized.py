@@ -1,0 +1,98 @@
+"""Weights of 4 and 8 bits: how far they are from the dense weight, and layers that compute with them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from flashpte.export.common.errors import ExportError
+from flashpte.export.weights import quantized
+from flashpte.export.weights.formats import FORMATS
+from flashpte.export.weights.quantized import QUANTIZED, QuantizedLinear
+from flashpte.kernels.linear.format import PackedWeight, unpack
+
+N, K = 40, 320
+
+
+def dense(rows=N, columns=K):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight[3, :32] = 0  # a group without a scale
+    weight[5] *= 1000
+    return weight
+
+
+def layer(name, weight, bias=None):
+    """A linear layer in the format ``name``, with its weight."""
+    holder = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"))
+    FORMATS[name].adapt(holder, "0.weight")
+    tensors = FORMATS[name].encode("0.weight", weight)
+    stored = FORMATS[name].stored("0.weight", weight.shape)
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == stored
+    if bias is not None:
+        tensors["0.bias"] = bias
+    holder.load_state_dict(tensors, assign=True)
+    return holder
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_weight_is_off_by_half_a_step(name):
+    """Codes at the ends of the range, and scales rounded to bfloat16, add a little."""
+    weight, format = dense(), QUANTIZED[name]
+    read = layer(name, weight)[0].dequantized()
+    group = format.group or K
+    largest = nn.functional.pad(weight.abs(), (0, -K % group)).unflatten(1, (-1, group)).amax(2)
+    step = (largest / (2 ** (format.bits - 1) - 0.5)).repeat_interleave(group, 1)[:, :K]
+    assert bool(((read - weight).abs() <= step * (0.5 + 2**-8 * 2 ** (format.bits - 1))).all())
+    assert bool((read[3, :32] == 0).all())
+    if format.bits == 8:
+        assert (read - weight).norm() < 0.011 * weight.norm()
+
+
+def test_codes_are_rounded_to_nearest_of_all_16():
+    weight = torch.linspace(-7.5, 7.5, 32)[None].repeat(16, 1)
+    module = layer("int4-g32", weight)[0]
+    codes = unpack(PackedWeight(module.packed, module.scales, None), module.fmt).codes
+    assert torch.equal(codes[0].long(), (weight[0] + 8).round().clamp(0, 15).long())
+    assert set(codes[0].tolist()) == set(range(16))
+
+
+def test_rows_are_quantized_in_parts(monkeypatch):
+    weight = dense()
+    whole = FORMATS["int4-g64"].encode("0.weight", weight)
+    monkeypatch.setattr(quantized, "_ROWS", 16)
+    parts = FORMATS["int4-g64"].encode("0.weight", weight)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8"])
+def test_the_exported_layer_calls_the_kernel_and_computes_what_the_eager_one_does(name, bias):
+    module = layer(name, dense(), torch.randn(N).bfloat16() if bias else None).eval()
+    x = torch.randn(2, 5, K).bfloat16()
+    program = torch.export.export(module, (x,))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == ["flashpte.quantized_linear.default"]
+    expected = copy.deepcopy(module).double()(x.double())
+    for out in (program.module()(x), module(x)):
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - expected).norm() <= 2**-7 * expected.norm()  # the eager layer rounds its weight
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_codes_cannot_hold_is_refused(value):
+    weight = dense()
+    weight[7, 9] = value
+    with pytest.raises(ExportError, match=r"layers\.0\.weight holds infinities or NaN"):
+        FORMATS["int4-g32"].encode("layers.0.weight", weight)
+
+
+def test_only_linear_layers():
+    module = nn.Sequential(nn.Embedding(8, 64), nn.LayerNorm(64))
+    for name in ("0.weight", "1.weight"):
+        with pytest.raises(ExportError, match=f"{name}: weights of 4 bits are those of linear layers"):
+            FORMATS["int4-g32"].adapt(module, name)
+    assert not any(isinstance(child, QuantizedLinear) for child in module)

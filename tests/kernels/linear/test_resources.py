@@ -1,0 +1,58 @@
+"""Registers and shared memory of the chosen tiles, read from cubins: nothing spills."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from compile_only import compiling_for
+
+from flashpte.kernels import tuning
+from flashpte.kernels.linear.call import LinearCall
+from flashpte.kernels.linear.dispatch import launch_linear
+from flashpte.kernels.linear.format import PackedFormat
+
+N, K = 256, 5376  # few rows of the weight, so that several programs share its columns
+WEIGHTS = {
+    "4 bits": (4, 32, False),
+    "4 bits, zeros": (4, 32, True),
+    "4 bits, groups of 128": (4, 128, False),
+    "4 bits, groups of 128, zeros": (4, 128, True),
+    "8 bits, zeros": (8, 32, True),
+    "8 bits, per channel": (8, K, False),
+}
+ROWS = (1, 40, 512)
+
+
+def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
+    bits, group, has_zeros = WEIGHTS[weight]
+    fmt = PackedFormat(bits, group, N, K, has_zeros)
+    scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
+    packed = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
+    bias = torch.empty(N, dtype=dtype)
+    return LinearCall(torch.empty(rows, K, dtype=dtype), packed, scales, scales if has_zeros else None, bias, fmt)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "weight", "dtype"),
+    [
+        *itertools.product(("sm_80", "sm_86", "sm_90", "sm_120"), ROWS, WEIGHTS, ["bfloat16"]),
+        *itertools.product(("sm_90",), ROWS, WEIGHTS, ["float16"]),
+    ],
+)
+def test_nothing_spills_and_shared_memory_suffices(arch, rows, weight, dtype):
+    with compiling_for(arch) as kernels:
+        launch_linear(empty_call(rows, weight, getattr(torch, dtype)))
+    expected = ["few_rows", "sum_splits"] if rows <= 16 else ["many_rows"]
+    assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected]
+    for kernel in kernels:
+        assert kernel.spilled == 0
+        assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_float32_compiles(rows):
+    with compiling_for("sm_90") as kernels:
+        launch_linear(empty_call(rows, "4 bits, zeros", torch.float32))
+    assert all(k.shared_memory <= tuning.limits("sm_86").shared_memory_per_block for k in kernels)
