@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashpte.passes.graph.aliasing import Writes
 
@@ -30,6 +34,7 @@ class Weights:
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
         self._added: dict[str, tuple[Node, torch.Tensor]] = {}
+        self._used = {node.name for node in program.graph.find_nodes(op="placeholder") if _readers(node)}
         self.held: Mapping[str, torch.Tensor] = _held(program)
 
     def name_of(self, node: Node) -> str:
@@ -39,25 +44,28 @@ class Weights:
         return spec.target
 
     def add(self, graph: Graph, name: str, tensor: torch.Tensor, fake: torch.Tensor) -> Node:
-        """The placeholder of a new weight, or of the one that was added under this name before.
+        """The placeholder of a new weight, or of an equal one that was added before under the same name.
 
         Args:
             graph: the program's own graph, not that of a branch.
-            name: the qualified name; ``name`` must not be taken.
+            name: the qualified name; a number is appended if another tensor has it.
             tensor: the value.
             fake: its description.
-
-        Raises:
-            ValueError: the program has another tensor of this name.
         """
-        if name in self._added:
-            return self._added[name][0]
-        if name in self._program.state_dict or name in self._program.constants:
-            raise ValueError(f"the program already has a tensor named {name}")
+        free = name
+        for number in itertools.count(1):
+            if free in self._added:
+                node, other = self._added[free]
+                if other.dtype == tensor.dtype and torch.equal(other, tensor):
+                    return node
+            elif free not in self._program.state_dict and free not in self._program.constants:
+                break
+            free = f"{name}_{number}"
         with graph.inserting_before(next(iter(graph.nodes))):
-            node = graph.placeholder("b_" + name.replace(".", "_"))
+            node = graph.placeholder("b_" + re.sub(r"\W", "_", free))
+        node.target = node.name  # unique, unlike the name that it was given
         node.meta["val"] = fake
-        self._added[name] = node, tensor
+        self._added[free] = node, tensor
         return node
 
     def finish(self) -> None:
@@ -72,8 +80,11 @@ class Weights:
         nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         before, kept = {spec.target for spec in signature.input_specs}, []
         for spec in signature.input_specs:
-            if spec.kind in _HELD and not nodes[spec.arg.name].users and spec.arg.name in self.held:
-                program.graph.erase_node(nodes[spec.arg.name])
+            node = nodes[spec.arg.name]
+            if spec.kind in _HELD and node.name in self.held and node.name in self._used and not _readers(node):
+                for check in list(node.users):
+                    program.graph.erase_node(check)
+                program.graph.erase_node(node)
             else:
                 kept.append(spec)
         signature.input_specs[:] = [*new, *kept]
@@ -86,15 +97,27 @@ class Weights:
             program.state_dict[name] = tensor
 
 
+def _readers(node: Node) -> list[Node]:
+    """The users of a node, without the checks of its metadata that torch.export writes beside casts."""
+    return [user for user in node.users if user.target is not torch.ops.aten._assert_tensor_metadata.default]
+
+
 def _held(program: ExportedProgram) -> dict[str, torch.Tensor]:
     signature = program.graph_signature
     writes, mutated = Writes(program.graph), set(signature.buffers_to_mutate.values())
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    tensors = {}
+    tensors, written = {}, set()
     for spec in signature.input_specs:
-        if spec.kind not in _HELD or spec.target in mutated or writes.to(nodes[spec.arg.name]):
-            continue
         value = program.state_dict.get(spec.target, program.constants.get(spec.target))
-        if isinstance(value, torch.Tensor):
+        if spec.kind not in _HELD or not isinstance(value, torch.Tensor) or _has_no_numbers(value):
+            continue
+        if spec.target in mutated or writes.to(nodes[spec.arg.name]):
+            written.add(value.untyped_storage().data_ptr())
+        else:
             tensors[spec.arg.name] = value
-    return tensors
+    return {name: value for name, value in tensors.items() if value.untyped_storage().data_ptr() not in written}
+
+
+def _has_no_numbers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is only a description, or one of a subclass whose memory is elsewhere."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(tensor)

@@ -22,6 +22,8 @@ from flashpte.passes.linear.known import Known
 
 aten = torch.ops.aten
 GROUPS = (128, 64, 32)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LAYOUT = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE, Kind.TRANSPOSE, Kind.SLICE, Kind.SELECT)
 # The result of a product is rounded to the weight's dtype: two units in the last place of bfloat16.
 _RELATIVE = 2.0**-7
@@ -39,6 +41,7 @@ class QuantizedWeight:
         zeros: float32 ``[N, K / group]``; ``None`` if each is ``2 ** (bits - 1)``, which makes the codes symmetric.
         bits: 4 or 8.
         group: columns that share a scale.
+        source: the node that holds the codes, perhaps in another layout.
     """
 
     codes: torch.Tensor
@@ -46,6 +49,7 @@ class QuantizedWeight:
     zeros: torch.Tensor | None
     bits: int
     group: int
+    source: Node
 
 
 class NotQuantized(Exception):
@@ -85,7 +89,7 @@ def quantized_weight(node: Node, transposed: bool, known: Known) -> QuantizedWei
     zeros = torch.where((zeros - whole).abs() < _WHOLE, whole, zeros)
     _compare(weight, codes, scales, zeros, group)
     symmetric = bool((zeros == 2 ** (bits - 1)).all())
-    return QuantizedWeight(codes, scales, None if symmetric else zeros, bits, group)
+    return QuantizedWeight(codes, scales, None if symmetric else zeros, bits, group, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +104,20 @@ def _path(node: Node, known: Known) -> Iterator[_Step]:
     """The nodes from a weight down to the integer tensor that it is computed from."""
     while True:
         value = val(node)
+        packet, kind = packet_of(node), kind_of(node)
         if not value.dtype.is_floating_point:
-            if value.dtype not in (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64):
+            if value.dtype not in _INTEGERS:
                 raise NotQuantized(f"it is computed from {value.dtype} numbers")
+            if packet in (aten.sub, aten.add) and _larger_operand(node) is not None:
+                step, node = _arithmetic(node, known)  # zero points that are subtracted from the codes as integers
+                yield step
+                continue
             yield _Step(node, lambda q, a, b: (q, a, b))
             return
+        if value.dtype not in _FLOATS:
+            raise NotQuantized(f"it is rounded to {_short(value.dtype)}")
         if node.op != "call_function":
             raise NotQuantized(f"it is {_short(value.dtype)}, not quantized")
-        packet, kind = packet_of(node), kind_of(node)
         if kind is Kind.CAST:
             yield _Step(node, lambda q, a, b: (q, a, b))
             node = node.args[0]  # type: ignore[assignment]
@@ -125,8 +135,12 @@ def _path(node: Node, known: Known) -> Iterator[_Step]:
 
 
 def _moved(node: Node, known: Known) -> Callable[..., tuple[Any, Any, Any]]:
+    reshapes = kind_of(node) is Kind.RESHAPE
+
     def move(tensor: torch.Tensor) -> torch.Tensor:
         args, kwargs = known.arguments(node)
+        # Slope and offset may have other strides than the codes, for which the program's view would be none.
+        tensor = tensor.contiguous() if reshapes else tensor
         return node.target(tensor, *args[1:], **kwargs)  # type: ignore[operator]
 
     return lambda q, a, b: (move(q), move(a), move(b))
@@ -142,13 +156,10 @@ def _arithmetic(node: Node, known: Known) -> tuple[_Step, Node]:
         return _Step(node, lambda q, a, b: (q, -a, -b)), args[0]  # type: ignore[return-value]
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
         raise NotQuantized(f"it is computed by {packet} with options")
-    operands = [arg for arg in args if isinstance(arg, Node)]
-    nodes = [arg for arg in operands if holds_codes(arg)]
-    if len(nodes) > 1:
-        raise NotQuantized(f"{packet} combines {len(nodes)} tensors of integers")
-    if not nodes:  # the reason is further down
-        nodes = [max(operands, key=lambda operand: val(operand).numel())]
-    side = args.index(nodes[0])
+    codes = _larger_operand(node)
+    if codes is None:
+        raise NotQuantized(f"{packet} combines two tensors of {list(val(node).shape)}")
+    side = args.index(codes)
     other = args[1 - side]
     number = known.value(other) if isinstance(other, Node) else other
     number = torch.as_tensor(number).to(torch.float32)
@@ -168,26 +179,55 @@ def _arithmetic(node: Node, known: Known) -> tuple[_Step, Node]:
             return q, -a, number - b
         raise NotQuantized("its codes are a divisor")
 
-    return _Step(node, carry), nodes[0]
+    return _Step(node, carry), codes
 
 
-def holds_codes(node: Node) -> bool:
-    """Whether a tensor is computed from integers by casts and views, so that it may hold the codes."""
-    while True:
-        if not val(node).dtype.is_floating_point:
-            return val(node).numel() > 1
-        kind = kind_of(node) if node.op == "call_function" else None
-        if node.op != "call_function" or not (
-            kind is Kind.CAST
-            or kind in _LAYOUT
-            or packet_of(node) in _ARITHMETIC
-            or str(packet_of(node)) in _DEQUANTIZE
-        ):
-            return False
-        first = [arg for arg in node.args[:2] if isinstance(arg, Node)]
-        if packet_of(node) in _ARITHMETIC and len(first) == 2:
-            return any(map(holds_codes, first))
-        node = first[0]
+def _larger_operand(node: Node) -> Node | None:
+    """The operand with more numbers than the other, which is a scale or zero point; ``None`` if they have as many."""
+    sizes = [val(arg).numel() if isinstance(arg, Node) and _is_tensor(arg) else 1 for arg in node.args[:2]]
+    if sizes[0] == sizes[1]:
+        return None
+    larger = node.args[sizes.index(max(sizes))]
+    return larger if isinstance(larger, Node) else None
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+class Codes:
+    """Which nodes are computed from integers by casts, views and arithmetic, so that they may be quantized weights."""
+
+    def __init__(self) -> None:
+        self._held: dict[Node, bool] = {}
+
+    def held_by(self, node: Node) -> bool:
+        """Whether a node may hold codes. No recursion, and each node is looked at once."""
+        pending = [node]
+        while pending:
+            top = pending[-1]
+            sources = [] if top in self._held else _followed(top)
+            missing = [source for source in sources if source not in self._held]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            if top not in self._held:
+                integers = _is_tensor(top) and val(top).dtype in _INTEGERS and val(top).dim() > 1
+                self._held[top] = integers or any(self._held[source] for source in sources)
+        return self._held[node]
+
+
+def _followed(node: Node) -> list[Node]:
+    """The operands that may hold the codes of a node's result."""
+    if node.op != "call_function" or not _is_tensor(node) or not val(node).dtype.is_floating_point:
+        return []
+    kind, packet = kind_of(node), packet_of(node)
+    if packet in _ARITHMETIC:
+        return [arg for arg in node.args[:2] if isinstance(arg, Node)]
+    if kind is Kind.CAST or kind in _LAYOUT or str(packet) in _DEQUANTIZE:
+        return [arg for arg in node.args[:1] if isinstance(arg, Node)]
+    return []
 
 
 def _blocks(node: Node, known: Known) -> tuple[Any, Any, list[int]]:
@@ -203,7 +243,8 @@ def _per_group(node: Node, known: Known) -> tuple[Any, Any, list[int]]:
 
 def _per_channel(node: Node, known: Known) -> tuple[Any, Any, list[int]]:
     """The same of ``quantized_decomposed.dequantize_per_channel``."""
-    shape, axis = list(val(node).shape), int(node.args[3])  # type: ignore[arg-type]
+    shape = list(val(node).shape)
+    axis = int(node.args[3]) % len(shape)  # type: ignore[arg-type]
     return node.args[1], node.args[2], [1 if d == axis else int(size) for d, size in enumerate(shape)]
 
 
@@ -266,8 +307,10 @@ def _compare(weight: torch.Tensor, codes: Any, scales: Any, zeros: Any, group: i
     # Where the program subtracts rounded products, it may be off by more than its result's rounding. A wrong code is
     # off by a whole step.
     allowed = torch.maximum(_RELATIVE * read.abs(), scales.abs().repeat_interleave(group, 1)[:, :k] / 8)
-    wrong = ~((weight.to(torch.float32) - read).abs() <= allowed)
-    if bool(wrong.any()):
+    weight = weight.to(torch.float32)
+    difference = (weight - read).abs()
+    few = difference.norm() <= _RELATIVE * weight.norm()  # codes of two bits are coarse: a step is most of the weight
+    if not (bool((difference <= allowed).all()) and bool(few)):
         raise NotQuantized("the program computes other values than its codes, scales and zero points give")
 
 

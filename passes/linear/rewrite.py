@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -14,7 +15,7 @@ from flashpte.kernels.linear.format import Groupwise, PackedFormat, PackedWeight
 from flashpte.passes.graph.insert import insert_before
 from flashpte.passes.graph.subclasses import unwrap_weights
 from flashpte.passes.graph.values import val
-from flashpte.passes.linear.affine import NotQuantized, QuantizedWeight, holds_codes, quantized_weight
+from flashpte.passes.linear.affine import Codes, NotQuantized, QuantizedWeight, quantized_weight
 from flashpte.passes.linear.find import Product, find_product
 from flashpte.passes.linear.known import Known
 from flashpte.passes.rewrite import Decision, Refusal, Rewrite, Scope
@@ -32,7 +33,11 @@ class _Plan:
 
 
 def _known(scope: Scope) -> Known:
-    return Known(scope.run.weights.held if scope.run.weights is not None and _is_root(scope) else {})
+    return Known(scope.graph, scope.run.weights.held if scope.run.weights is not None and _is_root(scope) else {})
+
+
+def _codes(scope: Scope) -> Codes:
+    return Codes()
 
 
 def _is_root(scope: Scope) -> bool:
@@ -56,7 +61,8 @@ class LinearRewrite(Rewrite):
         product = find_product(node)
         if product is None:
             return None
-        return product if scope.state(_known).is_known(product.weight) or holds_codes(product.weight) else None
+        is_weight = scope.state(_known).is_known(product.weight) or scope.state(_codes).held_by(product.weight)
+        return product if is_weight else None
 
     def decide(self, match: Product, scope: Scope) -> Decision | Refusal:
         """Reads the weight, and packs it if the kernels take it; or says why they do not."""
@@ -64,7 +70,9 @@ class LinearRewrite(Rewrite):
         if not _is_root(scope):
             return Refusal("it is in a branch or region, whose weights are not repacked")
         if not known.is_known(match.weight):
-            return Refusal("its scale or zero point is computed at run time")
+            return Refusal("its codes, scale or zero point are not known when the program is compiled")
+        if not isinstance(x, FakeTensor):
+            return Refusal("it is inside torch.vmap")
         try:
             weight = quantized_weight(match.weight, match.transposed, known)
         except NotQuantized as why:
@@ -73,8 +81,8 @@ class LinearRewrite(Rewrite):
             known.forget()
         if x.dtype not in _DTYPES or val(match.node).dtype != x.dtype:
             return Refusal(f"x is {x.dtype} and the result {val(match.node).dtype}")
-        if match.bias is not None and val(match.bias).dtype != x.dtype:
-            return Refusal(f"the bias is {val(match.bias).dtype}, x {x.dtype}")
+        if match.bias is not None and (reason := _why_not_bias(val(match.bias), x.dtype, len(weight.codes))):
+            return Refusal(reason)
         fmt = _format(weight, x.dtype)
         natural = Groupwise(
             weight.codes,
@@ -84,25 +92,40 @@ class LinearRewrite(Rewrite):
         zeros = "with zero points" if fmt.has_zeros else "symmetric"
         group = "per row" if fmt.per_channel else f"per {fmt.group} columns"
         reason = f"{fmt.bits}-bit weight [{fmt.out_features}, {fmt.in_features}], {zeros}, a scale {group}"
-        return Decision(reason, _Plan(pack(natural, fmt), fmt, _name(match.weight, scope)))
+        return Decision(reason, _Plan(pack(natural, fmt), fmt, _name(weight.source, scope)))
 
     def apply(self, match: Product, decision: Decision, scope: Scope) -> None:
         """Puts the operator in the product's place, and the packed weight in that of the codes."""
         plan: _Plan = decision.plan
         weights = scope.run.weights
         assert weights is not None
+        # An earlier match may have replaced x or the bias.
+        current = find_product(match.node)
+        assert current is not None
         mode = val(match.x).fake_mode  # type: ignore[attr-defined]
         held: list[Any] = []
         for part, tensor in zip(("packed", "scales", "zeros"), plan.packed, strict=True):
             if tensor is None:
                 held.append(None)
             else:
-                held.append(weights.add(scope.graph, f"{plan.name}_{part}", tensor, mode.from_tensor(tensor)))
+                fake = mode.from_tensor(tensor, static_shapes=True)
+                held.append(weights.add(scope.graph, f"{plan.name}_{part}", tensor, fake))
         fmt = plan.fmt
         numbers = (fmt.bits, fmt.group, fmt.out_features, fmt.in_features)
         target = torch.ops.flashpte.quantized_linear.default
-        node = insert_before(match.node, target, (match.x, *held, match.bias, *numbers), val(match.node))
+        node = insert_before(match.node, target, (current.x, *held, current.bias, *numbers), val(match.node))
         match.node.replace_all_uses_with(node)
+        scope.graph.erase_node(match.node)
+        # The signatures of a program and of its modules refer to outputs by name.
+        node.name = match.node.name
+
+
+def _why_not_bias(bias: torch.Tensor, dtype: torch.dtype, rows: int) -> str | None:
+    if bias.dtype != dtype:
+        return f"the bias is {bias.dtype}, x {dtype}"
+    if tuple(bias.shape) != (rows,) or not bias.is_contiguous():
+        return f"the bias is not a contiguous tensor of {rows} numbers"
+    return None
 
 
 def _format(weight: QuantizedWeight, dtype: torch.dtype) -> PackedFormat:
@@ -118,6 +141,8 @@ def _name(node: Node, scope: Scope) -> str:
     weights = scope.run.weights
     assert weights is not None
     while node.op != "placeholder":
+        if not node.all_input_nodes:
+            return node.name  # made in the graph, of numbers alone
         node = node.all_input_nodes[0]
     name = weights.name_of(node)
     # torch.export names the parts of a tensor subclass so.

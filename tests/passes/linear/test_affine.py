@@ -20,7 +20,7 @@ def read(module, columns=K):
     """What is read of the only product in a module, and its weight as the program computes it."""
     x = torch.randn(4, columns, dtype=torch.bfloat16)
     program = unwrap_weights(torch.export.export(module.eval(), (x,)))
-    known = Known(Weights(program).held)
+    known = Known(program.graph, Weights(program).held)
     (product,) = filter(None, map(find_product, program.graph.nodes))
     assert known.is_known(product.weight)
     weight = known.value(product.weight)
@@ -147,7 +147,7 @@ REFUSED = {
     "it is bfloat16, not quantized": torch.nn.Linear(K, N).bfloat16(),
     "it is computed by aten.index": Arithmetic(lambda q, s, z: TABLE[q.long()].view(N, -1, 64) * s),
     "it is computed by aten.pow": Arithmetic(lambda q, s, z: grouped(q) ** 2 * s),
-    "aten.mul combines 2 tensors of integers": Arithmetic(lambda q, s, z: grouped(q) * grouped(q) * s),
+    "aten.mul combines two tensors of [48, 4, 64]": Arithmetic(lambda q, s, z: grouped(q) * grouped(q) * s),
     "its scales are not shared by groups of 32, 64 or 128 of 240 columns": Arithmetic(
         lambda q, s, z: grouped(q, 48) * s, group=48, columns=240
     ),

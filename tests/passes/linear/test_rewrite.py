@@ -141,7 +141,7 @@ def test_nibbles_in_the_graph(use):
 LEFT = {
     "a scale computed at run time": (
         lambda self, x: torch.nn.functional.linear(x, self.weight(self.scales * x.amax())),
-        "its scale or zero point is computed at run time",
+        "its codes, scale or zero point are not known when the program is compiled",
     ),
     "columns of K that are no group": (
         lambda self, x: x[..., :48] @ self.weight(self.scales).t()[:48],
@@ -174,7 +174,7 @@ def test_a_weight_that_the_program_writes_stays():
     program = torch.export.export(Written(None), (torch.randn(2, 7, K).bfloat16(),))
     _, report = replace_linear(program)
     assert [outcome.decision.reason for outcome in report.outcomes] == [
-        "its scale or zero point is computed at run time"
+        "its codes, scale or zero point are not known when the program is compiled"
     ]
 
 
