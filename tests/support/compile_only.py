@@ -14,6 +14,7 @@ from triton.runtime import driver
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels import combine, intervals, split_k, tile_map, tiled, tuning
 from flashpte.kernels.hopper import launch as hopper_launch
+from flashpte.kernels.linear import embedding as linear_embedding
 from flashpte.kernels.linear import hopper as linear_hopper
 from flashpte.kernels.linear import plain as linear_plain
 from flashpte.kernels.linear import splits as linear_splits
@@ -21,7 +22,7 @@ from flashpte.kernels.linear import splits as linear_splits
 # The modules that launch kernels.
 LAUNCHING = (
     *(combine, hopper_launch, split_k, tiled, tile_map, intervals),
-    *(linear_hopper, linear_plain, linear_splits),
+    *(linear_embedding, linear_hopper, linear_plain, linear_splits),
 )
 
 
