@@ -1,7 +1,7 @@
 """Few rows of x on Hopper, in Gluon: symmetric weights of 4 bits go from a ring in shared memory to tensor cores.
 
 The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for bfloat16, K a multiple of
-128 and groups of 32 or 128 columns. Plain Triton moves each packed weight through shared memory again after unpacking,
+128 and groups of 32 or 128 columns. Plain Triton moves unpacked weights through shared memory again,
 because a matrix instruction wants other registers. Here a lane's 16 bytes of row ``g`` and of row ``g + 8`` of a tile
 are, once unpacked, its own registers of four operands. The order of columns within an operand is then not the natural
 one, but x is read in the same order.
@@ -124,7 +124,7 @@ def _multiply_tile(acc, words, scales, x, GROUPS: gl.constexpr):
 
     Args:
         words: packed words ``[KW, tile, half, g, word]``.
-        scales: pairs of scales ``[KW, tile, g, 2 half + pair]``, or ``[KW, tile, g]`` where a pair is two rows.
+        scales: pairs of scales ``[KW, tile, g, 2 half + pair]``, or ``[KW, tile, g, 1]`` where a pair is two rows.
         x: pairs of columns ``[KW, 1, m, 16 plane + pair]``.
     """
     KW: gl.constexpr = acc.shape[0]
@@ -148,7 +148,7 @@ def _multiply_tile(acc, words, scales, x, GROUPS: gl.constexpr):
     else:
         gl.static_assert(GROUPS == 1)
         # The scales of rows g and g + 8 are in a word.
-        pair = gl.permute(gl.join(_low_as_f32(scales), _high_as_f32(scales)), [0, 1, 3, 2])
+        pair = gl.permute(gl.join(_low_as_f32(scales), _high_as_f32(scales)), [0, 1, 4, 2, 3])
         scale = gl.convert_layout(gl.reshape(pair, [KW, BN]), ROW)[:, :, None]
         product = mma_v2(_operand_a(e0, o0, A), x0, zero)
         product = mma_v2(_operand_a(e1, o1, A), x1, product)
@@ -199,7 +199,7 @@ def _pointers(tensors, M, units, stride_xm, TILE: gl.constexpr):
     w_off = _index(1, 5, TILES, LW) * (units * 256) + w_kw * 256
     w_off += _index(2, 5, 2, LW) * 128 + _index(3, 5, 8, LW) * 16 + _index(4, 5, 16, LW)
     weights = (w_ptr.to(WORD, bitcast=True) + w_off, w_kw)
-    # Pairs of scales [KW, tile, g, 2 half + pair], or [KW, tile, g] where a pair is two rows.
+    # Pairs of scales [KW, tile, g, 2 half + pair], or [KW, tile, g, 1] where a pair is two rows.
     LX: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
     STEP: gl.constexpr = 8 * GROUPS
     if GROUPS == 4:
@@ -207,9 +207,9 @@ def _pointers(tensors, M, units, stride_xm, TILE: gl.constexpr):
         s_off = _index(1, 4, TILES, LX) * (units * STEP) + s_kw * STEP
         s_off += _index(2, 4, 8, LX) * 4 + _index(3, 4, 4, LX)
     else:
-        LS: gl.constexpr = gl.SliceLayout(3, gl.BlockedLayout([1, 1, 1, 1], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0]))
-        s_kw = _index(0, 3, KW, LS)
-        s_off = _index(1, 3, TILES, LS) * (units * STEP) + s_kw * STEP + _index(2, 3, 8, LS)
+        LS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
+        s_kw = _index(0, 4, KW, LS)
+        s_off = _index(1, 4, TILES, LS) * (units * STEP) + s_kw * STEP + _index(2, 4, 8, LS) + _index(3, 4, 1, LS)
     scales = (s_ptr.to(WORD, bitcast=True) + s_off, s_kw)
     # Pairs of x [KW, 1, m, 16 plane + pair].
     x_kw = _index(0, 4, KW, LX)
@@ -229,7 +229,7 @@ def _copy_step(ring, pointers, slot, row, unit, end, units):
     """
     w_smem, s_smem, x_smem = ring
     weights, scales, x = pointers
-    STEP: gl.constexpr = 32 if len(scales[0].shape) == 4 else 8
+    STEP: gl.constexpr = 8 * s_smem.shape[4]
     at = row.to(gl.int64) * units + unit
     async_copy.async_copy_global_to_shared(w_smem.index(slot), weights[0] + at * 256, mask=weights[1] + unit < end)
     async_copy.async_copy_global_to_shared(s_smem.index(slot), scales[0] + at * STEP, mask=scales[1] + unit < end)
@@ -293,12 +293,8 @@ def _linear_few_rows_hopper_kernel(
     LX: gl.constexpr = pointers[2][1].type.layout
     FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 2, 8, 16], FLAT5)
-    if GROUPS == 4:
-        FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-        s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, 4], FLAT4)
-    else:
-        FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8], FLAT3)
+    FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, GROUPS], FLAT4)
     # Even and odd rows of x are in different halves of the banks.
     XS: gl.constexpr = gl.SwizzledSharedLayout(16, 1, 2, [3, 2, 1, 0])
     x_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, 1, BLOCK_M, 64], XS)
