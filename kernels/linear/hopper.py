@@ -1,10 +1,9 @@
 """Few rows of x on Hopper, in Gluon: symmetric weights of 4 bits go from a ring in shared memory to tensor cores.
 
 The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for bfloat16, K a multiple of
-128 and groups of 32 or 128 columns. Plain Triton moves unpacked weights through shared memory again,
-because a matrix instruction wants other registers. Here a lane's 16 bytes of row ``g`` and of row ``g + 8`` of a tile
-are, once unpacked, its own registers of four operands. The order of columns within an operand is then not the natural
-one, but x is read in the same order.
+128 and groups of 32 or 128 columns. Unpacked weights never pass through shared memory: a lane's 16 bytes of row ``g``
+and of row ``g + 8`` of a tile are, once unpacked, its own registers of four operands. The order of columns within an
+operand is then not the natural one, but x is read in the same order.
 
 ``x^T`` is the second operand, so M is padded to 8 or 16 only. ``COLUMN_WARPS`` warps take tiles of 128 columns in turn,
 ``ROW_WARPS`` warps share the rows of the weight. Packed words, scales and x wait in a ring of ``STAGES`` steps, which
