@@ -11,7 +11,8 @@ operator                     L_q                  kernel
 ``flashpte::interval_map``   (of intervals)       :mod:`flashpte.kernels.intervals`
 ============================ ==================== ==========================================
 
-``flashpte::quantized_linear`` is a linear layer with weights of 4 or 8 bits (:mod:`flashpte.kernels.linear`).
+``flashpte::quantized_linear`` is a linear layer with weights of 4 or 8 bits, and ``flashpte::quantized_embedding``
+picks rows of such a weight (:mod:`flashpte.kernels.linear`).
 
 On sm_90, the Hopper kernel (:mod:`flashpte.kernels.hopper`) replaces the split-K kernel and the tiled kernel in most
 16-bit calls with more than 16 packed rows (L_q x H_q / H_kv). It serves prefill with more than 64 query rows or a
@@ -19,8 +20,16 @@ dynamic L_q. It serves decode and verify above 16 packed rows if D_v is above 64
 :mod:`flashpte.kernels.tuning.hopper` lists the exceptions.
 """
 
-from flashpte.kernels.linear import quantized_linear
+from flashpte.kernels.linear import quantized_embedding, quantized_linear
 from flashpte.kernels.ops import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
 from flashpte.kernels.reference import attention_reference
 
-__all__ = ["attention_reference", "quantized_linear", "sdpa_decode", "sdpa_dispatch", "sdpa_prefill", "sdpa_verify"]
+__all__ = [
+    "attention_reference",
+    "quantized_embedding",
+    "quantized_linear",
+    "sdpa_decode",
+    "sdpa_dispatch",
+    "sdpa_prefill",
+    "sdpa_verify",
+]

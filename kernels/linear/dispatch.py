@@ -1,5 +1,7 @@
 """One operator for few and many rows of x: M chooses the kernel, at run time if it is dynamic.
 
+On sm_90, the kernel for Hopper takes few rows if the weight's format fits it (:mod:`flashpte.kernels.linear.hopper`).
+
 As in :mod:`flashpte.kernels.dispatch`, a lowered program then contains both kernels, and the one that M does not select
 gets an empty grid.
 """
@@ -9,10 +11,22 @@ from __future__ import annotations
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flashpte.kernels import tuning
+from flashpte.kernels.launch import static_int
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.contract import check_linear
+from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
 from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
-from flashpte.kernels.linear.tuning import MAX_FEW_ROWS
+from flashpte.kernels.linear.tuning import MAX_FEW_ROWS, choose_few_rows_hopper
+
+
+def _launch_few(call: LinearCall, into: Destination) -> None:
+    """Launches the current arch's kernel for few rows."""
+    config = choose_few_rows_hopper(call.shape(), tuning.current_arch(call.x.device))
+    if config is not None and serves(call, config):
+        launch_few_rows_hopper(call, config, into)
+    else:
+        launch_few_rows(call, into=into)
 
 
 def launch_linear(call: LinearCall) -> torch.Tensor:
@@ -27,15 +41,17 @@ def launch_linear(call: LinearCall) -> torch.Tensor:
         ValueError: the call does not fit.
     """
     check_linear(call)
-    rows = call.rows
+    rows, out = call.rows, call.empty_output()
     if statically_known_true(rows == 0):
-        return call.empty_output()
+        return out
+    # 0 for few rows, 1 for many; an expression if M may be either.
+    many: int | torch.SymInt = torch.sym_min(1, rows // (MAX_FEW_ROWS + 1))
     if statically_known_true(rows <= MAX_FEW_ROWS):
-        return launch_few_rows(call)
-    if statically_known_true(rows > MAX_FEW_ROWS):
-        return launch_many_rows(call)
-    many = torch.sym_min(1, rows // (MAX_FEW_ROWS + 1))
-    out = call.empty_output()
-    launch_few_rows(call, into=Destination(out, 1 - many))
-    launch_many_rows(call, into=Destination(out, many))
+        many = 0
+    elif statically_known_true(rows > MAX_FEW_ROWS):
+        many = 1
+    if static_int(many) != 1:
+        _launch_few(call, Destination(out, 1 - many))
+    if static_int(many) != 0:
+        launch_many_rows(call, into=Destination(out, many))
     return out

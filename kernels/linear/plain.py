@@ -29,6 +29,7 @@ from flashpte.kernels.launch import cdiv, static_int
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.contract import check_linear
 from flashpte.kernels.linear.device import centered_codes, offsets_of_rows
+from flashpte.kernels.linear.splits import allocate_splits, launch_sum_splits
 from flashpte.kernels.linear.tuning import (
     MAX_FEW_ROWS,
     FewRowsConfig,
@@ -37,9 +38,6 @@ from flashpte.kernels.linear.tuning import (
     choose_many_rows,
 )
 from flashpte.kernels.primitives import INTERPRETED
-
-SUM_BLOCK = 256
-"""Columns of the result of one program that adds splits."""
 
 
 @triton.jit
@@ -127,27 +125,6 @@ register(_linear_few_rows_kernel, "matmul")
 
 
 @triton.jit
-def _linear_sum_splits_kernel(
-    partial_ptr,  # float32 [SPLITS, M, N]
-    bias_ptr, y_ptr, M, N,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """``y [M, N]``: the sum over splits, first to last, plus the bias."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = n < N
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(partial_ptr + (tl.full([], split, tl.int64) * M + m) * N + n, mask=ok, other=0.0)
-    if BIAS:
-        total += tl.load(bias_ptr + n, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + n, total.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-register(_linear_sum_splits_kernel, "matmul")
-
-
-@triton.jit
 def _linear_many_rows_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
     M, N, K, padded_n, column_tiles, scale_tiles, stride_xm,
@@ -222,11 +199,7 @@ def launch_few_rows(
     out, enabled = (call.empty_output(), 1) if into is None else into
     x, fmt, splits = call.rows_of_x, call.fmt, config.num_splits
     steps = cdiv(cdiv(fmt.column_tiles, config.tiles_at_once), splits)
-    partial = out
-    if splits > 1:
-        # For a dynamic M, as many rows as this kernel can get.
-        stored = MAX_FEW_ROWS if rows is None else rows
-        partial = x.new_empty((splits * stored * fmt.out_features,), dtype=torch.float32)
+    partial = allocate_splits(call, splits, out)
     few_rows = _linear_few_rows_kernel if INTERPRETED else wrap_triton(_linear_few_rows_kernel)
     few_rows[(cdiv(fmt.out_features, config.block_n) * enabled, splits)](
         x,
@@ -246,12 +219,7 @@ def launch_few_rows(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        sum_splits = _linear_sum_splits_kernel if INTERPRETED else wrap_triton(_linear_sum_splits_kernel)
-        bias = call.tensors[-1]
-        sizes = {"SPLITS": splits, "BLOCK": SUM_BLOCK, "BIAS": call.bias is not None}
-        sum_splits[(cdiv(fmt.out_features, SUM_BLOCK), call.rows * enabled)](
-            partial, bias, out, call.rows, fmt.out_features, **sizes, num_warps=4
-        )
+        launch_sum_splits(call, partial, splits, Destination(out, enabled))
     return out
 
 

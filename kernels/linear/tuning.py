@@ -45,6 +45,22 @@ class FewRowsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HopperFewRowsConfig:
+    """Tiles of the few-rows kernel for Hopper.
+
+    A program has ``block_n`` rows of the weight, at least 16 for each of ``row_warps`` warps. ``column_warps`` warps
+    take tiles of 128 columns in turn. ``num_splits`` programs share the columns. ``num_stages`` steps of copies are in
+    flight.
+    """
+
+    block_n: int
+    column_warps: int
+    row_warps: int
+    num_stages: int
+    num_splits: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ManyRowsConfig:
     """Tiles of the many-rows kernel: ``block_m`` rows of x by ``block_n`` rows of the weight."""
 
@@ -75,3 +91,19 @@ def choose_many_rows(shape: LinearShape, arch: GpuArch) -> ManyRowsConfig:
     if shape.rows is not None and shape.rows <= 64:
         return ManyRowsConfig(64, 64, num_warps=4, num_stages=3)
     return ManyRowsConfig(128, 64, num_warps=8, num_stages=3)
+
+
+def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsConfig | None:
+    """Tiles of the kernel for Hopper; ``None`` on another arch, or for few columns. A dynamic M counts as 16."""
+    columns = shape.in_features // _COLUMNS
+    if arch.capability != (9, 0) or columns < 8:
+        return None
+    rows = shape.rows or MAX_FEW_ROWS
+    narrow = shape.out_features // 64 < arch.sm_count
+    if rows <= 4 and narrow:
+        return HopperFewRowsConfig(16, column_warps=4, row_warps=1, num_stages=4, num_splits=1)
+    if rows <= 8:
+        return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=4, num_splits=3 if narrow else 1)
+    if narrow:
+        return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_splits=min(6, columns // 4))
+    return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3, num_splits=1)

@@ -14,7 +14,16 @@ from triton.runtime import driver
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels import combine, intervals, split_k, tile_map, tiled, tuning
 from flashpte.kernels.hopper import launch as hopper_launch
+from flashpte.kernels.linear import embedding as linear_embedding
+from flashpte.kernels.linear import hopper as linear_hopper
 from flashpte.kernels.linear import plain as linear_plain
+from flashpte.kernels.linear import splits as linear_splits
+
+# The modules that launch kernels.
+LAUNCHING = (
+    *(combine, hopper_launch, split_k, tiled, tile_map, intervals),
+    *(linear_embedding, linear_hopper, linear_plain, linear_splits),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +92,7 @@ def compiling_for(arch: str, to_the_end: bool = True) -> Iterator[list[Any]]:
         if not to_the_end:
             stack.callback(setattr, triton.knobs.runtime, "add_stages_inspection_hook", None)
             triton.knobs.runtime.add_stages_inspection_hook = _end_at_llvm
-        for module in (combine, hopper_launch, split_k, tiled, tile_map, intervals, linear_plain):
+        for module in LAUNCHING:
             stack.callback(setattr, module, "wrap_triton", module.wrap_triton)
             module.wrap_triton = CompileOnly
         for module in (split_k.tuning,):

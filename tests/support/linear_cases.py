@@ -51,6 +51,18 @@ class Problem:
         sizes = dict(out_features=fmt.out_features, in_features=fmt.in_features)
         return given | dict(bits=fmt.bits, group=fmt.group) | sizes
 
+    def call_on(self, device: str) -> LinearCall:
+        """The call with its tensors, their strides and the memory around them on another device."""
+        tensors = {name: _to(getattr(self.call, name), device) for name in ("x", "weight", "scales", "zeros", "bias")}
+        return dataclasses.replace(self.call, **tensors)
+
+
+def _to(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
 
 def _surrounded(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The same contiguous tensor, with NaN (or the largest integer) in memory before and after it."""
@@ -131,14 +143,14 @@ def plain_error(problem: Problem, answer: torch.Tensor) -> float:
 
 
 def check(problem: Problem, out: torch.Tensor) -> float:
-    """Asserts that ``out`` is close enough to the float64 answer; returns error over bound.
+    """Asserts that ``out``, on any device, is close enough to the float64 answer; returns error over bound.
 
     The bound is 2 ulp of the output dtype at the largest value, or twice :func:`plain_error` if that is more.
     """
-    answer = exact(problem)
+    assert out.is_contiguous()
+    answer, out = exact(problem), out.cpu()
     assert out.dtype == problem.call.x.dtype
     assert out.shape == answer.shape
-    assert out.is_contiguous()
     assert not out.isnan().any(), "NaN in the result: an element was not written, or memory out of bounds was used"
     largest = answer.abs().max().item()
     bound = 2 * torch.finfo(out.dtype).eps * 2.0 ** math.floor(math.log2(largest))

@@ -29,7 +29,7 @@ NAMES = {
         "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(Params)",
     ],
     "matmul": [
-        *own_kernels("kernels.linear"),
+        *(own_kernels("kernels.linear") - own_kernels("kernels.linear.embedding")),
         "triton_tem_fused_mm_t_view_2",
         "triton_tem_fused__unsafe_view_gelu_mm_mul_t_view_8",
         "triton_tem_fused_addmm_5",
@@ -40,6 +40,7 @@ NAMES = {
         "void cublasLt::splitKreduce_kernel<32>(args)",
     ],
     "rest": [
+        *own_kernels("kernels.linear.embedding"),
         "triton_per_fused_add_embedding_mean_mul_pow_1",
         "triton_poi_fused_arange_le_unsqueeze_14",
         "triton_per_fused__unsafe_view_add_index_copy_mean_mul_pow_remainder_transpose_view_6",

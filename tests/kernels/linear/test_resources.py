@@ -22,7 +22,7 @@ WEIGHTS = {
     "8 bits, zeros": (8, 32, True),
     "8 bits, per channel": (8, K, False),
 }
-ROWS = (1, 40, 512)
+ROWS = (1, 12, 40, 512)
 
 
 def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
@@ -44,11 +44,26 @@ def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
 def test_nothing_spills_and_shared_memory_suffices(arch, rows, weight, dtype):
     with compiling_for(arch) as kernels:
         launch_linear(empty_call(rows, weight, getattr(torch, dtype)))
-    expected = ["few_rows", "sum_splits"] if rows <= 16 else ["many_rows"]
+    hopper = arch == "sm_90" and dtype == "bfloat16" and weight in ("4 bits", "4 bits, groups of 128")
+    expected = ["many_rows"] if rows > 16 else ["few_rows_hopper" if hopper else "few_rows", "sum_splits"]
+    if hopper and rows <= 4:
+        expected.remove("sum_splits")
     assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected]
     for kernel in kernels:
         assert kernel.spilled == 0
         assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
+
+
+@pytest.mark.parametrize(("rows", "out_features"), [(8, N), (8, 65536), (16, 65536)])
+@pytest.mark.parametrize("group", [32, 128])
+def test_other_tiles_of_the_kernel_for_hopper(rows, out_features, group):
+    fmt = PackedFormat(4, group, out_features, K)
+    weight = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
+    scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
+    with compiling_for("sm_90") as kernels:
+        launch_linear(LinearCall(torch.empty(rows, K, dtype=torch.bfloat16), weight, scales, None, None, fmt))
+    assert kernels[0].name == "_linear_few_rows_hopper_kernel"
+    assert all(kernel.spilled == 0 for kernel in kernels)
 
 
 @pytest.mark.parametrize("rows", [1, 40])

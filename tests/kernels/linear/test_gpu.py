@@ -1,0 +1,111 @@
+"""Linear layers with packed weights on a GPU, compared with float64 on random problems with poisoned memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from linear_cases import Case, build, check
+
+from flashpte.kernels import tuning
+from flashpte.kernels.linear.call import Destination
+from flashpte.kernels.linear.dispatch import launch_linear
+from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
+from flashpte.kernels.linear.tuning import HopperFewRowsConfig, choose_few_rows_hopper
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
+
+DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
+
+
+def random_cases(count: int, rows: tuple[int, ...], seed: int) -> list[Case]:
+    rng = random.Random(seed)
+    cases = []
+    for i in range(count):
+        bits, columns = rng.choice((4, 4, 8)), rng.choice((128, 320, 1024, 2048, 5376))
+        cases.append(
+            Case(
+                rows=rng.choice(rows),
+                out_features=rng.choice((5, 48, 64, 256, 1000, 5376)),
+                in_features=columns,
+                bits=bits,
+                group=rng.choice((32, 64, 128, columns) if bits == 8 else (32, 64, 128)),
+                zeros=rng.choice(("none", "none", "integer", "real")),
+                bias=rng.random() < 0.5,
+                dtype=rng.choice(DTYPES),
+                scale_dtype=rng.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
+                layout=rng.choice(("contiguous", "sliced", "transposed", "batched")),
+                seed=i,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("case", random_cases(80, (1, 2, 5, 8, 9, 16), 1), ids=str)
+def test_plain_kernel_for_few_rows(case):
+    problem = build(case)
+    check(problem, launch_few_rows(problem.call_on("cuda")))
+
+
+@pytest.mark.parametrize("case", random_cases(80, (1, 16, 17, 64, 200, 1000), 2), ids=str)
+def test_plain_kernel_for_many_rows(case):
+    problem = build(case)
+    check(problem, launch_many_rows(problem.call_on("cuda")))
+
+
+@pytest.mark.parametrize("case", random_cases(40, (0, 1, 8, 16, 17, 100), 3), ids=str)
+def test_dispatch(case):
+    problem = build(case)
+    out = launch_linear(problem.call_on("cuda"))
+    if case.rows:
+        check(problem, out)
+    assert out.shape == (*problem.call.x.shape[:-1], case.out_features)
+
+
+# 8, 9 and 42 tiles of columns; with 16,384 rows of the weight there is one split.
+HOPPER = [
+    Case(rows, n, k, group=group, bias=rows % 2 == 0, dtype=torch.bfloat16, layout=layout)
+    for (rows, n), k, group, layout in itertools.product(
+        ((1, 256), (3, 16384), (4, 5376), (5, 1024), (8, 16384), (9, 256), (16, 5376), (16, 16384)),
+        (1024, 1152, 5376),
+        (32, 128),
+        ("contiguous", "sliced"),
+    )
+    if layout == "contiguous" or n == 256
+]
+
+
+def needs_hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+
+
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_kernel_for_hopper(case):
+    needs_hopper()
+    problem = build(case)
+    call = problem.call_on("cuda")
+    config = choose_few_rows_hopper(call.shape(), tuning.current_arch(call.x.device))
+    assert config is not None
+    assert serves(call, config)
+    out = call.empty_output()
+    launch_few_rows_hopper(call, config, Destination(out, 1))
+    check(problem, out)
+
+
+@pytest.mark.parametrize("config", [(16, 1, 1, 2, 1), (32, 4, 2, 3, 5), (64, 2, 4, 4, 9), (128, 1, 8, 2, 2)], ids=str)
+@pytest.mark.parametrize("group", [32, 128])
+def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group):
+    needs_hopper()
+    for rows in (1, 8, 13):
+        problem = build(Case(rows, 256, 1152, group=group, bias=True, dtype=torch.bfloat16))
+        call = problem.call_on("cuda")
+        out = call.empty_output()
+        launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(out, 1))
+        check(problem, out)
+        again = torch.empty_like(out)
+        launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(again, 1))
+        assert torch.equal(out, again)
