@@ -1,6 +1,7 @@
 """One operator for few and many rows of x: M chooses the kernel, at run time if it is dynamic.
 
-On sm_90, the kernel for Hopper takes few rows if the weight's format fits it (:mod:`flashpte.kernels.linear.hopper`).
+The kernel for Hopper (:mod:`flashpte.kernels.linear.hopper`) compiles, but has never run on a GPU, so the operator does
+not launch it yet.
 
 As in :mod:`flashpte.kernels.dispatch`, a lowered program then contains both kernels, and the one that M does not select
 gets an empty grid.
@@ -11,22 +12,11 @@ from __future__ import annotations
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from flashpte.kernels import tuning
 from flashpte.kernels.launch import static_int
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.contract import check_linear
-from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
 from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
-from flashpte.kernels.linear.tuning import MAX_FEW_ROWS, choose_few_rows_hopper
-
-
-def _launch_few(call: LinearCall, into: Destination) -> None:
-    """Launches the current arch's kernel for few rows."""
-    config = choose_few_rows_hopper(call.shape(), tuning.current_arch(call.x.device))
-    if config is not None and serves(call, config):
-        launch_few_rows_hopper(call, config, into)
-    else:
-        launch_few_rows(call, into=into)
+from flashpte.kernels.linear.tuning import MAX_FEW_ROWS
 
 
 def launch_linear(call: LinearCall) -> torch.Tensor:
@@ -51,7 +41,7 @@ def launch_linear(call: LinearCall) -> torch.Tensor:
     elif statically_known_true(rows > MAX_FEW_ROWS):
         many = 1
     if static_int(many) != 1:
-        _launch_few(call, Destination(out, 1 - many))
+        launch_few_rows(call, into=Destination(out, 1 - many))
     if static_int(many) != 0:
         launch_many_rows(call, into=Destination(out, many))
     return out

@@ -9,9 +9,11 @@ import torch
 from compile_only import compiling_for
 
 from flashpte.kernels import tuning
-from flashpte.kernels.linear.call import LinearCall
+from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dispatch import launch_linear
 from flashpte.kernels.linear.format import PackedFormat
+from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.tuning import choose_few_rows_hopper
 
 N, K = 256, 5376  # few rows of the weight, so that several programs share its columns
 WEIGHTS = {
@@ -44,24 +46,25 @@ def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
 def test_nothing_spills_and_shared_memory_suffices(arch, rows, weight, dtype):
     with compiling_for(arch) as kernels:
         launch_linear(empty_call(rows, weight, getattr(torch, dtype)))
-    hopper = arch == "sm_90" and dtype == "bfloat16" and weight in ("4 bits", "4 bits, groups of 128")
-    expected = ["many_rows"] if rows > 16 else ["few_rows_hopper" if hopper else "few_rows", "sum_splits"]
-    if hopper and rows <= 4:
-        expected.remove("sum_splits")
+    expected = ["many_rows"] if rows > 16 else ["few_rows", "sum_splits"]
     assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected]
     for kernel in kernels:
         assert kernel.spilled == 0
         assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
 
 
-@pytest.mark.parametrize(("rows", "out_features"), [(8, N), (8, 65536), (16, 65536)])
+@pytest.mark.parametrize(("rows", "out_features"), [(1, N), (8, N), (16, N), (8, 65536), (16, 65536)])
 @pytest.mark.parametrize("group", [32, 128])
-def test_other_tiles_of_the_kernel_for_hopper(rows, out_features, group):
+def test_tiles_of_the_kernel_for_hopper(rows, out_features, group):
     fmt = PackedFormat(4, group, out_features, K)
     weight = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
     scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
+    call = LinearCall(torch.empty(rows, K, dtype=torch.bfloat16), weight, scales, None, None, fmt)
+    config = choose_few_rows_hopper(call.shape(), tuning.limits("sm_90"))
+    assert config is not None
+    assert serves(call, config)
     with compiling_for("sm_90") as kernels:
-        launch_linear(LinearCall(torch.empty(rows, K, dtype=torch.bfloat16), weight, scales, None, None, fmt))
+        launch_few_rows_hopper(call, config, Destination(call.empty_output(), 1))
     assert kernels[0].name == "_linear_few_rows_hopper_kernel"
     assert all(kernel.spilled == 0 for kernel in kernels)
 
