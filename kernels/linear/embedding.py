@@ -7,7 +7,7 @@ Shapes: ``indices [...]``, packed table ``[N, K]`` (:mod:`flashpte.kernels.linea
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import triton
@@ -141,35 +141,15 @@ quantized_embedding = cast(
 
 
 @quantized_embedding.register_fake
-def _fake(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    dtype: torch.dtype,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
-    call = _as_call(indices, weight, scales, zeros, dtype, bits, group, out_features, in_features)
-    return call.x.new_empty((*indices.shape, in_features))
+def _fake(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    call = _as_call(indices, *arguments)
+    return call.x.new_empty((*indices.shape, call.fmt.in_features))
 
 
 @quantized_embedding.register_kernel("cpu")
-def _cpu(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    dtype: torch.dtype,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
-    call = _as_call(indices, weight, scales, zeros, dtype, bits, group, out_features, in_features)
-    natural, rows = unpack(PackedWeight(weight, scales, zeros), call.fmt), indices.flatten().long()
+def _cpu(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    call = _as_call(indices, *arguments)
+    natural, rows = unpack(PackedWeight(call.weight, call.scales, call.zeros), call.fmt), indices.flatten().long()
     picked = None if natural.zeros is None else natural.zeros[rows]
-    values = dequantize(natural.codes[rows], natural.scales[rows], picked, bits, group)
-    return values.to(dtype).view(*indices.shape, in_features)
+    values = dequantize(natural.codes[rows], natural.scales[rows], picked, call.fmt.bits, call.fmt.group)
+    return values.to(call.x.dtype).view(*indices.shape, call.fmt.in_features)

@@ -6,7 +6,7 @@ implementations raise the same ``ValueError`` (:mod:`flashpte.kernels.linear.con
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.library import CustomOpDef, triton_op
@@ -69,35 +69,15 @@ quantized_linear = cast(CustomOpDef, triton_op("flashpte::quantized_linear", _qu
 
 
 @quantized_linear.register_fake
-def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
-    call = _call(x, weight, scales, zeros, bias, bits, group, out_features, in_features)
+def _fake(*arguments: Any) -> torch.Tensor:
+    call = _call(*arguments)
     check_linear(call)
     return call.empty_output()
 
 
 @quantized_linear.register_kernel("cpu")
-def _cpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
-    call = _call(x, weight, scales, zeros, bias, bits, group, out_features, in_features)
+def _cpu(*arguments: Any) -> torch.Tensor:
+    call = _call(*arguments)
     check_linear(call)
-    natural = unpack(PackedWeight(weight, scales, zeros), call.fmt)
-    return linear_reference(x, dequantize(*natural, bits, group), bias)
+    natural = unpack(PackedWeight(call.weight, call.scales, call.zeros), call.fmt)
+    return linear_reference(call.x, dequantize(*natural, call.fmt.bits, call.fmt.group), call.bias)

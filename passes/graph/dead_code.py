@@ -40,7 +40,12 @@ def eliminate_dead_code(graph: Graph, kept: Collection[str] = (), dropped: Colle
             graph.erase_node(node)
 
 
+def readers(node: Node) -> list[Node]:
+    """The users of a node, without the metadata checks that ``torch.export`` writes next to casts."""
+    return [user for user in node.users if aten_target(user) is not _ASSERT]
+
+
 def _only_checked(tensor: object, kept: Collection[str]) -> bool:
     if not isinstance(tensor, Node) or tensor.op != "call_function" or tensor.name in kept:
         return False
-    return all(aten_target(user) is _ASSERT for user in tensor.users)
+    return not readers(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from flashpte.passes.graph.aliasing import Writes
+from flashpte.passes.graph.dead_code import readers
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -26,16 +28,20 @@ class Weights:
 
     Args:
         program: the program; :meth:`finish` changes it.
-
-    Attributes:
-        held: tensors by the name of the placeholder that holds them. Placeholders that the program writes are missing.
     """
 
     def __init__(self, program: ExportedProgram) -> None:
         self._program = program
         self._added: dict[str, tuple[Node, torch.Tensor]] = {}
-        self._used = {node.name for node in program.graph.find_nodes(op="placeholder") if _readers(node)}
-        self.held: Mapping[str, torch.Tensor] = _held(program)
+        self._used = {node.name for node in program.graph.find_nodes(op="placeholder") if readers(node)}
+
+    @functools.cached_property
+    def held(self) -> Mapping[str, torch.Tensor]:
+        """Tensors by the name of the placeholder that holds them, without those that the program writes.
+
+        First read before the graph changes; a rewrite that reads no weights never pays for it.
+        """
+        return _held(self._program)
 
     def name_of(self, node: Node) -> str:
         """The qualified name of the weight that a placeholder holds."""
@@ -81,7 +87,7 @@ class Weights:
         before, kept = {spec.target for spec in signature.input_specs}, []
         for spec in signature.input_specs:
             node = nodes[spec.arg.name]
-            if spec.kind in _HELD and node.name in self.held and node.name in self._used and not _readers(node):
+            if spec.kind in _HELD and node.name in self.held and node.name in self._used and not readers(node):
                 for check in list(node.users):
                     program.graph.erase_node(check)
                 program.graph.erase_node(node)
@@ -95,11 +101,6 @@ class Weights:
             program.constants.pop(name, None)
         for name, (_, tensor) in self._added.items():
             program.state_dict[name] = tensor
-
-
-def _readers(node: Node) -> list[Node]:
-    """The users of a node, without the checks of its metadata that torch.export writes beside casts."""
-    return [user for user in node.users if user.target is not torch.ops.aten._assert_tensor_metadata.default]
 
 
 def _held(program: ExportedProgram) -> dict[str, torch.Tensor]:

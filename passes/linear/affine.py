@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from flashpte.kernels.linear.format import GROUPS
 from flashpte.passes.graph.values import val
 from flashpte.passes.graph.views import Kind, kind_of, packet_of
 from flashpte.passes.linear.known import Known
 
 aten = torch.ops.aten
-GROUPS = (128, 64, 32)
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LAYOUT = (Kind.SAME, Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE, Kind.TRANSPOSE, Kind.SLICE, Kind.SELECT)
@@ -287,8 +287,8 @@ def _range(low: int, high: int) -> tuple[int, int]:
 
 def _group(slope: torch.Tensor, offset: torch.Tensor, bits: int) -> int:
     """The largest group that the kernels take in which all columns share slope and offset."""
-    k = slope.shape[1]
-    for group in (k, *GROUPS) if bits == 8 else GROUPS:
+    k, widest_first = slope.shape[1], GROUPS[::-1]
+    for group in (k, *widest_first) if bits == 8 else widest_first:
         if k % group == 0 and all(_equal_in(tensor, group) for tensor in (slope, offset)):
             return group
     raise NotQuantized(f"its scales are not shared by groups of 32, 64 or 128 of {k} columns")

@@ -11,8 +11,6 @@ from torch.fx.node import map_arg
 
 from flashpte.passes.graph.aliasing import storage_base, written_by
 
-_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
-
 
 class Known:
     """Values that are the same in every call, computed on demand and kept until :meth:`forget`.
@@ -85,4 +83,4 @@ def _is_pure(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") == "_operator"
     random = torch.Tag.nondeterministic_seeded in target.tags
-    return not (target._schema.is_mutable or random or target in _ASSERTIONS)
+    return not (target._schema.is_mutable or random)

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 import flashpte.kernels.linear  # noqa: F401  (registers the operators)
+from flashpte.kernels.contract import SUPPORTED_DTYPES
 from flashpte.kernels.linear.format import Groupwise, PackedFormat, PackedWeight, pack
 from flashpte.passes.graph.insert import insert_before
 from flashpte.passes.graph.subclasses import unwrap_weights
@@ -19,8 +20,6 @@ from flashpte.passes.linear.affine import Codes, NotQuantized, QuantizedWeight, 
 from flashpte.passes.linear.find import Product, find_product
 from flashpte.passes.linear.known import Known
 from flashpte.passes.rewrite import Decision, Refusal, Rewrite, Scope
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ class LinearRewrite(Rewrite):
             return Refusal(f"the weight stays as it is: {why}")
         finally:
             known.forget()
-        if x.dtype not in _DTYPES or val(match.node).dtype != x.dtype:
+        if x.dtype not in SUPPORTED_DTYPES or val(match.node).dtype != x.dtype:
             return Refusal(f"x is {x.dtype} and the result {val(match.node).dtype}")
         if match.bias is not None and (reason := _why_not_bias(val(match.bias), x.dtype, len(weight.codes))):
             return Refusal(reason)
