@@ -12,7 +12,7 @@ from flashpte.kernels import tuning
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dispatch import launch_linear
 from flashpte.kernels.linear.format import PackedFormat
-from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.few_rows_hopper import launch_few_rows_hopper, serves
 from flashpte.kernels.linear.tuning import choose_few_rows_hopper
 
 N, K = 256, 5376  # few rows of the weight, so that several programs share its columns
