@@ -139,8 +139,8 @@ def _next_step(place, limits, KW: gl.constexpr, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _store(sums, n_first, out, sizes, SPLITS: gl.constexpr, BIAS: gl.constexpr):
-    """Adds the column warps' sums, and stores the result, or float32 sums ``partial [SPLITS, M, N]``.
+def _store(sums, n_first, out, sizes, SINGLE_SPLIT: gl.constexpr, BIAS: gl.constexpr):
+    """Adds the column warps' sums, and stores the result, or float32 sums ``partial [splits, M, N]``.
 
     Args:
         sums: those of :func:`flashpte.kernels.linear.operands.multiply_tile`.
@@ -163,7 +163,7 @@ def _store(sums, n_first, out, sizes, SPLITS: gl.constexpr, BIAS: gl.constexpr):
     m = gl.arange(0, BM, gl.SliceLayout(0, Y))
     inside = (n < N)[:, None] & (m < M)[None, :]
     at = m[None, :] * N + n[:, None]
-    if SPLITS == 1:
+    if SINGLE_SPLIT:
         if BIAS:
             y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
         gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -174,14 +174,14 @@ def _store(sums, n_first, out, sizes, SPLITS: gl.constexpr, BIAS: gl.constexpr):
 @gluon.jit
 def _linear_few_rows_hopper_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
-    partial_ptr,  # float32 [SPLITS, M, N]
+    partial_ptr,  # float32 [splits, M, N]
     M, N, K,
     units,  # K / 128, rounded up
     row_tiles,  # of the weight, a multiple of BLOCK_N / 16
     stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr, SINGLE_SPLIT: tl.constexpr, STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """All rows of x times blocks of ``BLOCK_N`` rows of the weight, over one split of the columns.
@@ -214,7 +214,7 @@ def _linear_few_rows_hopper_kernel(
     x_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, 1, BLOCK_M, 64], XS)
     ring = (w_smem, s_smem, z_smem, x_smem)
 
-    per_split = (units + SPLITS - 1) // SPLITS
+    per_split = gl.cdiv(units, gl.num_programs(1))
     begin = gl.program_id(1) * per_split
     end = gl.minimum(begin + per_split, units)
     steps = (per_split + KW - 1) // KW
@@ -261,15 +261,15 @@ def _linear_few_rows_hopper_kernel(
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         if tile + gl.num_programs(0) * TILES >= row_tiles:
             let_dependents_start(DEPENDENT)
-        _store(sums, tile * 16, (bias_ptr, y_ptr, partial_ptr), (M, N), SPLITS, BIAS)
+        _store(sums, tile * 16, (bias_ptr, y_ptr, partial_ptr), (M, N), SINGLE_SPLIT, BIAS)
     async_copy.wait_group(0)
 
 
 @triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SPLITS: tl.constexpr):
+def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SINGLE_SPLIT: tl.constexpr):
     """The twin: it reads and writes the same tensors."""
     total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    if SPLITS == 1:
+    if SINGLE_SPLIT:
         tl.store(y_ptr, total)
     else:
         tl.store(partial_ptr, total)
@@ -325,7 +325,7 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         BLOCK_M=8 if (static_int(call.rows) or 16) <= 8 else 16,
         COLUMN_WARPS=config.column_warps,
         ROW_WARPS=config.row_warps,
-        SPLITS=splits,
+        SINGLE_SPLIT=splits == 1,
         STAGES=config.num_stages,
         # In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
         EARLY_WEIGHTS=dependent["DEPENDENT"] and "launch_pdl" not in dependent,

@@ -131,7 +131,7 @@ def _of_planes(words, DTYPE: gl.constexpr, ZEROS: gl.constexpr, ROW: gl.constexp
 
 
 @gluon.jit
-def _store_columns(acc, n_first, m_first, out, sizes, SPLITS: gl.constexpr, BIAS: gl.constexpr):
+def _store_columns(acc, n_first, m_first, out, sizes, SINGLE_SPLIT: gl.constexpr, BIAS: gl.constexpr):
     """Stores ``acc [R, BM]`` as R columns of the result, 32 rows at a time; neighboring columns to one thread.
 
     Args:
@@ -142,8 +142,8 @@ def _store_columns(acc, n_first, m_first, out, sizes, SPLITS: gl.constexpr, BIAS
     BM: gl.constexpr = acc.shape[1]
     if BM > 32:
         low, high = gl.split(gl.permute(gl.reshape(acc, [R, 2, BM // 2]), [0, 2, 1]))
-        _store_columns(low, n_first, m_first, out, sizes, SPLITS, BIAS)
-        _store_columns(high, n_first, m_first + BM // 2, out, sizes, SPLITS, BIAS)
+        _store_columns(low, n_first, m_first, out, sizes, SINGLE_SPLIT, BIAS)
+        _store_columns(high, n_first, m_first + BM // 2, out, sizes, SINGLE_SPLIT, BIAS)
     else:
         bias_ptr, y_ptr, partial_ptr = out
         M, N = sizes
@@ -152,7 +152,7 @@ def _store_columns(acc, n_first, m_first, out, sizes, SPLITS: gl.constexpr, BIAS
         m = m_first + gl.arange(0, BM, gl.SliceLayout(0, OUT))
         inside = (n < N)[:, None] & (m < M)[None, :]
         at = m.to(gl.int64)[None, :] * N + n[:, None]
-        if SPLITS == 1:
+        if SINGLE_SPLIT:
             if BIAS:
                 BIAS_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
                 rows = n_first + gl.arange(0, R, BIAS_ROW)
@@ -174,7 +174,7 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
         groups: pointers to words of scales and of zero points of the program's first row and column.
         place: ``(n_first, m_first, steps, units, row_tiles)``.
         out, sizes: as for :func:`_store_columns`.
-        FORMAT: ``(GROUPS, ZEROS, SPLITS, BIAS)``.
+        FORMAT: ``(GROUPS, ZEROS, SINGLE_SPLIT, BIAS)``.
     """
     x0_smem, x1_smem, w_smem = smem
     full, empty = barriers
@@ -281,14 +281,14 @@ def _copy(smem, barriers, x_ptr, w_ptr, place, x_sizes, CHECK_K: gl.constexpr):
 @gluon.jit
 def _linear_many_rows_hopper_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
-    partial_ptr,  # float32 [SPLITS, M, N]
+    partial_ptr,  # float32 [splits, M, N]
     M, N, K,
     units,  # K / 128, rounded up
     row_tiles,
     stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK_M`` rows of x times ``BLOCK_N`` rows of the weight, over one split of the columns."""
@@ -297,7 +297,7 @@ def _linear_many_rows_hopper_kernel(
     m_tiles = (M + BLOCK_M - 1) // BLOCK_M
     m_first = gl.program_id(0) % m_tiles * BLOCK_M
     n_first = gl.program_id(0) // m_tiles * BLOCK_N
-    per_split = (units + SPLITS - 1) // SPLITS
+    per_split = gl.cdiv(units, gl.num_programs(1))
     begin = gl.program_id(1) * per_split
     steps = gl.minimum(per_split, units - begin)
     XS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -318,7 +318,7 @@ def _linear_many_rows_hopper_kernel(
     barriers = (full, empty)
     place = (n_first, m_first, steps, units, row_tiles)
     out = (bias_ptr, y_ptr, partial_ptr)
-    FORMAT: gl.constexpr = (GROUPS, ZEROS, SPLITS, BIAS)
+    FORMAT: gl.constexpr = (GROUPS, ZEROS, SINGLE_SPLIT, BIAS)
     gl.warp_specialize(
         [
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 0)),
@@ -343,10 +343,10 @@ def _linear_many_rows_hopper_kernel(
 
 
 @triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SPLITS: tl.constexpr):
+def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SINGLE_SPLIT: tl.constexpr):
     """The twin: it reads and writes the same tensors."""
     total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    if SPLITS == 1:
+    if SINGLE_SPLIT:
         tl.store(y_ptr, total)
     else:
         tl.store(partial_ptr, total)
@@ -399,7 +399,7 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
-        SPLITS=splits,
+        SINGLE_SPLIT=splits == 1,
         CONSUMER_REGISTERS=232,
         PRODUCER_REGISTERS=48,
         num_warps=4,
