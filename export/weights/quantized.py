@@ -54,7 +54,7 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_exporting():
             fmt = self.fmt
             numbers = (fmt.bits, fmt.group, fmt.out_features, fmt.in_features)
-            return torch.ops.flashpte.quantized_linear(x, self.packed, self.scales, None, self.bias, *numbers)
+            return torch.ops.flashpte.quantized_linear(x, self.packed, self.scales, None, None, self.bias, *numbers)
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
     def dequantized(self) -> torch.Tensor:
