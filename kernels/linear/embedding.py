@@ -20,7 +20,7 @@ from flashpte.kernels.launch import cdiv, static_int
 from flashpte.kernels.linear.call import LinearCall
 from flashpte.kernels.linear.contract import format_of, why_not
 from flashpte.kernels.linear.device import centered_codes, offsets_of_rows
-from flashpte.kernels.linear.format import unpack
+from flashpte.kernels.linear.format import Groupwise, unpack
 from flashpte.kernels.linear.reference import dequantize
 from flashpte.kernels.primitives import INTERPRETED
 
@@ -157,6 +157,6 @@ def _fake(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
 def _cpu(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
     call = _as_call(indices, *arguments)
     rows = indices.flatten().long()
-    picked = (None if tensor is None else tensor[rows] for tensor in unpack(call.packed, call.fmt))
+    picked = Groupwise(*(None if tensor is None else tensor[rows] for tensor in unpack(call.packed, call.fmt)))  # type: ignore[arg-type]
     values = dequantize(*picked, call.fmt.bits, call.fmt.group)
     return values.to(call.x.dtype).view(*indices.shape, call.fmt.in_features)
