@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -134,22 +134,30 @@ def _encoded(weight: PlannedWeight, held: torch.Tensor | Groupwise) -> Mapping[s
     return format.pack(weight.name, held)
 
 
-def rules_of(formats: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def formats_of(source: object) -> Mapping[str, str]:
+    """The format of each weight that a source holds as codes, or rounds itself; most sources have none."""
+    return getattr(source, "formats", {})
+
+
+def rules_of(formats: Mapping[str, str], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Rules for the weights of a quantized checkpoint, one for each kind of weight and format.
 
     Args:
         formats: the format of each quantized weight, by the weight's name.
+        names: the names of all weights.
 
     Returns:
         Pairs for :attr:`Recipe.rules`. Weights that differ in one number, that of their layer, share a rule.
     """
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for name, format in formats.items():
+    kinds: dict[str, dict[str | None, list[str]]] = {}
+    for name in names:
         number = _NUMBER.search(name)
         place = name if number is None else f"{name[: number.start(1)]}*{name[number.end(1) :]}"
-        kinds.setdefault((place, format), []).append("" if number is None else number[1])
+        kinds.setdefault(place, {}).setdefault(formats.get(name), []).append("" if number is None else number[1])
     rules = []
-    for (place, format), numbers in kinds.items():
-        layers = numbers[0] if len(numbers) == 1 else f"(?:{'|'.join(numbers)})"
-        rules.append((layers.join(map(re.escape, place.split("*", 1))), format))
+    for place, layers_of in kinds.items():
+        for format, layers in layers_of.items():
+            if format is not None:
+                any_of = r"\d+" if len(layers_of) == 1 else f"(?:{'|'.join(layers)})"
+                rules.append((any_of.join(map(re.escape, place.split("*", 1))), format))
     return tuple(rules)

@@ -173,11 +173,14 @@ def test_rules_of_a_quantized_checkpoint_give_each_weight_its_format():
     formats = {f"model.layers.{i}.mlp.up_proj.weight": "int4-g32-o-f32" for i in range(12)}
     formats |= {f"model.layers.{i}.mlp.down_proj.weight": "int8-g32" if i % 4 else "int4-g32" for i in range(12)}
     formats |= {"lm_head.weight": "int8-g32-f16"}
-    rules = rules_of(formats)
-    assert len(rules) == 4
+    dense = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
+    formats |= dict.fromkeys(dense[:3], "int4-g32")
+    rules = rules_of(formats, [*formats, *dense[3:], "model.norm.weight"])
+    assert len(rules) == 5
+    assert (r"model\.layers\.\d+\.mlp\.up_proj\.weight", "int4-g32-o-f32") in rules
     recipe = Recipe("bfloat16", rules)
     assert {name: recipe.format_of(name) for name in formats} == formats
-    for name in ("model.layers.12.mlp.up_proj.weight", "model.layers.1.mlp.up_projxweight", "model.norm.weight"):
+    for name in (*dense[3:], "model.layers.1.mlp.up_projxweight", "model.norm.weight"):
         assert recipe.format_of(name) == "bfloat16"
 
 
