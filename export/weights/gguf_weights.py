@@ -78,7 +78,9 @@ class GgufWeights:
                 counts[(tensor.type, f"{self.formats[name]} ({how})")] += 1
             else:
                 counts[(tensor.type, "dense")] += 1
-        return tuple(f"{kind}: {count} weights as {what}" for (kind, what), count in sorted(counts.items()))
+        return tuple(
+            f"{kind}: {count} weight{'s' * (count > 1)} as {what}" for (kind, what), count in sorted(counts.items())
+        )
 
     def _rows(self, tensor: GgufTensor) -> torch.Tensor | None:
         """Where Hugging Face's rows are in the file's; ``None`` if they are in the same order.

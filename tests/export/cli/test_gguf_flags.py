@@ -35,8 +35,8 @@ def test_a_file_goes_to_lower(export_model, lowered, gguf_file, output):
     assert call["manifest"]["weights"] == "gguf_file"
     assert [format for _, format in call["manifest"]["weight_formats"]["rules"]] == ["int4-g32-f16", "int8-g32"]
     assert call["constant_methods"]["get_eos_ids"] == [2, 5]
-    assert "weights: Q4_0: 1 weights as int4-g32-f16 (codes kept)" in result.out
-    assert "weights: Q6_K: 1 weights as int8-g32 (rounded to nearest" in result.out
+    assert "weights: Q4_0: 1 weight as int4-g32-f16 (codes kept)" in result.out
+    assert "weights: Q6_K: 1 weight as int8-g32 (rounded to nearest" in result.out
 
 
 def test_a_dry_run_reads_it(export_model, gguf_file, tmp_path):

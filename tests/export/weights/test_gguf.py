@@ -79,7 +79,7 @@ def test_each_weight_stands_for_what_gguf_dequantizes(mixed):
     assert found["model.layers.1.mlp.down_proj.weight"] == FORMATS["Q6_K"]
     assert found["lm_head.weight"] == FORMATS["Q8_0"]
     assert "Q4_K: 5 weights as int4-g32-o-f32 (codes kept)" in plan.weight_notes
-    assert any(note.startswith("Q6_K: 1 weights as int8-g32 (rounded") for note in plan.weight_notes)
+    assert any(note.startswith("Q6_K: 1 weight as int8-g32 (rounded") for note in plan.weight_notes)
 
 
 def test_logits_are_those_of_the_dequantized_model(tmp_path):
