@@ -58,7 +58,7 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     folder = read_folder(options.model_dir, unverified=options.unverified)
     program, _ = _open(options, progress)
     progress("building the eager model")
-    model = rebuild(folder.manifest, options.checkpoint)
+    model = rebuild(folder.manifest, options.checkpoint, options.gguf_file)
     draft = rebuild_draft(folder.manifest, model, options.draft)
     own, reference = eager_pair(model, draft, get_target(str(folder.manifest["target"])).layer_state)
     report = check_program(

@@ -1,7 +1,10 @@
 """Weights of 4 or 8 bits: a linear layer's weight becomes packed codes and one scale per group of columns.
 
-Codes are rounded to nearest, symmetric around zero: a group's scale is its largest magnitude over ``2 ** (bits - 1) -
+A source gives such a weight as codes, scales and zero points or offsets, which are packed as they are, or dense. Dense
+weights are rounded to nearest, symmetric around zero: a group's scale is its largest magnitude over ``2 ** (bits - 1) -
 0.5``, so that both ends of the range lose half a step.
+
+Names of formats say all of it: ``int4-g32-o-f16`` has 4 bits, groups of 32 columns, offsets and float16 scales.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ import flashpte.kernels.linear  # noqa: F401  (registers the operator)
 from flashpte.export.common.errors import ExportError
 from flashpte.kernels.linear.format import (
     TILE_ROWS,
+    Groupwise,
     PackedFormat,
     PackedWeight,
+    pack,
     pack_codes,
     pack_groups,
     unpack,
 )
 from flashpte.kernels.linear.reference import dequantize
 
-SCALE_DTYPE = torch.bfloat16
 _ROWS = 256 * TILE_ROWS
 """Rows that are quantized at a time, so that only these exist in float32."""
 
@@ -41,12 +45,16 @@ class QuantizedLinear(nn.Module):
 
     packed: torch.Tensor
     scales: torch.Tensor
+    zeros: torch.Tensor | None
+    offsets: torch.Tensor | None
 
     def __init__(self, fmt: PackedFormat, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.fmt, self.in_features, self.out_features = fmt, fmt.in_features, fmt.out_features
-        self.register_buffer("packed", torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype))
-        self.register_buffer("scales", torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype))
+        held = _tensors_of(fmt)
+        for name in _TENSORS:
+            shape, kind = held.get(name, ((), None))
+            self.register_buffer(name, None if kind is None else torch.empty(shape, dtype=kind))
         self.bias = nn.Parameter(torch.empty(fmt.out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,14 +62,31 @@ class QuantizedLinear(nn.Module):
         if torch.compiler.is_exporting():
             fmt = self.fmt
             numbers = (fmt.bits, fmt.group, fmt.out_features, fmt.in_features)
-            return torch.ops.flashpte.quantized_linear(x, self.packed, self.scales, None, self.bias, *numbers)
+            tensors = (self.packed, self.scales, self.zeros, self.offsets, self.bias)
+            return torch.ops.flashpte.quantized_linear(x, *tensors, *numbers)
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
     def dequantized(self) -> torch.Tensor:
         """The weight that the codes stand for, float32 ``[N, K]``."""
         fmt = dataclasses.replace(self.fmt, scale_dtype=torch.float32)
-        natural = unpack(PackedWeight(self.packed, self.scales.to(torch.float32), None), fmt)
+        wide = (None if t is None else t.to(torch.float32) for t in (self.scales, self.zeros, self.offsets))
+        natural = unpack(PackedWeight(self.packed, *wide), fmt)  # type: ignore[arg-type]
         return dequantize(*natural, fmt.bits, fmt.group)
+
+
+_TENSORS = ("packed", "scales", "zeros", "offsets")
+"""Names of a layer's tensors, in the order of :class:`flashpte.kernels.linear.format.PackedWeight`."""
+
+
+def _tensors_of(fmt: PackedFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the tensors that a format has, by their names in the layer."""
+    of_groups = (fmt.scales_shape, fmt.scale_dtype)
+    optional = {"zeros": fmt.has_zeros, "offsets": fmt.has_offsets}
+    return {
+        "packed": (fmt.weight_shape, fmt.weight_dtype),
+        "scales": of_groups,
+        **{name: of_groups for name, held in optional.items() if held},
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +96,28 @@ class Grouped:
     Attributes:
         bits: 4 or 8.
         group: 32, 64 or 128; with 8 bits, ``None`` for one scale per row.
+        moved: ``"zeros"`` if groups have zero points, ``"offsets"`` if they have offsets, ``None`` if codes are
+            symmetric.
+        scale_dtype: bfloat16, float16 or float32, also of zero points and offsets.
     """
 
     bits: int
     group: int | None
+    moved: str | None = None
+    scale_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """The format's name in recipes."""
+        parts = [f"int{self.bits}"] if self.group is None else [f"int{self.bits}", f"g{self.group}"]
+        parts += [] if self.moved is None else [self.moved[0]]
+        return "-".join([*parts, *_SCALE_NAMES[self.scale_dtype]])
 
     def format_of(self, shape: Sequence[int]) -> PackedFormat:
         """The packed format of a weight ``[N, K]``."""
         rows, columns = shape
-        return PackedFormat(self.bits, self.group or columns, rows, columns, scale_dtype=SCALE_DTYPE)
+        zeros, offsets = self.moved == "zeros", self.moved == "offsets"
+        return PackedFormat(self.bits, self.group or columns, rows, columns, zeros, self.scale_dtype, offsets)
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Replaces the linear layer that owns the weight ``name`` by a :class:`QuantizedLinear`.
@@ -96,19 +134,34 @@ class Grouped:
             module.set_submodule(path, QuantizedLinear(self.format_of(owner.weight.shape), bias, owner.weight.dtype))
 
     def stored(self, name: str, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Packed codes and scales; the weight's own name goes."""
-        path, fmt = name.removesuffix(".weight"), self.format_of(shape)
-        return {
-            f"{path}.packed": (fmt.weight_shape, fmt.weight_dtype),
-            f"{path}.scales": (fmt.scales_shape, fmt.scale_dtype),
-        }
+        """Packed codes, scales, zero points and offsets; the weight's own name goes."""
+        path = name.removesuffix(".weight")
+        return {f"{path}.{part}": held for part, held in _tensors_of(self.format_of(shape)).items()}
+
+    def pack(self, name: str, natural: Groupwise) -> dict[str, torch.Tensor]:
+        """Packs a weight that the source holds as codes, without changing what it stands for.
+
+        Raises:
+            ExportError: it has other tensors, shapes or dtypes than the format, or a scale that is not finite.
+        """
+        path = name.removesuffix(".weight")
+        for part, tensor in zip(("scales", "zero points", "offsets"), natural[1:], strict=True):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise ExportError(f"{name} has {part} that are infinite or NaN")
+        try:
+            packed = pack(natural, self.format_of(natural.codes.shape))
+        except ValueError as error:
+            raise ExportError(f"{name} does not fit the format {self.name}: {error}") from error
+        return {f"{path}.{part}": tensor for part, tensor in zip(_TENSORS, packed, strict=True) if tensor is not None}
 
     def encode(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantizes a dense weight, some rows at a time.
 
         Raises:
-            ExportError: the weight holds infinities or NaN.
+            ExportError: the weight holds infinities or NaN, or the format is not symmetric.
         """
+        if self.moved is not None:
+            raise ExportError(f"{name}: {self.name} holds codes of a quantized checkpoint; rounding is symmetric")
         path, fmt = name.removesuffix(".weight"), self.format_of(weight.shape)
         parts = [self._quantized(name, rows, fmt) for rows in weight.split(_ROWS)]
         codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
@@ -126,8 +179,15 @@ class Grouped:
         return codes.flatten(1)[:, :columns].contiguous(), scales
 
 
+_SCALE_NAMES = {torch.bfloat16: (), torch.float16: ("f16",), torch.float32: ("f32",)}
+
 QUANTIZED = {
-    **{f"int{bits}-g{group}": Grouped(bits, group) for bits in (4, 8) for group in (32, 64, 128)},
-    "int8": Grouped(8, None),
+    format.name: format
+    for bits, group in ((4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128), (8, None))
+    for moved in (None, "zeros", "offsets")
+    for format in (Grouped(bits, group, moved, dtype) for dtype in _SCALE_NAMES)
 }
 """The formats, by their names in recipes."""
+
+QUANTIZED_NAMES = "int4-gN, int8-gN or int8 (N: 32, 64 or 128), then -z or -o, then -f16 or -f32"
+"""The names in one line: ``z`` stands for zero points and ``o`` for offsets; scales are bfloat16 without a suffix."""

@@ -12,7 +12,8 @@ from flashpte.export.common.errors import ExportError
 from flashpte.export.weights import quantized
 from flashpte.export.weights.formats import FORMATS
 from flashpte.export.weights.quantized import QUANTIZED, QuantizedLinear
-from flashpte.kernels.linear.format import PackedWeight, unpack
+from flashpte.kernels.linear.format import Groupwise, PackedWeight, unpack
+from flashpte.kernels.linear.reference import dequantize
 
 N, K = 40, 320
 
@@ -38,7 +39,7 @@ def layer(name, weight, bias=None):
     return holder
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", [name for name, format in QUANTIZED.items() if format.moved is None])
 def test_a_weight_is_off_by_half_a_step(name):
     """Codes at the ends of the range, and scales rounded to bfloat16, add a little."""
     weight, format = dense(), QUANTIZED[name]
@@ -96,3 +97,58 @@ def test_only_linear_layers():
         with pytest.raises(ExportError, match=f"{name}: weights of 4 bits are those of linear layers"):
             FORMATS["int4-g32"].adapt(module, name)
     assert not any(isinstance(child, QuantizedLinear) for child in module)
+
+
+def held(format, rows=N, columns=K):
+    """A weight as a source holds it."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(1 << format.bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    groups = -(-columns // (format.group or columns))
+    scales, moved = (torch.rand(rows, groups, generator=generator).to(format.scale_dtype) for _ in range(2))
+    return Groupwise(codes, scales, **{} if format.moved is None else {format.moved: moved})
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_codes_of_a_source_are_kept_bit_by_bit(name):
+    format = FORMATS[name]
+    natural = held(format)
+    holder = nn.Sequential(nn.Linear(K, N, bias=False, device="meta"))
+    format.adapt(holder, "0.weight")
+    tensors = format.pack("0.weight", natural)
+    stored = format.stored("0.weight", (N, K))
+    assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()} == stored
+    assert holder.state_dict().keys() == stored.keys()
+    holder.load_state_dict(tensors, assign=True)
+    wide = Groupwise(natural.codes, *(None if t is None else t.float() for t in natural[1:]))
+    assert torch.equal(holder[0].dequantized(), dequantize(*wide, format.bits, format.group or K))
+
+
+@pytest.mark.parametrize("name", ["int4-g32-z", "int4-g64-o-f16", "int8-o-f32", "int8-g32-f16"])
+def test_the_exported_layer_reads_zero_points_and_offsets(name):
+    format = FORMATS[name]
+    holder = nn.Sequential(nn.Linear(K, N, bias=False, device="meta")).eval()
+    format.adapt(holder, "0.weight")
+    holder.load_state_dict(format.pack("0.weight", held(format)), assign=True)
+    x = torch.randn(3, K)
+    out = torch.export.export(holder, (x,)).module()(x)
+    torch.testing.assert_close(out.double(), copy.deepcopy(holder).double()(x.double()), rtol=1e-4, atol=1e-3)
+
+
+def test_names_say_what_a_format_is():
+    assert len(QUANTIZED) == 63
+    assert QUANTIZED["int4-g32"].scale_dtype == torch.bfloat16
+    format = QUANTIZED["int8-g128-o-f32"]
+    assert (format.bits, format.group, format.moved, format.scale_dtype) == (8, 128, "offsets", torch.float32)
+
+
+def test_codes_that_do_not_fit_their_format():
+    natural = held(FORMATS["int4-g32-z"])
+    with pytest.raises(ExportError, match=r"a\.weight does not fit the format int4-g32-o: .*no zero points"):
+        FORMATS["int4-g32-o"].pack("a.weight", natural)
+    with pytest.raises(ExportError, match=r"a.weight does not fit the format int4-g64-z: .*\[40, 5\]"):
+        FORMATS["int4-g64-z"].pack("a.weight", natural)
+    natural.zeros[3, 2] = float("inf")
+    with pytest.raises(ExportError, match=r"a\.weight has zero points that are infinite or NaN"):
+        FORMATS["int4-g32-z"].pack("a.weight", natural)
+    with pytest.raises(ExportError, match=r"a\.weight: int4-g32-z holds codes of a quantized checkpoint"):
+        FORMATS["int4-g32-z"].encode("a.weight", dense())

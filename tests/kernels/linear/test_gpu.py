@@ -35,7 +35,7 @@ def random_cases(count: int, rows: tuple[int, ...], seed: int) -> list[Case]:
                 in_features=columns,
                 bits=bits,
                 group=rng.choice((32, 64, 128, columns) if bits == 8 else (32, 64, 128)),
-                zeros=rng.choice(("none", "none", "integer", "real")),
+                zeros=rng.choice(("none", "none", "integer", "real", "offsets")),
                 bias=rng.random() < 0.5,
                 dtype=rng.choice(DTYPES),
                 scale_dtype=rng.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
