@@ -6,8 +6,9 @@ The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.p
 
 ``x^T`` is the second operand, so M is padded to 8 or 16 only. ``COLUMN_WARPS`` warps take tiles of 128 columns in turn,
 ``ROW_WARPS`` warps share the rows of the weight. Packed words, scales and x wait in a ring of ``STAGES`` steps, which
-``cp.async`` fills. A program may take several blocks of rows one after the other; its copies then run ahead into the
-next block. Each program starts at another column, because otherwise all read the same few lines of x at a time.
+``cp.async`` fills. Programs have equal shares of all steps (:mod:`flashpte.kernels.linear.shares`); copies run ahead
+into a program's next block. Programs start at different columns: otherwise all would read the same few lines of x at a
+time.
 
 Shape legend: ``KW`` column warps, ``BN`` rows of the weight and ``BM`` rows of x of one program. A unit is a tile's 128
 columns, a step is ``KW`` units.
@@ -35,8 +36,8 @@ from flashpte.kernels.linear.operands import (
     x_of_lanes,
     zero_sums,
 )
-from flashpte.kernels.linear.splits import allocate_splits, launch_sum_splits
-from flashpte.kernels.linear.tuning import HopperFewRowsConfig
+from flashpte.kernels.linear.shares import Shares, launch_sum_shares, share_of
+from flashpte.kernels.linear.tuning import MAX_FEW_ROWS, HopperFewRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
 
 
@@ -60,32 +61,32 @@ def index(AXIS: gl.constexpr, RANK: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _pointers(tensors, M, units, stride_xm, TILE: gl.constexpr):
+def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
     """What each thread copies of the first step: pointers and units of words, of scales, and of x with its rows.
 
     Args:
         tensors: ``(x_ptr, w_ptr, s_ptr, z_ptr)``.
-        units: tiles of columns of a row.
-        TILE: ``(GROUPS, BN, BM, KW, RW)``.
+        TILE: ``(UNITS, GROUPS, BN, BM, KW, RW)``.
     """
     x_ptr, w_ptr, s_ptr, z_ptr = tensors
-    GROUPS: gl.constexpr = TILE[0]
-    TILES: gl.constexpr = TILE[1] // 16
-    BM: gl.constexpr = TILE[2]
-    KW: gl.constexpr = TILE[3]
-    RW: gl.constexpr = TILE[4]
+    UNITS: gl.constexpr = TILE[0]
+    GROUPS: gl.constexpr = TILE[1]
+    TILES: gl.constexpr = TILE[2] // 16
+    BM: gl.constexpr = TILE[3]
+    KW: gl.constexpr = TILE[4]
+    RW: gl.constexpr = TILE[5]
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
     # Words of weights [KW, tile, half, g, word].
     LW: gl.constexpr = gl.BlockedLayout([1, 1, 2, 1, 4], [1, 1, 1, 8, 4], [KW, RW, 1, 1, 1], [4, 3, 2, 1, 0])
     w_kw = index(0, 5, KW, LW)
-    w_off = index(1, 5, TILES, LW) * (units * 256) + w_kw * 256
+    w_off = index(1, 5, TILES, LW) * (UNITS * 256) + w_kw * 256
     w_off += index(2, 5, 2, LW) * 128 + index(3, 5, 8, LW) * 16 + index(4, 5, 16, LW)
     weights = (w_ptr.to(WORD, bitcast=True) + w_off, w_kw)
     # Pairs of scales [KW, tile, g, GROUPS].
     LS: gl.constexpr = gl.BlockedLayout([1, 1, 1, GROUPS], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
     STEP: gl.constexpr = 8 * GROUPS
     s_kw = index(0, 4, KW, LS)
-    s_off = index(1, 4, TILES, LS) * (units * STEP) + s_kw * STEP
+    s_off = index(1, 4, TILES, LS) * (UNITS * STEP) + s_kw * STEP
     s_off += index(2, 4, 8, LS) * GROUPS + index(3, 4, GROUPS, LS)
     scales = (s_ptr.to(WORD, bitcast=True) + s_off, s_kw, z_ptr.to(WORD, bitcast=True) + s_off)
     # Pairs of x [KW, 1, m, 16 plane + pair].
@@ -99,54 +100,66 @@ def _pointers(tensors, M, units, stride_xm, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_weights(ring, pointers, slot, tile, unit, end, units, ZEROS: gl.constexpr):
-    """Starts the copies of words, scales and zero points of ``unit + 0 .. KW`` of a row of tiles; zeros past ``end``."""
-    weights, scales, _ = pointers
-    STEP: gl.constexpr = 8 * ring[1].shape[4]
-    at = tile.to(gl.int64) * units + unit
-    inside = scales[1] + unit < end
-    async_copy.async_copy_global_to_shared(ring[0].index(slot), weights[0] + at * 256, mask=weights[1] + unit < end)
-    async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + at * STEP, mask=inside)
-    if ZEROS:
-        async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + at * STEP, mask=inside)
-
-
-@gluon.jit
-def _copy_x(ring, pointers, slot, unit, end, K):
-    """Starts the copies of x of ``unit + 0 .. KW``; zeros past ``end``, K and M."""
-    x = pointers[2]
-    inside = x[1] + unit * 16 < gl.minimum(end * 16, K // 8)
-    async_copy.async_copy_global_to_shared(ring[3].index(slot), x[0] + unit * 64, mask=x[2] & inside)
-
-
-@gluon.jit
-def _next_step(place, limits, KW: gl.constexpr, TILES: gl.constexpr):
-    """The step after ``place``: its row of tiles, first unit, and number within the block.
-
-    Columns wrap around at the end of the split; after a block's last step comes the program's next block.
+def _copy_weights(ring, pointers, slot, place, UNITS: gl.constexpr, ZEROS: gl.constexpr):
+    """Starts the copies of words, scales and zero points of a step, zeros past the last unit.
 
     Args:
-        place: ``(tile, unit, step)``.
-        limits: ``(begin, stop, steps)``, where ``stop`` is ``begin + steps * KW``.
+        ring: shared memory for words, scales, zero points and x.
+        pointers: the result of :func:`_pointers`.
+        place: number of the step, its first tile of rows, and its first unit.
     """
-    tile, unit, step = place
-    begin, stop, steps = limits
-    unit += KW
-    unit = gl.where(unit >= stop, begin, unit)
-    step += 1
-    done = step == steps
-    return gl.where(done, tile + gl.num_programs(0) * TILES, tile), unit, gl.where(done, 0, step)
+    weights, scales, _ = pointers
+    KW: gl.constexpr = ring[0].shape[1]
+    STEP: gl.constexpr = 8 * ring[1].shape[4]
+    _, tile, unit = place
+    at = tile * UNITS + unit
+    if UNITS % KW == 0:
+        async_copy.async_copy_global_to_shared(ring[0].index(slot), weights[0] + at * 256)
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + at * STEP)
+        if ZEROS:
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + at * STEP)
+    else:
+        inside = scales[1] + unit < UNITS
+        async_copy.async_copy_global_to_shared(
+            ring[0].index(slot), weights[0] + at * 256, mask=weights[1] + unit < UNITS
+        )
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + at * STEP, mask=inside)
+        if ZEROS:
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + at * STEP, mask=inside)
 
 
 @gluon.jit
-def _store(sums, n_first, out, sizes, SINGLE_SPLIT: gl.constexpr, BIAS: gl.constexpr):
-    """Adds the column warps' sums, and stores the result, or float32 sums ``partial [splits, M, N]``.
+def _copy_x(ring, pointers, slot, unit, K: gl.constexpr):
+    """Starts the copies of x of a step; zeros past K and past M."""
+    x = pointers[2]
+    KW: gl.constexpr = ring[0].shape[1]
+    if K % (KW * 128) == 0:
+        inside = x[2]
+    else:
+        inside = x[2] & (x[1] + unit * 16 < K // 8)
+    async_copy.async_copy_global_to_shared(ring[3].index(slot), x[0] + unit * 64, mask=inside)
+
+
+@gluon.jit
+def _next_step(place, STEPS: gl.constexpr, KW: gl.constexpr, TILES: gl.constexpr):
+    """The step after ``place``: its number in the sequence, its first tile of rows, and its first unit."""
+    step, _, unit = place
+    step += 1
+    unit += KW
+    return step, step // STEPS * TILES, gl.where(unit >= STEPS * KW, 0, unit)
+
+
+@gluon.jit
+def _store(sums, block, out, sizes, slot, WHOLE: gl.constexpr, BIAS: gl.constexpr):
+    """Adds the column warps' sums, and stores the result, or float32 sums for :mod:`flashpte.kernels.linear.shares`.
 
     Args:
         sums: those of :func:`flashpte.kernels.linear.operands.multiply_tile`.
-        n_first: the first row of the weight.
+        block: number of the block of rows of the weight.
         out: ``(bias_ptr, y_ptr, partial_ptr)``.
         sizes: ``(M, N)``.
+        slot: where in ``partial``; negative for the result.
+        WHOLE: whether it is the result for all blocks.
     """
     bias_ptr, y_ptr, partial_ptr = out
     M, N = sizes
@@ -159,42 +172,45 @@ def _store(sums, n_first, out, sizes, SINGLE_SPLIT: gl.constexpr, BIAS: gl.const
     LANES: gl.constexpr = 32 if BN // EACH >= 32 else BN // EACH
     Y: gl.constexpr = gl.BlockedLayout([EACH, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
     y = gl.convert_layout(y, Y)
-    n = n_first + gl.arange(0, BN, gl.SliceLayout(1, Y))
+    row = gl.arange(0, BN, gl.SliceLayout(1, Y))
     m = gl.arange(0, BM, gl.SliceLayout(0, Y))
-    inside = (n < N)[:, None] & (m < M)[None, :]
-    at = m[None, :] * N + n[:, None]
-    if SINGLE_SPLIT:
+    n = block * BN + row
+    result = slot < 0
+    if WHOLE or result:
+        inside = (n < N)[:, None] & (m < M)[None, :]
         if BIAS:
             y += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-        gl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        gl.store(y_ptr + m[None, :] * N + n[:, None], y.to(y_ptr.dtype.element_ty), mask=inside)
     else:
-        gl.store(partial_ptr + gl.program_id(1) * M * N + at, y, mask=inside)
+        at = slot.to(gl.int64) * (BM * BN) + m[None, :] * BN + row[:, None]
+        gl.store(partial_ptr + at, y, mask=(m < M)[None, :])
 
 
 @gluon.jit
 def _linear_few_rows_hopper_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
-    partial_ptr,  # float32 [splits, M, N]
-    M, N, K,
-    units,  # K / 128, rounded up
-    row_tiles,  # of the weight, a multiple of BLOCK_N / 16
+    partial_ptr,  # float32 [2 * programs, BLOCK_M, BLOCK_N]
+    M, N,
+    blocks,  # of BLOCK_N rows of the weight
     stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
-    GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr, SINGLE_SPLIT: tl.constexpr, STAGES: tl.constexpr,
-    DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
+    K: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr,
+    STAGES: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """All rows of x times blocks of ``BLOCK_N`` rows of the weight, over one split of the columns.
+    """All rows of x times blocks of ``BLOCK_N`` rows of the weight: a program's share of the steps.
 
     With ``EARLY_WEIGHTS``, the first copies of the weight start before the kernels before this one have ended.
     """
     KW: gl.constexpr = COLUMN_WARPS
     TILES: gl.constexpr = BLOCK_N // 16
+    UNITS: gl.constexpr = (K + 127) // 128
+    STEPS: gl.constexpr = (UNITS + KW - 1) // KW
     LANES: gl.constexpr = lane_layout(KW, ROW_WARPS)
-    TILE: gl.constexpr = (GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS)
+    TILE: gl.constexpr = (UNITS, GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS)
     if not EARLY_WEIGHTS:
         wait_for_earlier_kernels(DEPENDENT)
-    pointers = _pointers((x_ptr, w_ptr, s_ptr, z_ptr), M, units, stride_xm, TILE)
+    pointers = _pointers((x_ptr, w_ptr, s_ptr, z_ptr), M, stride_xm, TILE)
     LW: gl.constexpr = pointers[0][1].type.layout
     # The four lanes of a row have the same scales.
     LS: gl.constexpr = gl.SliceLayout(
@@ -214,42 +230,40 @@ def _linear_few_rows_hopper_kernel(
     x_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, 1, BLOCK_M, 64], XS)
     ring = (w_smem, s_smem, z_smem, x_smem)
 
-    per_split = gl.cdiv(units, gl.num_programs(1))
-    begin = gl.program_id(1) * per_split
-    end = gl.minimum(begin + per_split, units)
-    steps = (per_split + KW - 1) // KW
-    limits = (begin, begin + steps * KW, steps)
-    first = gl.program_id(0)
-    start = begin + first * steps // gl.num_programs(0) * KW
-    # What is copied next. Past the last block, nothing is.
-    place = (first * TILES, start, 0)
+    first, last = share_of(gl.program_id(0), blocks * STEPS, gl.num_programs(0))
+    # What is copied next.
+    if WHOLE:
+        place = (first, first // STEPS * TILES, gl.program_id(0) * STEPS // gl.num_programs(0) * KW)
+    else:
+        place = (first, first // STEPS * TILES, first % STEPS * KW)
     if EARLY_WEIGHTS:
         early = place
         for stage in gl.static_range(STAGES - 1):
-            _copy_weights(
-                ring, pointers, stage, early[0], early[1], gl.where(early[0] < row_tiles, end, 0), units, ZEROS
-            )
-            early = _next_step(early, limits, KW, TILES)
+            if early[0] < last:
+                _copy_weights(ring, pointers, stage, early, UNITS, ZEROS)
+            early = _next_step(early, STEPS, KW, TILES)
         wait_for_earlier_kernels(DEPENDENT)
     for stage in gl.static_range(STAGES - 1):
-        copy_end = gl.where(place[0] < row_tiles, end, 0)
-        if not EARLY_WEIGHTS:
-            _copy_weights(ring, pointers, stage, place[0], place[1], copy_end, units, ZEROS)
-        _copy_x(ring, pointers, stage, place[1], copy_end, K)
+        if place[0] < last:
+            if not EARLY_WEIGHTS:
+                _copy_weights(ring, pointers, stage, place, UNITS, ZEROS)
+            _copy_x(ring, pointers, stage, place[2], K)
         async_copy.commit_group()
-        place = _next_step(place, limits, KW, TILES)
+        place = _next_step(place, STEPS, KW, TILES)
     slot = 0
-    for tile in range(first * TILES, row_tiles, gl.num_programs(0) * TILES):
+    for block in range(first // STEPS, (last + STEPS - 1) // STEPS):
+        begin = gl.maximum(block * STEPS, first)
+        end = gl.minimum((block + 1) * STEPS, last)
         sums = zero_sums(KW, TILES, BLOCK_M // 8, LANES)
-        for _ in range(0, steps):
+        for _ in range(begin, end):
             async_copy.wait_group(STAGES - 2)
             # The barrier that belongs to the wait also says that no warp still reads the slot before this one.
-            free = gl.where(slot == 0, STAGES - 1, slot - 1)
-            copy_end = gl.where(place[0] < row_tiles, end, 0)
-            _copy_weights(ring, pointers, free, place[0], place[1], copy_end, units, ZEROS)
-            _copy_x(ring, pointers, free, place[1], copy_end, K)
+            if place[0] < last:
+                free = gl.where(slot == 0, STAGES - 1, slot - 1)
+                _copy_weights(ring, pointers, free, place, UNITS, ZEROS)
+                _copy_x(ring, pointers, free, place[2], K)
             async_copy.commit_group()
-            place = _next_step(place, limits, KW, TILES)
+            place = _next_step(place, STEPS, KW, TILES)
             words = words_of_lanes(w_smem.index(slot).load(LW), LANES)
             scales = groups_of_lanes(s_smem.index(slot).load(LS), LANES)
             x = x_of_lanes(x_smem.index(slot).load(LX), LANES)
@@ -257,21 +271,23 @@ def _linear_few_rows_hopper_kernel(
                 zeros = groups_of_lanes(z_smem.index(slot).load(LS), LANES)
             else:
                 zeros = ()
-            sums = multiply_tile(sums, words, x, scales, zeros, x_ptr.dtype.element_ty, s_ptr.dtype.element_ty)
+            sums = multiply_tile(sums, words, x, scales, zeros, x_ptr.dtype.element_ty, s_ptr.dtype.element_ty, CENTERED)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        if tile + gl.num_programs(0) * TILES >= row_tiles:
+        if end == last:
             let_dependents_start(DEPENDENT)
-        _store(sums, tile * 16, (bias_ptr, y_ptr, partial_ptr), (M, N), SINGLE_SPLIT, BIAS)
+        begins = begin == block * STEPS
+        partial_slot = 2 * gl.program_id(0) + begins.to(gl.int32)
+        partial_slot = gl.where(begins & (end == (block + 1) * STEPS), -1, partial_slot)
+        _store(sums, block, (bias_ptr, y_ptr, partial_ptr), (M, N), partial_slot, WHOLE, BIAS)
     async_copy.wait_group(0)
 
 
 @triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SINGLE_SPLIT: tl.constexpr):
+def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
     """The twin: it reads and writes the same tensors."""
     total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    if SINGLE_SPLIT:
-        tl.store(y_ptr, total)
-    else:
+    tl.store(y_ptr, total)
+    if not WHOLE:
         tl.store(partial_ptr, total)
 
 
@@ -285,26 +301,30 @@ def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
     fmt = call.fmt
     if call.x.dtype not in _16_BITS or fmt.scale_dtype not in _16_BITS or not all_of_triton(call.x):
         return False
-    if fmt.bits != 4 or fmt.has_zeros:
+    if fmt.bits != 4 or fmt.has_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
         return False
     return fmt.row_tiles % (config.block_n // 16) == 0 and copies_in_16_bytes(call.rows_of_x)
 
 
 def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: Destination) -> None:
-    """Launches the kernel, and the kernel that adds splits if there are several.
+    """Launches the kernel, and the kernel that adds the sums of shared blocks if there are any.
 
     Args:
         call: a call that :func:`serves` accepts, with at most 16 rows of x.
         config: its tiles.
         into: where to write the result.
     """
-    fmt, splits = call.fmt, config.num_splits
-    partial = allocate_splits(call, splits, into.out)
+    fmt = call.fmt
     x, (weight, scales, zeros, bias) = call.rows_of_x, call.tensors
-    blocks = fmt.row_tiles // (config.block_n // 16)
-    kernel = wrap_triton(_linear_few_rows_hopper_kernel)
+    block_m = 8 if (static_int(call.rows) or MAX_FEW_ROWS) <= 8 else 16
+    blocks, steps = fmt.row_tiles // (config.block_n // 16), cdiv(fmt.column_tiles, config.column_warps)
+    programs = min(config.num_programs or blocks, blocks * steps)
+    whole = blocks % programs == 0
+    shares = Shares(block_m, config.block_n, 1, 0, blocks, steps, programs)
+    partial = into.out if whole else shares.empty_sums(x)
     dependent = dependent_launch(call.x)
-    kernel[(cdiv(blocks, config.blocks_per_program) * into.enabled, splits)](
+    kernel = wrap_triton(_linear_few_rows_hopper_kernel)
+    kernel[(programs * into.enabled,)](
         x,
         weight,
         scales,
@@ -314,23 +334,23 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         partial,
         call.rows,
         fmt.out_features,
-        fmt.in_features,
-        fmt.column_tiles,
-        fmt.row_tiles,
+        blocks,
         x.stride(0),
+        K=fmt.in_features,
         GROUPS=fmt.groups_per_tile,
         ZEROS=fmt.has_zeros,
         BIAS=call.bias is not None,
         BLOCK_N=config.block_n,
-        BLOCK_M=8 if (static_int(call.rows) or 16) <= 8 else 16,
+        BLOCK_M=block_m,
         COLUMN_WARPS=config.column_warps,
         ROW_WARPS=config.row_warps,
-        SINGLE_SPLIT=splits == 1,
         STAGES=config.num_stages,
+        CENTERED=config.centered,
+        WHOLE=whole,
         # In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
         EARLY_WEIGHTS=dependent["DEPENDENT"] and "launch_pdl" not in dependent,
         num_warps=config.column_warps * config.row_warps,
         **dependent,
     )
-    if splits > 1:
-        launch_sum_splits(call, partial, splits, into)
+    if not whole:
+        launch_sum_shares(call, partial, shares, into)

@@ -5,9 +5,8 @@ scales in the dtype of x, and codes that are symmetric or have whole zero points
 registers; ``x^T`` is the second, in shared memory. Each group dequantizes 64 columns while its product of the 64 before
 runs. Four more warps copy packed words and x with ``cp.async``.
 
-A program has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. For large products the tile should be as square
-in bytes as the accumulators allow, because all programs together read x ``N / BLOCK_N`` times from L2 and the packed
-weight ``M / BLOCK_M`` times.
+A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. The blocks that
+do not fill a wave are shared equally (:mod:`flashpte.kernels.linear.shares`).
 
 Shape legend: ``R`` rows of the weight of one warp group, half of a program's; ``BM`` rows of x.
 """
@@ -33,7 +32,7 @@ from flashpte.kernels.hopper.produce import async_load
 from flashpte.kernels.launch import all_of_triton, cdiv, copies_in_16_bytes, dependent_launch
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.few_rows_hopper import index
-from flashpte.kernels.linear.splits import allocate_splits, launch_sum_splits
+from flashpte.kernels.linear.shares import Shares, launch_sum_shares, share_of
 from flashpte.kernels.linear.tuning import HopperManyRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
 
@@ -131,59 +130,110 @@ def _of_planes(words, DTYPE: gl.constexpr, ZEROS: gl.constexpr, ROW: gl.constexp
 
 
 @gluon.jit
-def _store_columns(acc, n_first, m_first, out, sizes, SINGLE_SPLIT: gl.constexpr, BIAS: gl.constexpr):
+def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
     """Stores ``acc [R, BM]`` as R columns of the result, 32 rows at a time; neighboring columns to one thread.
 
     Args:
+        at: ``(n_first, m_first, n, m)``: the first column and row, in the result and within the block.
         out: ``(bias_ptr, y_ptr, partial_ptr)``.
         sizes: ``(M, N)``.
+        slot: where in ``partial`` of :mod:`flashpte.kernels.linear.shares`; negative for the result.
+        FORMAT: ``(GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)``.
     """
     R: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
+    n_first, m_first, n_block, m_block = at
     if BM > 32:
         low, high = gl.split(gl.permute(gl.reshape(acc, [R, 2, BM // 2]), [0, 2, 1]))
-        _store_columns(low, n_first, m_first, out, sizes, SINGLE_SPLIT, BIAS)
-        _store_columns(high, n_first, m_first + BM // 2, out, sizes, SINGLE_SPLIT, BIAS)
+        _store_columns(low, at, out, sizes, slot, FORMAT)
+        HALF: gl.constexpr = BM // 2
+        _store_columns(high, (n_first, m_first + HALF, n_block, m_block + HALF), out, sizes, slot, FORMAT)
     else:
         bias_ptr, y_ptr, partial_ptr = out
         M, N = sizes
         OUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 256 // R], [1, 4], [0, 1])
-        n = n_first + gl.arange(0, R, gl.SliceLayout(1, OUT))
-        m = m_first + gl.arange(0, BM, gl.SliceLayout(0, OUT))
-        inside = (n < N)[:, None] & (m < M)[None, :]
-        at = m.to(gl.int64)[None, :] * N + n[:, None]
-        if SINGLE_SPLIT:
-            if BIAS:
-                BIAS_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-                rows = n_first + gl.arange(0, R, BIAS_ROW)
-                acc += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
+        row = gl.arange(0, R, gl.SliceLayout(1, OUT))
+        m = gl.arange(0, BM, gl.SliceLayout(0, OUT))
+        result = slot < 0
+        if FORMAT[2] or result:
+            if FORMAT[3]:
+                n = n_first + gl.arange(0, R, gl.SliceLayout(1, acc.type.layout))
+                acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
             value = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
-            gl.store(y_ptr + at, value, mask=inside)
+            inside = (n_first + row < N)[:, None] & (m_first + m < M)[None, :]
+            gl.store(y_ptr + (m_first + m).to(gl.int64)[None, :] * N + (n_first + row)[:, None], value, mask=inside)
         else:
-            value = gl.convert_layout(acc, OUT)
-            gl.store(partial_ptr + gl.program_id(1).to(gl.int64) * M * N + at, value, mask=inside)
+            # Each thread stores what it has: the scratch memory of a conversion would be twice as large.
+            ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+            COLUMN: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+            first = slot.to(gl.int64) * (FORMAT[4] * FORMAT[5])
+            n = n_block + gl.arange(0, R, ROW)
+            at_m = m_block + gl.arange(0, BM, COLUMN)
+            gl.store(partial_ptr + first + at_m[None, :] * FORMAT[5] + n[:, None], acc)
+
+
+@gluon.jit
+def _segments(blocks, units):
+    """How a program's work is made up: full waves of blocks, then its share of the blocks that are left.
+
+    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2. Blocks that fill
+    nine tenths of a wave are one.
+
+    Returns:
+        ``(waves, first, last)``: the program's blocks in waves, and its steps of the blocks left.
+    """
+    programs = gl.num_programs(0)
+    waves = (blocks + programs // 10) // programs
+    left = gl.maximum(blocks - waves * programs, 0)
+    first, last = share_of(gl.program_id(0), left * units, programs)
+    # The last wave may lack blocks.
+    waves -= (gl.program_id(0) + (waves - 1) * programs >= blocks).to(gl.int32)
+    return waves, first, last
+
+
+@gluon.jit
+def _segment(i, segments, blocks, units):
+    """The block of segment ``i`` of a program's work, and its first unit and the one after its last."""
+    waves, first, last = segments
+    programs = gl.num_programs(0)
+    if i < waves:
+        block = gl.program_id(0) + i * programs
+        begin = block * 0
+        end = units + begin
+    else:
+        left = first // units + i - waves
+        block = (blocks + programs // 10) // programs * programs + left
+        begin = gl.maximum(first - left * units, 0)
+        end = gl.minimum(last - left * units, units)
+    return block, begin, end
+
+
+@gluon.jit
+def _number_of_segments(segments, units):
+    waves, first, last = segments
+    return waves + (last + units - 1) // units - first // units
 
 
 @gluon.jit
 def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, HALF: gl.constexpr):
-    """A warp group: half of a program's rows of the weight times its rows of x.
+    """A warp group: half of the rows of the weight of a program's blocks times their rows of x.
 
     Args:
         smem: ``(x0, x1, words)``: columns 0 to 63 and 64 to 127 of x, and packed words, all with slots.
         barriers: ``(full, empty)``.
-        groups: pointers to words of scales and of zero points of the program's first row and column.
-        place: ``(n_first, m_first, steps, units, row_tiles)``.
-        out, sizes: as for :func:`_store_columns`.
-        FORMAT: ``(GROUPS, ZEROS, SINGLE_SPLIT, BIAS)``.
+        groups: pointers to words of scales and of zero points.
+        place: ``(blocks, units, m_blocks, row_tiles)``.
+        out, sizes, FORMAT: as for :func:`_store_columns`.
     """
     x0_smem, x1_smem, w_smem = smem
     full, empty = barriers
-    s_base, z_base = groups
-    n_first, m_first, steps, units, row_tiles = place
+    s_ptr, z_ptr = groups
+    blocks, units, m_blocks, row_tiles = place
     GROUPS: gl.constexpr = FORMAT[0]
     ZEROS: gl.constexpr = FORMAT[1]
     STAGES: gl.constexpr = w_smem.shape[0]
-    R: gl.constexpr = w_smem.shape[1] // 2
+    BN: gl.constexpr = w_smem.shape[1]
+    R: gl.constexpr = BN // 2
     BM: gl.constexpr = x0_smem.shape[1]
     DTYPE: gl.constexpr = x0_smem.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
@@ -194,51 +244,63 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     LS: gl.constexpr = gl.SliceLayout(
         2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0])
     )
-    n = n_first + HALF * R
-    tile = gl.minimum(n // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
-    offsets = tile * (units * STEP) + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
-    s_ptrs = s_base + offsets
-    z_ptrs = z_base + offsets
-    s_words = gl.load(s_ptrs)
-    if ZEROS:
-        z_words = gl.load(z_ptrs)
-    acc = gl.zeros([R, BM], gl.float32, MMA)
-    for step in range(0, steps):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        fence_async_shared()
-        words = w_smem.index(slot).slice(HALF * R, R, 0).load(A)
-        scales = _of_planes(s_words, DTYPE, False, ROW)
-        s_words = gl.load(s_ptrs + (step + 1) * STEP, mask=step + 1 < steps, other=0)
+    segments = _segments(blocks, units)
+    done = 0
+    for i in range(0, _number_of_segments(segments, units)):
+        block, begin, end = _segment(i, segments, blocks, units)
+        n_first = block // m_blocks * BN + HALF * R
+        tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
+        offsets = (tile * units + begin) * STEP + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
+        s_ptrs = s_ptr + offsets
+        z_ptrs = z_ptr + offsets
+        s_words = gl.load(s_ptrs)
         if ZEROS:
-            zeros = _of_planes(z_words, DTYPE, True, ROW)
-            z_words = gl.load(z_ptrs + (step + 1) * STEP, mask=step + 1 < steps, other=0)
-        else:
-            zeros = ()
-        low = _dequantize(words, scales, zeros, False)
-        acc = warpgroup_mma(low, x0_smem.index(slot).permute([1, 0]), acc, is_async=True)
-        high = _dequantize(words, scales, zeros, True)
-        acc = warpgroup_mma(high, x1_smem.index(slot).permute([1, 0]), acc, is_async=True)
-        # The other warp group's products run while this one waits, and dequantizes its next columns.
-        acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
-        async_copy.mbarrier_arrive(empty.index(slot), increment_count=False)
-    _store_columns(acc, n, m_first, out, sizes, FORMAT[2], FORMAT[3])
+            z_words = gl.load(z_ptrs)
+        acc = gl.zeros([R, BM], gl.float32, MMA)
+        stop = done + end - begin
+        for step in range(done, stop):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            fence_async_shared()
+            words = w_smem.index(slot).slice(HALF * R, R, 0).load(A)
+            scales = _of_planes(s_words, DTYPE, False, ROW)
+            s_ptrs += STEP
+            s_words = gl.load(s_ptrs, mask=step + 1 < stop, other=0)
+            if ZEROS:
+                zeros = _of_planes(z_words, DTYPE, True, ROW)
+                z_ptrs += STEP
+                z_words = gl.load(z_ptrs, mask=step + 1 < stop, other=0)
+            else:
+                zeros = ()
+            low = _dequantize(words, scales, zeros, False)
+            acc = warpgroup_mma(low, x0_smem.index(slot).permute([1, 0]), acc, is_async=True)
+            high = _dequantize(words, scales, zeros, True)
+            acc = warpgroup_mma(high, x1_smem.index(slot).permute([1, 0]), acc, is_async=True)
+            # The other warp group's products run while this one waits, and dequantizes its next columns.
+            acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
+            # Each thread arrives by itself: it has no copies to wait for.
+            async_copy.mbarrier_arrive(empty.index(slot), increment_count=False)
+        done = stop
+        slot_of_sums = 2 * gl.program_id(0) + (begin == 0).to(gl.int32)
+        slot_of_sums = gl.where((begin == 0) & (end == units), -1, slot_of_sums)
+        at = (n_first, block % m_blocks * BM, HALF * R, 0)
+        _store_columns(acc, at, out, sizes, slot_of_sums, FORMAT)
 
 
 @gluon.jit
-def _copy(smem, barriers, x_ptr, w_ptr, place, x_sizes, CHECK_K: gl.constexpr):
-    """The warps that copy x and packed words.
+def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
+    """The warps that copy x and packed words; zeros past the last rows and columns.
 
     Args:
         smem, barriers, place: as for :func:`_multiply`.
-        x_ptr: the first column of the split.
-        w_ptr: the first word of the weight's first row and the split's first column.
-        x_sizes: ``(M, columns left, stride_xm)``.
+        pointers: ``(x_ptr, w_ptr)``.
+        x_sizes: ``(M, K, stride_xm)``.
     """
     x0_smem, x1_smem, w_smem = smem
     full, empty = barriers
-    n_first, m_first, steps, units, row_tiles = place
-    M, columns, stride_xm = x_sizes
+    x_ptr, w_ptr = pointers
+    blocks, units, m_blocks, row_tiles = place
+    M, K, stride_xm = x_sizes
     STAGES: gl.constexpr = w_smem.shape[0]
     BM: gl.constexpr = x0_smem.shape[1]
     BN: gl.constexpr = w_smem.shape[1]
@@ -249,57 +311,59 @@ def _copy(smem, barriers, x_ptr, w_ptr, place, x_sizes, CHECK_K: gl.constexpr):
     row = gl.arange(0, 16, gl.SliceLayout(1, CX))
     w_row = gl.arange(0, 32, gl.SliceLayout(1, CW))
     word = gl.arange(0, 32, gl.SliceLayout(0, CW))
-    x_ptr += m_first.to(gl.int64) * stride_xm
-    x_source = x_ptr + (row * stride_xm)[:, None] + column[None, :]
-    w_ptr += (n_first // 16).to(gl.int64) * units * 512
-    w_source = w_ptr + (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
-    rows_left = M - m_first
-    tiles_left = row_tiles - n_first // 16
-    for step in range(0, steps):
-        slot = step % STAGES
-        mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-        for chunk in gl.static_range(BN // 32):
-            ok = w_row // 16 + chunk * 2 < tiles_left
-            words = w_smem.index(slot).slice(chunk * 32, 32, 0)
-            async_load(words, w_source + chunk * 2 * units * 512, mask=ok[:, None])
-        for chunk in gl.static_range(BM // 16):
-            ok = (row + chunk * 16 < rows_left)[:, None]
-            source = x_source + chunk * 16 * stride_xm
-            x0, x1 = x0_smem.index(slot).slice(chunk * 16, 16, 0), x1_smem.index(slot).slice(chunk * 16, 16, 0)
-            if CHECK_K:
-                async_load(x0, source, mask=ok & (column < columns)[None, :])
-                async_load(x1, source + 64, mask=ok & (column + 64 < columns)[None, :])
-            else:
-                async_load(x0, source, mask=ok)
-                async_load(x1, source + 64, mask=ok)
-        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-        x_source += 128
-        w_source += 512
-        columns -= 128
+    x_off = (row * stride_xm)[:, None] + column[None, :]
+    w_off = (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
+    segments = _segments(blocks, units)
+    done = 0
+    for i in range(0, _number_of_segments(segments, units)):
+        block, begin, end = _segment(i, segments, blocks, units)
+        m_first = block % m_blocks * BM
+        n_tile = block // m_blocks * (BN // 16)
+        x_source = x_ptr + m_first.to(gl.int64) * stride_xm + begin * 128 + x_off
+        w_source = w_ptr + (n_tile.to(gl.int64) * units + begin) * 512 + w_off
+        columns = K - begin * 128
+        stop = done + end - begin
+        for step in range(done, stop):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            for chunk in gl.static_range(BN // 32):
+                ok = w_row // 16 + chunk * 2 < row_tiles - n_tile
+                words = w_smem.index(slot).slice(chunk * 32, 32, 0)
+                async_load(words, w_source + chunk * 2 * units * 512, mask=ok[:, None])
+            for chunk in gl.static_range(BM // 16):
+                ok = (row + chunk * 16 < M - m_first)[:, None]
+                source = x_source + chunk * 16 * stride_xm
+                x0 = x0_smem.index(slot).slice(chunk * 16, 16, 0)
+                x1 = x1_smem.index(slot).slice(chunk * 16, 16, 0)
+                if CHECK_K:
+                    async_load(x0, source, mask=ok & (column < columns)[None, :])
+                    async_load(x1, source + 64, mask=ok & (column + 64 < columns)[None, :])
+                else:
+                    async_load(x0, source, mask=ok)
+                    async_load(x1, source + 64, mask=ok)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            x_source += 128
+            w_source += 512
+            columns -= 128
+        done = stop
 
 
 @gluon.jit
 def _linear_many_rows_hopper_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
-    partial_ptr,  # float32 [splits, M, N]
+    partial_ptr,  # float32 [2 * programs, BLOCK_M, BLOCK_N]
     M, N, K,
-    units,  # K / 128, rounded up
-    row_tiles,
-    stride_xm,
+    units,  # K / 128, rounded up: the steps of a block
+    row_tiles, m_blocks, blocks, stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK_M`` rows of x times ``BLOCK_N`` rows of the weight, over one split of the columns."""
-    STEP: gl.constexpr = 8 * GROUPS
-    # Programs with the same rows of the weight are neighbors, so that they share them in L2.
-    m_tiles = (M + BLOCK_M - 1) // BLOCK_M
-    m_first = gl.program_id(0) % m_tiles * BLOCK_M
-    n_first = gl.program_id(0) // m_tiles * BLOCK_N
-    per_split = gl.cdiv(units, gl.num_programs(1))
-    begin = gl.program_id(1) * per_split
-    steps = gl.minimum(per_split, units - begin)
+    """Blocks of ``BLOCK_M`` rows of x times ``BLOCK_N`` rows of the weight: a program's share of the steps.
+
+    Blocks with the same rows of the weight follow each other, so that they share them in L2.
+    """
     XS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     WS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
     x0_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, BLOCK_M, 64], XS)
@@ -313,28 +377,17 @@ def _linear_many_rows_hopper_kernel(
         mbarrier.init(empty.index(stage), count=256)
     wait_for_earlier_kernels(DEPENDENT)
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
-    groups = (s_ptr.to(WORD, bitcast=True) + begin * STEP, z_ptr.to(WORD, bitcast=True) + begin * STEP)
+    groups = (s_ptr.to(WORD, bitcast=True), z_ptr.to(WORD, bitcast=True))
     smem = (x0_smem, x1_smem, w_smem)
     barriers = (full, empty)
-    place = (n_first, m_first, steps, units, row_tiles)
+    place = (blocks, units, m_blocks, row_tiles)
     out = (bias_ptr, y_ptr, partial_ptr)
-    FORMAT: gl.constexpr = (GROUPS, ZEROS, SINGLE_SPLIT, BIAS)
+    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)
     gl.warp_specialize(
         [
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 0)),
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 1)),
-            (
-                _copy,
-                (
-                    smem,
-                    barriers,
-                    x_ptr + begin * 128,
-                    w_ptr + begin * 512,
-                    place,
-                    (M, K - begin * 128, stride_xm),
-                    CHECK_K,
-                ),
-            ),
+            (_copy, (smem, barriers, (x_ptr, w_ptr), place, (M, K, stride_xm), CHECK_K)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -343,12 +396,11 @@ def _linear_many_rows_hopper_kernel(
 
 
 @triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, SINGLE_SPLIT: tl.constexpr):
+def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
     """The twin: it reads and writes the same tensors."""
     total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    if SINGLE_SPLIT:
-        tl.store(y_ptr, total)
-    else:
+    tl.store(y_ptr, total)
+    if not WHOLE:
         tl.store(partial_ptr, total)
 
 
@@ -360,25 +412,31 @@ def serves(call: LinearCall) -> bool:
     fmt = call.fmt
     if call.x.dtype not in (torch.bfloat16, torch.float16) or not all_of_triton(call.x):
         return False
-    if fmt.bits != 4 or fmt.has_zeros or fmt.scale_dtype != call.x.dtype:
+    if fmt.bits != 4 or fmt.has_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
         return False
     return copies_in_16_bytes(call.rows_of_x)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
-    """Launches the kernel, and the kernel that adds splits if there are several.
+    """Launches the kernel, and the kernel that adds the sums of shared blocks if there can be any.
 
     Args:
         call: a call that :func:`serves` accepts.
         config: its tiles.
         into: where to write the result.
     """
-    fmt, splits = call.fmt, config.num_splits
-    partial = allocate_splits(call, splits, into.out)
+    fmt = call.fmt
     x, (weight, scales, zeros, bias) = call.rows_of_x, call.tensors
+    m_blocks = cdiv(call.rows, config.block_m)
+    blocks = m_blocks * cdiv(fmt.out_features, config.block_n)
+    whole = config.num_programs == 0
+    programs = config.num_programs or blocks
+    first = 0 if whole else (blocks + programs // 10) // programs * programs
+    left = 0 if whole else torch.sym_max(blocks - first, 0)
+    shares = Shares(config.block_m, config.block_n, m_blocks, first, left, fmt.column_tiles, programs)
+    partial = into.out if whole else shares.empty_sums(x)
     kernel = wrap_triton(_linear_many_rows_hopper_kernel)
-    programs = cdiv(call.rows, config.block_m) * cdiv(fmt.out_features, config.block_n)
-    kernel[(programs * into.enabled, splits)](
+    kernel[(programs * into.enabled,)](
         x,
         weight,
         scales,
@@ -391,6 +449,8 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         fmt.in_features,
         fmt.column_tiles,
         fmt.row_tiles,
+        m_blocks,
+        blocks,
         x.stride(0),
         GROUPS=fmt.groups_per_tile,
         ZEROS=fmt.has_zeros,
@@ -399,11 +459,11 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
-        SINGLE_SPLIT=splits == 1,
+        WHOLE=whole,
         CONSUMER_REGISTERS=232,
         PRODUCER_REGISTERS=48,
         num_warps=4,
         **dependent_launch(call.x),
     )
-    if splits > 1:
-        launch_sum_splits(call, partial, splits, into)
+    if not whole:
+        launch_sum_shares(call, partial, shares, into)

@@ -78,13 +78,14 @@ def _centering_code(dtype: str, groups: int, eighths: int) -> tuple[str, str]:
 
 
 @gluon.constexpr_function
-def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) -> tuple[str, str]:
+def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) -> tuple[str, str]:
     """PTX and constraints of a tile's products.
 
     Outputs: ``4 * eighths`` sums, by eighth of x's rows and register. Inputs: the sums so far; 8 words of codes (row
-    ``g``, then row ``g + 8``); words of x by plane, eighth and word; words of scales (:func:`_group_words`); then words
-    of zero points, or the sums that groups start from.
+    ``g``, then row ``g + 8``); words of x by plane, eighth and word; words of scales (:func:`_group_words`); then, of the
+    kind ``zeros``, words of zero points, and of the kind ``centered`` the sums that groups start from.
     """
+    zeros = kind == "zeros"
     outs = 4 * eighths
     at = outs
     sums = [f"${at + i}" for i in range(outs)]
@@ -96,14 +97,14 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) 
     count = _group_words(groups)
     scale_words = [f"${at + i}" for i in range(count)]
     at += count
-    tail = [f"${at + i}" for i in range(count if zeros else 4 * eighths * groups)]
+    tail = [f"${at + i}" for i in range(count if zeros else 4 * eighths * groups if kind == "centered" else 0)]
     total = at + len(tail)
     pair = _magic(dtype)
     text = [
         "{",
         ".reg .b32 t, u; .reg .b16 h0, h1; .reg .f32 o;",
         f".reg .b32 a<4>; .reg .f32 d<{outs}>; .reg .f32 s<8>; .reg .b32 z<8>; .reg .f32 y<{outs}>;",
-        "mov.f32 o, 0f00000000;",
+        f".reg .b32 c; mov.b32 c, {pair + 8 * 0x10001:#x}; mov.f32 o, 0f00000000;",
     ]
     # Registers s and z: group j of row g is j, of row g + 8 it is 4 + j.
     if groups == 1:
@@ -128,13 +129,13 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) 
                 if plane:
                     text.append(f"shr.u32 u, {word}, {4 * plane};")
                 text.append(f"lop3.b32 a{r}, {'u' if plane else word}, 0x000F000F, {pair:#x}, 0xEA;")
-                if zeros:
-                    text.append(f"sub.rn.{dtype}x2 a{r}, a{r}, z{4 * (r % 2) + group};")
+                if kind != "centered":
+                    text.append(f"sub.rn.{dtype}x2 a{r}, a{r}, {f'z{4 * (r % 2) + group}' if zeros else 'c'};")
             for e in range(eighths):
                 d = [f"d{4 * e + r}" for r in range(4)]
                 start = d
                 if c == 0 and plane % per_group == 0:
-                    start = ["o"] * 4 if zeros else tail[4 * (group * eighths + e) :][:4]
+                    start = tail[4 * (group * eighths + e) :][:4] if kind == "centered" else ["o"] * 4
                 b = [x[plane][e][2 * c], x[plane][e][2 * c + 1]]
                 text.append(_product(dtype, d, [f"a{r}" for r in range(4)], b, start))
         if plane % per_group == per_group - 1:
@@ -144,7 +145,7 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) 
                 so_far = sums[i] if group == 0 else f"y{i}"
                 text.append(f"fma.rn.f32 {into}, {scale}, d{i}, {so_far};")
     kinds = ["=&f"] * outs + ["f"] * outs + ["r"] * (8 + 16 * eighths + count)
-    kinds += ["r" if zeros else "f"] * len(tail)
+    kinds += ["f" if kind == "centered" else "r"] * len(tail)
     assert len(kinds) == total
     return "\n".join([*text, "}"]), ",".join(kinds)
 
@@ -165,8 +166,8 @@ def _centering_asm(dtype, groups, eighths):
 
 
 @gluon.constexpr_function
-def _tile_asm(dtype, scales, groups, eighths, zeros):
-    return _tile_code(_name(dtype), _name(scales), groups, eighths, zeros)
+def _tile_asm(dtype, scales, groups, eighths, kind):
+    return _tile_code(_name(dtype), _name(scales), groups, eighths, kind)
 
 
 @gluon.constexpr_function
@@ -227,7 +228,7 @@ def zero_sums(KW: gl.constexpr, T: gl.constexpr, EIGHTHS: gl.constexpr, LANES: g
 
 
 @gluon.jit
-def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl.constexpr):
+def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl.constexpr, CENTERED: gl.constexpr):
     """``sums += scale * (q - zero) x`` over a tile of 128 columns for each of KW warps.
 
     The sum of a group is scaled in float32.
@@ -243,14 +244,15 @@ def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl
     """
     EIGHTHS: gl.constexpr = len(sums) // 4
     GROUPS: gl.constexpr = len(scales)
-    if len(zeros) == 0:
+    KIND: gl.constexpr = "zeros" if len(zeros) > 0 else "centered" if CENTERED else "constant"
+    if KIND == "centered":
         CENTERING: gl.constexpr = _centering_asm(DTYPE, GROUPS, EIGHTHS)
         tail = gl.inline_asm_elementwise(
             CENTERING[0], CENTERING[1], x, dtype=_floats(4 * EIGHTHS * GROUPS).value, is_pure=True, pack=1
         )
     else:
         tail = zeros
-    ASM: gl.constexpr = _tile_asm(DTYPE, SCALES, GROUPS, EIGHTHS, len(zeros) > 0)
+    ASM: gl.constexpr = _tile_asm(DTYPE, SCALES, GROUPS, EIGHTHS, KIND)
     args = sums + words + x + scales + tail
     return gl.inline_asm_elementwise(ASM[0], ASM[1], args, dtype=_floats(4 * EIGHTHS).value, is_pure=True, pack=1)
 

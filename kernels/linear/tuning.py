@@ -48,30 +48,31 @@ class FewRowsConfig:
 class HopperFewRowsConfig:
     """Tiles of the few-rows kernel for Hopper.
 
-    A program has ``block_n`` rows of the weight, at least 16 for each of ``row_warps`` warps. ``column_warps`` warps
-    take tiles of 128 columns in turn. ``num_splits`` programs share the columns. ``num_stages`` steps of copies are in
-    flight. A program takes ``blocks_per_program`` blocks of rows, one after the other.
+    A block has ``block_n`` rows of the weight, at least 16 for each of ``row_warps`` warps. ``column_warps`` warps take
+    tiles of 128 columns in turn. ``num_stages`` steps of copies are in flight. ``num_programs`` programs share the work
+    equally; 0 stands for one program per block.
     """
 
     block_n: int
     column_warps: int
     row_warps: int
     num_stages: int
-    num_splits: int = 1
-    blocks_per_program: int = 1
+    num_programs: int = 0
+    centered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class HopperManyRowsConfig:
     """Tiles of the many-rows kernel for Hopper: ``block_m`` rows of x by ``block_n`` rows of the weight.
 
-    ``num_splits`` programs share the columns. ``num_stages`` steps of 128 columns are in shared memory.
+    ``num_stages`` steps of 128 columns are in shared memory. ``num_programs`` programs share the work equally; 0 stands
+    for one program per block.
     """
 
     block_m: int
     block_n: int
     num_stages: int
-    num_splits: int = 1
+    num_programs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

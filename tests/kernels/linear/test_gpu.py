@@ -98,10 +98,10 @@ def test_kernel_for_hopper(case):
     check(problem, out)
 
 
-# The last three take several blocks per program; 16 blocks of 16 rows leave programs with 3 and 2 or 1.
+# Programs: one per block, fewer, as many as steps, and numbers that divide neither.
 TILES = [
-    *((16, 1, 1, 2, 1), (32, 4, 2, 3, 5), (64, 2, 4, 4, 9), (128, 1, 8, 2, 2)),
-    *((16, 4, 1, 4, 1, 3), (32, 2, 2, 3, 2, 5), (64, 1, 4, 6, 1, 4)),
+    *((16, 1, 1, 2), (32, 4, 2, 3, 5), (64, 2, 4, 4, 7), (128, 1, 8, 2, 1000)),
+    *((16, 4, 1, 4, 11), (32, 2, 2, 3, 4, True), (64, 1, 4, 6, 9, True), (16, 2, 1, 4, 0, True)),
 ]
 
 
@@ -131,7 +131,8 @@ MANY_HOPPER = [
         ("contiguous", "sliced"),
     )
 ]
-MANY_TILES = [(128, 256, 4, 1), (256, 128, 3, 1), (64, 256, 4, 2), (128, 128, 4, 3)]
+# Programs: one per block, more than blocks, and fewer.
+MANY_TILES = [(128, 256, 4), (256, 128, 3, 132), (64, 256, 4, 3), (128, 128, 4, 7), (64, 128, 5, 2)]
 
 
 @pytest.mark.parametrize("case", MANY_HOPPER, ids=str)
