@@ -109,16 +109,12 @@ def choose_many_rows(shape: LinearShape, arch: GpuArch) -> ManyRowsConfig:
 
 
 def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsConfig | None:
-    """Tiles of the kernel for Hopper; ``None`` on another arch, or for few columns. A dynamic M counts as 16."""
-    columns = shape.in_features // _COLUMNS
-    if arch.capability != (9, 0) or columns < 8:
+    """Tiles of the kernel for Hopper; ``None`` on another arch. A dynamic M counts as 16."""
+    if arch.capability != (9, 0):
         return None
-    rows = shape.rows or MAX_FEW_ROWS
-    narrow = shape.out_features // 64 < arch.sm_count
-    if rows <= 4 and narrow:
-        return HopperFewRowsConfig(16, column_warps=4, row_warps=1, num_stages=4, num_splits=1)
-    if rows <= 8:
-        return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=4, num_splits=3 if narrow else 1)
-    if narrow:
-        return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_splits=min(6, columns // 4))
-    return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3, num_splits=1)
+    tiles = cdiv(shape.out_features, 16)
+    if tiles % 8 == 0:
+        return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=3, num_programs=4 * arch.sm_count)
+    if tiles % 2 == 0:
+        return HopperFewRowsConfig(32, column_warps=2, row_warps=2, num_stages=3, num_programs=4 * arch.sm_count)
+    return HopperFewRowsConfig(16, column_warps=4, row_warps=1, num_stages=3, num_programs=4 * arch.sm_count)
