@@ -196,7 +196,7 @@ def _linear_few_rows_hopper_kernel(
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     K: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr,
-    STAGES: tl.constexpr, CENTERED: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """All rows of x times blocks of ``BLOCK_N`` rows of the weight: a program's share of the steps.
 
@@ -271,7 +271,7 @@ def _linear_few_rows_hopper_kernel(
                 zeros = groups_of_lanes(z_smem.index(slot).load(LS), LANES)
             else:
                 zeros = ()
-            sums = multiply_tile(sums, words, x, scales, zeros, x_ptr.dtype.element_ty, s_ptr.dtype.element_ty, CENTERED)
+            sums = multiply_tile(sums, words, x, scales, zeros, x_ptr.dtype.element_ty, s_ptr.dtype.element_ty)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         if end == last:
             let_dependents_start(DEPENDENT)
@@ -345,7 +345,6 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         COLUMN_WARPS=config.column_warps,
         ROW_WARPS=config.row_warps,
         STAGES=config.num_stages,
-        CENTERED=config.centered,
         WHOLE=whole,
         # In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
         EARLY_WEIGHTS=dependent["DEPENDENT"] and "launch_pdl" not in dependent,

@@ -4,13 +4,8 @@ A lane's 16 bytes of row ``g`` and of row ``g + 8`` of a tile are, once unpacked
 eight ``mma.m16n8k16``, two for each plane. The order of columns within an operand is then not the natural one, but x is
 read in the same order. So unpacked codes never pass through shared memory.
 
-Triton's own products cannot start from another register than the one that they end in, which costs a copy of each
-register here. So a tile's arithmetic is one piece of inline PTX (:func:`_tile_code`), which is applied to tensors that
-hold one value per lane. Everything around it renames registers.
-
-Symmetric codes get no zero point subtracted: they enter as ``q + 128`` (float16: ``q + 1,024``), and a group's sum
-starts at ``-136 sum(x)`` (``-1,032 sum(x)``), which one product with a constant makes for all rows of a warp. That saves
-a fifth of the instructions, which bound the kernel as much as the bytes do.
+A tile's arithmetic is one piece of inline PTX (:func:`_tile_code`), applied to tensors that hold one value per lane.
+Everything around it renames registers.
 
 Shape legend: ``KW`` column warps, ``T`` tiles of 16 rows of the weight, ``M`` rows of x (8 or 16). A lane has the number
 ``4 g + l`` in its warp.
@@ -51,41 +46,12 @@ def _as_float(dtype: str, low: str, high: str, word: str) -> list[str]:
 
 
 @gluon.constexpr_function
-def _group_words(groups: int) -> int:
-    """Words of scales of a lane's rows ``g`` and ``g + 8``."""
-    return groups
-
-
-@gluon.constexpr_function
-def _centering_code(dtype: str, groups: int, eighths: int) -> tuple[str, str]:
-    """PTX and constraints of the sums that groups start from: ``4 * eighths * groups`` floats from x's words.
-
-    Outputs are ordered by group, eighth of x's rows and register; inputs by plane, eighth and word.
-    """
-    outs = 4 * eighths * groups
-    minus_center = (0xC308 if dtype == "bf16" else 0xE408) * 0x10001  # -136 and -1,032
-    text = ["{ .reg .b32 a; .reg .f32 o;", f"mov.b32 a, {minus_center:#x};", "mov.f32 o, 0f00000000;"]
-    per_group = 4 // groups
-    for plane in range(4):
-        for eighth in range(eighths):
-            d = [f"${4 * (plane // per_group * eighths + eighth) + r}" for r in range(4)]
-            for c in range(2):
-                first = outs + (plane * eighths + eighth) * 4 + 2 * c
-                start = ["o"] * 4 if c == 0 and plane % per_group == 0 else d
-                text.append(_product(dtype, d, ["a"] * 4, [f"${first}", f"${first + 1}"], start))
-    constraints = ["=&f"] * outs + ["r"] * (16 * eighths)
-    return "\n".join([*text, "}"]), ",".join(constraints)
-
-
-@gluon.constexpr_function
-def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) -> tuple[str, str]:
+def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) -> tuple[str, str]:
     """PTX and constraints of a tile's products.
 
     Outputs: ``4 * eighths`` sums, by eighth of x's rows and register. Inputs: the sums so far; 8 words of codes (row
-    ``g``, then row ``g + 8``); words of x by plane, eighth and word; words of scales (:func:`_group_words`); then, of the
-    kind ``zeros``, words of zero points, and of the kind ``centered`` the sums that groups start from.
+    ``g``, then row ``g + 8``); words of x by plane, eighth and word; words of scales; words of zero points.
     """
-    zeros = kind == "zeros"
     outs = 4 * eighths
     at = outs
     sums = [f"${at + i}" for i in range(outs)]
@@ -94,11 +60,10 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) ->
     at += 8
     x = [[[f"${at + (p * eighths + e) * 4 + i}" for i in range(4)] for e in range(eighths)] for p in range(4)]
     at += 16 * eighths
-    count = _group_words(groups)
+    count = groups  # words of the scales of rows g and g + 8
     scale_words = [f"${at + i}" for i in range(count)]
     at += count
-    tail = [f"${at + i}" for i in range(count if zeros else 4 * eighths * groups if kind == "centered" else 0)]
-    total = at + len(tail)
+    zero_words = [f"${at + i}" for i in range(count if zeros else 0)]
     pair = _magic(dtype)
     text = [
         "{",
@@ -116,7 +81,7 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) ->
     if zeros:
         for number in range(2 * groups):
             half, group = divmod(number, groups)
-            word = tail[0] if groups == 1 else tail[half * count // 2 + group // 2]
+            word = zero_words[0] if groups == 1 else zero_words[half * count // 2 + group // 2]
             high = half if groups == 1 else group % 2
             text.append(f"prmt.b32 z{4 * half + group}, {word}, 0, {0x3232 if high else 0x1010:#x};")
             text.append(f"or.b32 z{4 * half + group}, z{4 * half + group}, {pair:#x};")
@@ -129,13 +94,10 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) ->
                 if plane:
                     text.append(f"shr.u32 u, {word}, {4 * plane};")
                 text.append(f"lop3.b32 a{r}, {'u' if plane else word}, 0x000F000F, {pair:#x}, 0xEA;")
-                if kind != "centered":
-                    text.append(f"sub.rn.{dtype}x2 a{r}, a{r}, {f'z{4 * (r % 2) + group}' if zeros else 'c'};")
+                text.append(f"sub.rn.{dtype}x2 a{r}, a{r}, {f'z{4 * (r % 2) + group}' if zeros else 'c'};")
             for e in range(eighths):
                 d = [f"d{4 * e + r}" for r in range(4)]
-                start = d
-                if c == 0 and plane % per_group == 0:
-                    start = tail[4 * (group * eighths + e) :][:4] if kind == "centered" else ["o"] * 4
+                start = ["o"] * 4 if c == 0 and plane % per_group == 0 else d
                 b = [x[plane][e][2 * c], x[plane][e][2 * c + 1]]
                 text.append(_product(dtype, d, [f"a{r}" for r in range(4)], b, start))
         if plane % per_group == per_group - 1:
@@ -144,9 +106,7 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, kind: str) ->
                 into = f"${i}" if plane == 3 else f"y{i}"
                 so_far = sums[i] if group == 0 else f"y{i}"
                 text.append(f"fma.rn.f32 {into}, {scale}, d{i}, {so_far};")
-    kinds = ["=&f"] * outs + ["f"] * outs + ["r"] * (8 + 16 * eighths + count)
-    kinds += ["f" if kind == "centered" else "r"] * len(tail)
-    assert len(kinds) == total
+    kinds = ["=&f"] * outs + ["f"] * outs + ["r"] * (8 + 16 * eighths + count + len(zero_words))
     return "\n".join([*text, "}"]), ",".join(kinds)
 
 
@@ -161,13 +121,8 @@ def _floats(count):
 
 
 @gluon.constexpr_function
-def _centering_asm(dtype, groups, eighths):
-    return _centering_code(_name(dtype), groups, eighths)
-
-
-@gluon.constexpr_function
-def _tile_asm(dtype, scales, groups, eighths, kind):
-    return _tile_code(_name(dtype), _name(scales), groups, eighths, kind)
+def _tile_asm(dtype, scales, groups, eighths, zeros):
+    return _tile_code(_name(dtype), _name(scales), groups, eighths, zeros)
 
 
 @gluon.constexpr_function
@@ -228,7 +183,7 @@ def zero_sums(KW: gl.constexpr, T: gl.constexpr, EIGHTHS: gl.constexpr, LANES: g
 
 
 @gluon.jit
-def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl.constexpr, CENTERED: gl.constexpr):
+def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl.constexpr):
     """``sums += scale * (q - zero) x`` over a tile of 128 columns for each of KW warps.
 
     The sum of a group is scaled in float32.
@@ -244,16 +199,8 @@ def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl
     """
     EIGHTHS: gl.constexpr = len(sums) // 4
     GROUPS: gl.constexpr = len(scales)
-    KIND: gl.constexpr = "zeros" if len(zeros) > 0 else "centered" if CENTERED else "constant"
-    if KIND == "centered":
-        CENTERING: gl.constexpr = _centering_asm(DTYPE, GROUPS, EIGHTHS)
-        tail = gl.inline_asm_elementwise(
-            CENTERING[0], CENTERING[1], x, dtype=_floats(4 * EIGHTHS * GROUPS).value, is_pure=True, pack=1
-        )
-    else:
-        tail = zeros
-    ASM: gl.constexpr = _tile_asm(DTYPE, SCALES, GROUPS, EIGHTHS, KIND)
-    args = sums + words + x + scales + tail
+    ASM: gl.constexpr = _tile_asm(DTYPE, SCALES, GROUPS, EIGHTHS, len(zeros) > 0)
+    args = sums + words + x + scales + zeros
     return gl.inline_asm_elementwise(ASM[0], ASM[1], args, dtype=_floats(4 * EIGHTHS).value, is_pure=True, pack=1)
 
 
