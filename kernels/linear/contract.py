@@ -43,14 +43,14 @@ def why_not(call: LinearCall) -> str | None:
         ("weight", call.weight, fmt.weight_shape, fmt.weight_dtype),
         ("scales", call.scales, fmt.scales_shape, fmt.scale_dtype),
     ]
-    for name, tensor, given in (
-        ("zeros", call.zeros, fmt.has_zeros),
-        ("offsets", call.offsets, fmt.has_offsets),
+    for name, tensor, given, dtype in (
+        ("zeros", call.zeros, fmt.has_zeros, fmt.zeros_dtype),
+        ("offsets", call.offsets, fmt.has_offsets, fmt.scale_dtype),
     ):
         if (tensor is not None) != given:
             return f"{name} must be {'given' if given else 'None'} for this format"
         if tensor is not None:
-            wanted.append((name, tensor, fmt.scales_shape, fmt.scale_dtype))
+            wanted.append((name, tensor, fmt.scales_shape, dtype))
     if call.bias is not None:
         wanted.append(("bias", call.bias, (fmt.out_features,), x.dtype))
     for name, tensor, shape, dtype in wanted:
@@ -89,5 +89,6 @@ def format_of(
         reason = "zeros and offsets are both given; one of them must be None"
     if reason is not None:
         raise ValueError(reason)
-    has_zeros, has_offsets = zeros is not None, offsets is not None
-    return PackedFormat(bits, group, out_features, in_features, has_zeros, scales.dtype, has_offsets)
+    whole = zeros is not None and zeros.dtype == torch.int16
+    moved = (zeros is not None, scales.dtype, offsets is not None, whole)
+    return PackedFormat(bits, group, out_features, in_features, *moved)

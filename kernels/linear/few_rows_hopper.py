@@ -301,7 +301,7 @@ def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
     fmt = call.fmt
     if call.x.dtype not in _16_BITS or fmt.scale_dtype not in _16_BITS or not all_of_triton(call.x):
         return False
-    if fmt.bits != 4 or fmt.has_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
+    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
         return False
     return fmt.row_tiles % (config.block_n // 16) == 0 and copies_in_16_bytes(call.rows_of_x)
 

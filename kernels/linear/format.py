@@ -63,6 +63,7 @@ class PackedFormat:
         has_zeros: whether groups have zero points.
         scale_dtype: dtype of scales, zero points and offsets: bfloat16, float16 or float32.
         has_offsets: whether groups have offsets. A format has zero points, offsets or neither.
+        whole_zeros: whether zero points are whole numbers, which are int16. Products of 4 bits are faster then.
 
     Raises:
         ValueError: the numbers or the dtype do not fit.
@@ -75,6 +76,7 @@ class PackedFormat:
     has_zeros: bool = False
     scale_dtype: torch.dtype = torch.bfloat16
     has_offsets: bool = False
+    whole_zeros: bool = False
 
     def __post_init__(self) -> None:
         reason = why_not_format(self.bits, self.group, self.out_features, self.in_features)
@@ -82,6 +84,8 @@ class PackedFormat:
             reason = f"scales of {self.scale_dtype}: the kernels take bfloat16, float16 or float32"
         if reason is None and self.has_zeros and self.has_offsets:
             reason = "a weight has zero points or offsets, not both"
+        if reason is None and self.whole_zeros and not self.has_zeros:
+            reason = "a weight without zero points has no whole ones"
         if reason is not None:
             raise ValueError(reason)
 
@@ -89,6 +93,11 @@ class PackedFormat:
     def symmetric_zero(self) -> int:
         """The zero point of a symmetric weight, and the code of padding."""
         return 1 << (self.bits - 1)
+
+    @property
+    def zeros_dtype(self) -> torch.dtype:
+        """The dtype of zero points, if there are any."""
+        return torch.int16 if self.whole_zeros else self.scale_dtype
 
     @property
     def row_tiles(self) -> int:
@@ -154,7 +163,7 @@ class Groupwise(NamedTuple):
     Attributes:
         codes: uint8 ``[N, K]``.
         scales: ``[N, K / group]`` in the format's ``scale_dtype``.
-        zeros: zero points, like ``scales``, or ``None``. They need not be integers.
+        zeros: zero points, like ``scales``, or int16 from 0 to ``2 ** bits``; or ``None``.
         offsets: offsets, like ``scales``, or ``None``.
     """
 
@@ -202,25 +211,25 @@ def unpack_codes(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
     return rows[: fmt.out_features, : fmt.in_features].contiguous()
 
 
-def pack_groups(values: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Packs scales, zero points or offsets ``[N, K / group]``.
+def pack_groups(values: torch.Tensor, fmt: PackedFormat, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Packs scales, zero points or offsets ``[N, K / group]`` of ``dtype``, which is that of scales if not given.
 
     Raises:
         ValueError: the shape or the dtype does not fit.
     """
-    _check(values, (fmt.out_features, fmt.groups), fmt.scale_dtype, "scales, zero points or offsets")
+    _check(values, (fmt.out_features, fmt.groups), dtype or fmt.scale_dtype, "scales, zero points or offsets")
     tiles, columns, _, _, per_tile = fmt.scales_shape
     values = F.pad(values, (0, columns * per_tile - fmt.groups, 0, tiles * TILE_ROWS - fmt.out_features))
     return values.view(tiles, 2, 8, columns, per_tile).permute(0, 3, 2, 1, 4).contiguous()
 
 
-def unpack_groups(packed: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
+def unpack_groups(packed: torch.Tensor, fmt: PackedFormat, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The scales, zero points or offsets ``[N, K / group]`` that :func:`pack_groups` packed.
 
     Raises:
         ValueError: the shape or the dtype does not fit.
     """
-    _check(packed, fmt.scales_shape, fmt.scale_dtype, "packed scales, zero points or offsets")
+    _check(packed, fmt.scales_shape, dtype or fmt.scale_dtype, "packed scales, zero points or offsets")
     tiles, columns, _, _, per_tile = fmt.scales_shape
     values = packed.permute(0, 3, 2, 1, 4).reshape(tiles * TILE_ROWS, columns * per_tile)
     return values[: fmt.out_features, : fmt.groups].contiguous()
@@ -230,16 +239,20 @@ def pack(natural: Groupwise, fmt: PackedFormat) -> PackedWeight:
     """Packs a weight. It must have zero points exactly if ``fmt.has_zeros``, and offsets if ``fmt.has_offsets``.
 
     Raises:
-        ValueError: a shape or a dtype does not fit, or a code does not fit in ``fmt.bits`` bits.
+        ValueError: a shape or a dtype does not fit, or a code or a whole zero point does not fit in ``fmt.bits`` bits.
     """
-    codes, scales, *optional = natural
-    for name, tensor, wanted in zip(
-        ("zero points", "offsets"), optional, (fmt.has_zeros, fmt.has_offsets), strict=True
-    ):
+    codes, scales, zeros, offsets = natural
+    for name, tensor, wanted in (("zero points", zeros, fmt.has_zeros), ("offsets", offsets, fmt.has_offsets)):
         if (tensor is not None) != wanted:
             raise ValueError(f"the format has {'' if wanted else 'no '}{name}, the weight differs")
-    packed = (None if tensor is None else pack_groups(tensor, fmt) for tensor in optional)
-    return PackedWeight(pack_codes(codes, fmt), pack_groups(scales, fmt), *packed)
+    if fmt.whole_zeros and zeros is not None and not 0 <= int(zeros.min()) <= int(zeros.max()) <= 1 << fmt.bits:
+        raise ValueError(f"a whole zero point of {fmt.bits} bits is from 0 to {1 << fmt.bits}")
+    return PackedWeight(
+        pack_codes(codes, fmt),
+        pack_groups(scales, fmt),
+        None if zeros is None else pack_groups(zeros, fmt, fmt.zeros_dtype),
+        None if offsets is None else pack_groups(offsets, fmt),
+    )
 
 
 def unpack(packed: PackedWeight, fmt: PackedFormat) -> Groupwise:
@@ -248,9 +261,13 @@ def unpack(packed: PackedWeight, fmt: PackedFormat) -> Groupwise:
     Raises:
         ValueError: a shape or a dtype does not fit.
     """
-    weight, scales, *optional = packed
-    unpacked = (None if tensor is None else unpack_groups(tensor, fmt) for tensor in optional)
-    return Groupwise(unpack_codes(weight, fmt), unpack_groups(scales, fmt), *unpacked)
+    weight, scales, zeros, offsets = packed
+    return Groupwise(
+        unpack_codes(weight, fmt),
+        unpack_groups(scales, fmt),
+        None if zeros is None else unpack_groups(zeros, fmt, fmt.zeros_dtype),
+        None if offsets is None else unpack_groups(offsets, fmt),
+    )
 
 
 def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:

@@ -412,7 +412,7 @@ def serves(call: LinearCall) -> bool:
     fmt = call.fmt
     if call.x.dtype not in (torch.bfloat16, torch.float16) or not all_of_triton(call.x):
         return False
-    if fmt.bits != 4 or fmt.has_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
+    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
         return False
     return copies_in_16_bytes(call.rows_of_x)
 

@@ -38,7 +38,7 @@ def _quantized_linear(
         x: ``[..., K]``, any strides; bfloat16, float16 or float32. Leading sizes may be dynamic.
         weight: packed codes: int16 ``[N / 16, K / 128, 16, 32]`` of 4 bits, int8 ``[N / 16, K / 128, 16, 128]`` of 8.
         scales: packed scales ``[N / 16, K / 128, 8, 2, 128 / group]``; bfloat16, float16 or float32.
-        zeros: packed zero points, like ``scales``; ``None`` for ``2 ** (bits - 1)``, or with ``offsets``.
+        zeros: packed zero points, like ``scales`` or int16; ``None`` for ``2 ** (bits - 1)``, or with ``offsets``.
         offsets: packed offsets, like ``scales``, for a weight ``q * s + o``; ``None`` for ``(q - z) * s``.
         bias: ``[N]`` in the dtype of ``x``, or ``None``.
         bits: 4 or 8.

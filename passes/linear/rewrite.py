@@ -86,7 +86,7 @@ class LinearRewrite(Rewrite):
         natural = Groupwise(
             weight.codes,
             weight.scales.to(fmt.scale_dtype),
-            None if weight.zeros is None else weight.zeros.to(fmt.scale_dtype),
+            None if weight.zeros is None else weight.zeros.to(fmt.zeros_dtype),
         )
         zeros = "with zero points" if fmt.has_zeros else "symmetric"
         group = "per row" if fmt.per_channel else f"per {fmt.group} columns"
@@ -128,11 +128,15 @@ def _why_not_bias(bias: torch.Tensor, dtype: torch.dtype, rows: int) -> str | No
 
 
 def _format(weight: QuantizedWeight, dtype: torch.dtype) -> PackedFormat:
-    """The packed format; scales are in the dtype of x if it holds them exactly, else in float32."""
+    """The packed format; scales are in the dtype of x if it holds them exactly, else in the other 16 bits or float32."""
     n, k = weight.codes.shape
-    numbers = [weight.scales] if weight.zeros is None else [weight.scales, weight.zeros]
-    exact = all(bool((tensor.to(dtype).to(torch.float32) == tensor).all()) for tensor in numbers)
-    return PackedFormat(weight.bits, weight.group, n, k, weight.zeros is not None, dtype if exact else torch.float32)
+    zeros = weight.zeros
+    whole = zeros is not None and bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 1 << weight.bits)).all())
+    numbers = [weight.scales] if zeros is None or whole else [weight.scales, zeros]
+    for chosen in (dtype, torch.bfloat16, torch.float16, torch.float32):
+        if all(bool((tensor.to(chosen).to(torch.float32) == tensor).all()) for tensor in numbers):
+            break
+    return PackedFormat(weight.bits, weight.group, n, k, zeros is not None, chosen, whole_zeros=whole)
 
 
 def _name(node: Node, scope: Scope) -> str:

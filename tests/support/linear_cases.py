@@ -14,7 +14,7 @@ from flashpte.kernels.linear.reference import dequantize, linear_reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem. ``zeros`` are ``none``, ``integer``, ``real`` or ``offsets``; ``layout`` is that of x."""
+    """One problem. ``zeros`` are ``none``, ``whole`` (int16), ``integer``, ``real`` or ``offsets``; ``layout`` is that of x."""
 
     rows: int
     out_features: int
@@ -93,8 +93,9 @@ def build(case: Case) -> Problem:
     """Makes a case's tensors; the same seed gives the same tensors."""
     generator = torch.Generator().manual_seed(case.seed)
     n, k = case.out_features, case.in_features
-    has_zeros, has_offsets = case.zeros in ("integer", "real"), case.zeros == "offsets"
-    fmt = PackedFormat(case.bits, case.group, n, k, has_zeros, case.scale_dtype, has_offsets)
+    has_zeros, has_offsets = case.zeros in ("whole", "integer", "real"), case.zeros == "offsets"
+    moved = (has_zeros, case.scale_dtype, has_offsets, case.zeros == "whole")
+    fmt = PackedFormat(case.bits, case.group, n, k, *moved)
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
@@ -104,7 +105,7 @@ def build(case: Case) -> Problem:
     zeros = offsets = None
     if fmt.has_zeros:
         zeros = rand(n, fmt.groups) * (2**case.bits - 1)
-        zeros = (zeros.round() if case.zeros == "integer" else zeros).to(case.scale_dtype)
+        zeros = (zeros if case.zeros == "real" else zeros.round()).to(fmt.zeros_dtype)
     if fmt.has_offsets:
         # About half of a group's range below zero, as in files whose groups have a least value.
         offsets = (-rand(n, fmt.groups) * scales.float() * 2**case.bits).to(case.scale_dtype)

@@ -20,7 +20,7 @@ LAYERS = 2
     ("arch", "method", "kernels"),
     [
         ("sm_80", "prefill", {"_linear_few_rows_kernel", "_linear_many_rows_kernel"}),
-        ("sm_90", "decode", {"_linear_few_rows_kernel"}),
+        ("sm_90", "decode", {"_linear_few_rows_hopper_kernel"}),
     ],
 )
 def test_only_the_embedding_is_left_in_16_bits(tmp_path, arch, method, kernels):

@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashpte.kernels.linear.format import Groupwise, PackedFormat, pack, pack_codes, pack_groups, unpack, unpack_codes
+from flashpte.kernels.linear.format import (
+    Groupwise,
+    PackedFormat,
+    PackedWeight,
+    pack,
+    pack_codes,
+    pack_groups,
+    unpack,
+    unpack_codes,
+)
 
 
 def random_weight(fmt: PackedFormat, seed: int = 0) -> Groupwise:
@@ -18,6 +27,8 @@ def random_weight(fmt: PackedFormat, seed: int = 0) -> Groupwise:
     codes = torch.randint(1 << fmt.bits, (fmt.out_features, fmt.in_features), generator=generator, dtype=torch.uint8)
     scales = torch.randn(shape, generator=generator).to(fmt.scale_dtype)
     moved = torch.randn(shape, generator=generator).to(fmt.scale_dtype)
+    if fmt.whole_zeros:
+        moved = torch.randint((1 << fmt.bits) + 1, shape, generator=generator, dtype=torch.int16)
     return Groupwise(codes, scales, moved if fmt.has_zeros else None, moved if fmt.has_offsets else None)
 
 
@@ -27,13 +38,14 @@ def random_weight(fmt: PackedFormat, seed: int = 0) -> Groupwise:
     group=st.sampled_from([32, 64, 128, None]),
     rows=st.integers(1, 70),
     columns=st.integers(1, 400),
-    moved=st.sampled_from([None, "zeros", "offsets"]),
+    moved=st.sampled_from([None, "zeros", "whole", "offsets"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 def test_unpacking_gives_back_what_was_packed(bits, group, rows, columns, moved, dtype):
     if group is None:
         bits, group = 8, columns
-    fmt = PackedFormat(bits, group, rows, columns, moved == "zeros", dtype, moved == "offsets")
+    has_zeros = moved in ("zeros", "whole")
+    fmt = PackedFormat(bits, group, rows, columns, has_zeros, dtype, moved == "offsets", moved == "whole")
     natural = random_weight(fmt, rows + columns)
     packed = pack(natural, fmt)
     assert packed.weight.shape == fmt.weight_shape
@@ -69,7 +81,7 @@ def test_padding_stands_for_zero(bits):
     codes = unpack_codes(weight, padded)
     assert (codes[50:] == 1 << (bits - 1)).all()
     assert (codes[:, 200:] == 1 << (bits - 1)).all()
-    whole = unpack((weight, scales, None), padded).scales
+    whole = unpack(PackedWeight(weight, scales), padded).scales
     assert (whole[50:] == 0).all()
     assert fmt.groups == 4
     assert torch.equal(pack_groups(whole, padded), scales)
@@ -95,6 +107,7 @@ def test_packing_rows_apart_gives_the_same_tiles():
         (dict(out_features=0), "a weight of 0 x 256 is empty"),
         (dict(scale_dtype=torch.float64), "scales of torch.float64"),
         (dict(has_zeros=True, has_offsets=True), "zero points or offsets, not both"),
+        (dict(whole_zeros=True), "a weight without zero points has no whole ones"),
     ],
 )
 def test_formats_that_do_not_exist(changes, message):
@@ -117,6 +130,10 @@ def test_tensors_that_do_not_fit():
         unpack_codes(torch.zeros(3, 2, 16, 33, dtype=torch.int16), fmt)
     with pytest.raises(ValueError, match="the format has no zero points, the weight differs"):
         pack(Groupwise(codes, scales, scales), fmt)
+    whole = dataclasses.replace(fmt, has_zeros=True, whole_zeros=True)
+    for wrong in (-1, 17):
+        with pytest.raises(ValueError, match="a whole zero point of 4 bits is from 0 to 16"):
+            pack(Groupwise(codes, scales, torch.full(scales.shape, wrong, dtype=torch.int16)), whole)
     with pytest.raises(ValueError, match="the format has no offsets, the weight differs"):
         pack(Groupwise(codes, scales, None, scales), fmt)
     with pytest.raises(ValueError, match="the format has offsets, the weight differs"):

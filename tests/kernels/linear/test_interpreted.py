@@ -26,7 +26,7 @@ WEIGHTS = [
     dict(out_features=48, in_features=320, group=64, zeros="real"),
     dict(out_features=50, in_features=256, group=64, bias=True, scale_dtype=torch.float16),
     dict(out_features=64, in_features=256, group=128, scale_dtype=torch.float32),
-    dict(out_features=17, in_features=320, group=128, zeros="integer", bias=True, scale_dtype=torch.float16),
+    dict(out_features=17, in_features=320, group=128, zeros="whole", bias=True, scale_dtype=torch.float16),
     dict(out_features=48, in_features=320, bits=8, group=32, zeros="real"),
     dict(out_features=50, in_features=256, bits=8, group=128),
     dict(out_features=48, in_features=256, bits=8, group=256, bias=True),

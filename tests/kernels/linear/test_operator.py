@@ -25,6 +25,7 @@ CASES = [
     Case(40, 64, 256, bits=8, group=64, bias=True),
     Case(3, 50, 320, bits=8, group=320, zeros="real"),
     Case(3, 50, 320, zeros="offsets", bias=True),
+    Case(3, 50, 320, zeros="whole", bias=True),
     Case(17, 33, 320, bits=8, group=320, zeros="offsets", scale_dtype=torch.float16),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

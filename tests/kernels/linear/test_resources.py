@@ -11,14 +11,16 @@ from compile_only import compiling_for
 from flashpte.kernels import tuning
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dispatch import launch_linear
-from flashpte.kernels.linear.format import PackedFormat
 from flashpte.kernels.linear.few_rows_hopper import launch_few_rows_hopper, serves
-from flashpte.kernels.linear.tuning import choose_few_rows_hopper
+from flashpte.kernels.linear.format import PackedFormat
+from flashpte.kernels.linear.many_rows_hopper import launch_many_rows_hopper
+from flashpte.kernels.linear.tuning import choose_few_rows_hopper, choose_many_rows_hopper
 
 N, K = 256, 5376  # few rows of the weight, so that several programs share its columns
 WEIGHTS = {
     "4 bits": (4, 32, None),
     "4 bits, zeros": (4, 32, "zeros"),
+    "4 bits, whole zeros": (4, 64, "whole"),
     "4 bits, offsets": (4, 32, "offsets"),
     "4 bits, groups of 128": (4, 128, None),
     "4 bits, groups of 128, zeros": (4, 128, "zeros"),
@@ -31,15 +33,25 @@ ROWS = (1, 12, 40, 512)
 
 def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
     bits, group, moved = WEIGHTS[weight]
-    fmt = PackedFormat(bits, group, N, K, moved == "zeros", has_offsets=moved == "offsets")
+    has_zeros, whole = moved in ("zeros", "whole"), moved == "whole"
+    fmt = PackedFormat(bits, group, N, K, has_zeros, has_offsets=moved == "offsets", whole_zeros=whole)
     scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
     packed = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
     bias = torch.empty(N, dtype=dtype)
-    x, zeros, offsets = (
-        torch.empty(rows, K, dtype=dtype),
-        *(scales if moved == name else None for name in ("zeros", "offsets")),
-    )
-    return LinearCall(x, packed, scales, zeros, bias, fmt, offsets)
+    zeros = torch.empty(fmt.scales_shape, dtype=fmt.zeros_dtype) if has_zeros else None
+    offsets = scales if fmt.has_offsets else None
+    return LinearCall(torch.empty(rows, K, dtype=dtype), packed, scales, zeros, bias, fmt, offsets)
+
+
+def expected_kernels(arch: str, call: LinearCall) -> list[str]:
+    """Which kernels a call launches: those for Hopper where they take it, else the plain ones."""
+    few, fmt = call.x.shape[0] <= 16, call.fmt
+    gluon = arch == "sm_90" and fmt.bits == 4 and fmt.has_zeros == fmt.whole_zeros and not fmt.has_offsets
+    if gluon and (few or call.x.dtype == fmt.scale_dtype):
+        # With few rows of the weight, one row of x gets one program per block.
+        shared = call.x.shape[0] > 8 or not few
+        return [f"{'few' if few else 'many'}_rows_hopper", *(["sum_shares"] if shared else [])]
+    return ["few_rows", "sum_splits"] if few else ["many_rows"]
 
 
 @pytest.mark.parametrize(
@@ -50,29 +62,50 @@ def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
     ],
 )
 def test_nothing_spills_and_shared_memory_suffices(arch, rows, weight, dtype):
+    call = empty_call(rows, weight, getattr(torch, dtype))
     with compiling_for(arch) as kernels:
-        launch_linear(empty_call(rows, weight, getattr(torch, dtype)))
-    expected = ["many_rows"] if rows > 16 else ["few_rows", "sum_splits"]
-    assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected]
+        launch_linear(call)
+    assert [kernel.name for kernel in kernels] == [f"_linear_{name}_kernel" for name in expected_kernels(arch, call)]
     for kernel in kernels:
         assert kernel.spilled == 0
         assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
 
 
-@pytest.mark.parametrize(("rows", "out_features"), [(1, N), (8, N), (16, N), (8, 65536), (16, 65536)])
-@pytest.mark.parametrize("group", [32, 128])
-def test_tiles_of_the_kernel_for_hopper(rows, out_features, group):
-    fmt = PackedFormat(4, group, out_features, K)
+def call_for_hopper(rows: int, out_features: int, group: int, zeros: bool) -> LinearCall:
+    fmt = PackedFormat(4, group, out_features, K, zeros, whole_zeros=zeros)
     weight = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
     scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
-    call = LinearCall(torch.empty(rows, K, dtype=torch.bfloat16), weight, scales, None, None, fmt)
+    zero_points = torch.empty(fmt.scales_shape, dtype=fmt.zeros_dtype) if zeros else None
+    return LinearCall(torch.empty(rows, K, dtype=torch.bfloat16), weight, scales, zero_points, None, fmt)
+
+
+# Widths that get tiles of 16, 32, 64 and 128 rows.
+@pytest.mark.parametrize("out_features", [48, 8224, 5376, 16384, 43008])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+@pytest.mark.parametrize(("group", "zeros"), [(32, False), (64, True), (128, False)])
+def test_tiles_of_few_rows_for_hopper(rows, out_features, group, zeros):
+    call = call_for_hopper(rows, out_features, group, zeros)
     config = choose_few_rows_hopper(call.shape(), tuning.limits("sm_90"))
     assert config is not None
     assert serves(call, config)
     with compiling_for("sm_90") as kernels:
         launch_few_rows_hopper(call, config, Destination(call.empty_output(), 1))
     assert kernels[0].name == "_linear_few_rows_hopper_kernel"
-    assert all(kernel.spilled == 0 for kernel in kernels)
+    # A few words for the constants of a tile are the most that ptxas spills.
+    assert all(kernel.spilled <= 4 for kernel in kernels)
+
+
+@pytest.mark.parametrize("rows", [40, 128, 512])
+@pytest.mark.parametrize(("group", "zeros"), [(32, False), (64, True), (128, False)])
+def test_products_of_many_rows_for_hopper_run_side_by_side(rows, group, zeros):
+    call = call_for_hopper(rows, 5376, group, zeros)
+    config = choose_many_rows_hopper(call.shape(), tuning.limits("sm_90"))
+    assert config is not None
+    with compiling_for("sm_90") as kernels:
+        launch_many_rows_hopper(call, config, Destination(call.empty_output(), 1))
+    assert [kernel.spilled for kernel in kernels] == [0] * len(kernels)
+    # Of the products of a step, only the last waits. (ptxas waits for each one where it lacks registers.)
+    assert kernels[0].ptx.count("wgmma.wait_group") == 2
 
 
 @pytest.mark.parametrize("rows", [1, 40])
