@@ -1,8 +1,8 @@
 """Few rows of x on Hopper, in Gluon: weights of 4 bits go through a ring in shared memory to tensor cores.
 
-The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for x in 16 bits, K a multiple of
-8, scales in 16 bits, and codes that are symmetric or have whole zero points. Unpacked weights stay in registers
-(:mod:`flashpte.kernels.linear.operands`).
+The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for x and scales in 16 bits,
+rows of x that are aligned to 16 bytes, and codes that are symmetric or have whole zero points. Unpacked weights stay in
+registers (:mod:`flashpte.kernels.linear.operands`).
 
 ``x^T`` is the second operand, so M is padded to 8 or 16 only. ``COLUMN_WARPS`` warps take tiles of 128 columns in turn,
 ``ROW_WARPS`` warps share the rows of the weight. Packed words, scales and x wait in a ring of ``STAGES`` steps, which

@@ -1,11 +1,11 @@
 """Many rows of x on Hopper, in Gluon: two warp groups dequantize the weight in registers and multiply with ``wgmma``.
 
-The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for 4 bits, rows of x that are aligned,
-scales in the dtype of x, and codes that are symmetric or have whole zero points. Weights are the first operand, in
-registers; ``x^T`` is the second, in shared memory. Each group dequantizes 64 columns while its product of the 64 before
-runs. Four more warps copy packed words and x with ``cp.async``.
+The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for 4 bits, rows of x that are
+aligned to 16 bytes, scales in the dtype of x, and codes that are symmetric or have whole zero points. Weights are the
+first operand, in registers; ``x^T`` is the second, in shared memory. One group's products run while the other
+dequantizes its next columns. Four more warps copy packed words and x with ``cp.async``.
 
-A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. The blocks that
+A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. Blocks that
 do not fill a wave are shared equally (:mod:`flashpte.kernels.linear.shares`).
 
 Shape legend: ``R`` rows of the weight of one warp group, half of a program's; ``BM`` rows of x.
@@ -39,7 +39,7 @@ from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_k
 
 @gluon.constexpr_function
 def _two_planes(dtype: str, zeros: bool, high: bool) -> str:
-    """PTX: pairs of words ``$2`` become pairs of codes of two planes, minus zero points, times scales ``$3`` and ``$4``.
+    """PTX: pairs of words ``$2`` become pairs of weights of two planes. Scales are ``$3`` and ``$4``.
 
     The zero points are ``$5`` and ``$6``, plus the number that the codes are added to.
     """
@@ -106,7 +106,7 @@ def _of_planes(words, DTYPE: gl.constexpr, ZEROS: gl.constexpr, ROW: gl.constexp
     COUNT: gl.constexpr = words.shape[2]
     if ZEROS:
         # The same bits that codes are added to; see _two_planes.
-        words = words | (0x43004300 if DTYPE == gl.bfloat16 else 0x64006400)
+        words = words | (0x43004300 if gl.bfloat16 == DTYPE else 0x64006400)
     low, high = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=1
     )
@@ -176,8 +176,8 @@ def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
 def _segments(blocks, units):
     """How a program's work is made up: full waves of blocks, then its share of the blocks that are left.
 
-    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2. Blocks that fill
-    nine tenths of a wave are one.
+    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2. Blocks that
+    fill nine tenths of a wave are one.
 
     Returns:
         ``(waves, first, last)``: the program's blocks in waves, and its steps of the blocks left.
@@ -241,12 +241,10 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     ROW: gl.constexpr = gl.SliceLayout(1, A)
     STEP: gl.constexpr = 8 * GROUPS
     # The four lanes of a row have the same scales.
-    LS: gl.constexpr = gl.SliceLayout(
-        2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0])
-    )
+    LS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
     segments = _segments(blocks, units)
     done = 0
-    for i in range(0, _number_of_segments(segments, units)):
+    for i in range(_number_of_segments(segments, units)):
         block, begin, end = _segment(i, segments, blocks, units)
         n_first = block // m_blocks * BN + HALF * R
         tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
@@ -315,7 +313,7 @@ def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
     w_off = (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
     segments = _segments(blocks, units)
     done = 0
-    for i in range(0, _number_of_segments(segments, units)):
+    for i in range(_number_of_segments(segments, units)):
         block, begin, end = _segment(i, segments, blocks, units)
         m_first = block % m_blocks * BM
         n_tile = block // m_blocks * (BN // 16)

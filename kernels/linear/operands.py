@@ -7,8 +7,8 @@ read in the same order. So unpacked codes never pass through shared memory.
 A tile's arithmetic is one piece of inline PTX (:func:`_tile_code`), applied to tensors that hold one value per lane.
 Everything around it renames registers.
 
-Shape legend: ``KW`` column warps, ``T`` tiles of 16 rows of the weight, ``M`` rows of x (8 or 16). A lane has the number
-``4 g + l`` in its warp.
+Shape legend: ``KW`` column warps, ``T`` tiles of 16 rows of the weight, ``M`` rows of x (8 or 16). Lane ``4 g + l`` has
+rows ``g`` and ``g + 8`` of a tile.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def _magic(dtype: str) -> int:
-    """Twice the number whose last bit counts 1: bfloat16 ``0x4300 | q`` is 128 + q, float16 ``0x6400 | q`` 1,024 + q."""
+    """Two numbers whose last bit counts 1: bfloat16 ``0x4300 | q`` is 128 + q, float16 ``0x6400 | q`` is 1,024 + q."""
     return (0x4300 if dtype == "bf16" else 0x6400) * 0x10001
 
 
@@ -31,10 +31,7 @@ def _quad(numbers: list[str]) -> str:
 @gluon.constexpr_function
 def _product(dtype: str, d: list[str], a: list[str], b: list[str], c: list[str]) -> str:
     """One ``d = a @ b + c`` of 16 rows of the weight, 16 columns and 8 rows of x."""
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
-        f"{_quad(d)}, {_quad(a)}, {_quad(b)}, {_quad(c)};"
-    )
+    return f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 {_quad(d)}, {_quad(a)}, {_quad(b)}, {_quad(c)};"
 
 
 @gluon.constexpr_function
@@ -77,7 +74,9 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool) 
     else:
         for half in range(2):
             for i in range(count // 2):
-                text += _as_float(scales, f"s{4 * half + 2 * i}", f"s{4 * half + 2 * i + 1}", scale_words[half * count // 2 + i])
+                text += _as_float(
+                    scales, f"s{4 * half + 2 * i}", f"s{4 * half + 2 * i + 1}", scale_words[half * count // 2 + i]
+                )
     if zeros:
         for number in range(2 * groups):
             half, group = divmod(number, groups)

@@ -68,9 +68,9 @@ def _linear_sum_shares_kernel(
         m_of_all = block % m_blocks * BLOCK_M + m
         n_of_all = block // m_blocks * BLOCK_N + n
         ok = (m_of_all < M)[:, None] & (n_of_all < N)[None, :]
-        sums = tl.load(partial_ptr + (2 * program + 1).to(tl.int64) * (BLOCK_M * BLOCK_N) + at, mask=ok, other=0.0)
+        sums = tl.load(partial_ptr + (2 * program + 1) * (BLOCK_M * BLOCK_N) + at, mask=ok, other=0.0)
         for other in range(program + 1, owner_of(end - 1, total, programs) + 1):
-            sums += tl.load(partial_ptr + (2 * other).to(tl.int64) * (BLOCK_M * BLOCK_N) + at, mask=ok, other=0.0)
+            sums += tl.load(partial_ptr + 2 * other * (BLOCK_M * BLOCK_N) + at, mask=ok, other=0.0)
         if BIAS:
             sums += tl.load(bias_ptr + n_of_all, mask=n_of_all < N, other=0.0).to(tl.float32)[None, :]
         y_ptrs = y_ptr + m_of_all.to(tl.int64)[:, None] * N + n_of_all[None, :]

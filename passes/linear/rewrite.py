@@ -128,7 +128,7 @@ def _why_not_bias(bias: torch.Tensor, dtype: torch.dtype, rows: int) -> str | No
 
 
 def _format(weight: QuantizedWeight, dtype: torch.dtype) -> PackedFormat:
-    """The packed format; scales are in the dtype of x if it holds them exactly, else in the other 16 bits or float32."""
+    """The packed format. Scales get the dtype of x, the other one of 16 bits or float32: the first that is exact."""
     n, k = weight.codes.shape
     zeros = weight.zeros
     whole = zeros is not None and bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 1 << weight.bits)).all())

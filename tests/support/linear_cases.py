@@ -14,7 +14,7 @@ from flashpte.kernels.linear.reference import dequantize, linear_reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem. ``zeros`` are ``none``, ``whole`` (int16), ``integer``, ``real`` or ``offsets``; ``layout`` is that of x."""
+    """One problem. ``zeros`` are none, whole (int16), integer, real or offsets; ``layout`` is that of x."""
 
     rows: int
     out_features: int

@@ -42,7 +42,7 @@ _TEXT = (
 )
 _WHOLE = (
     *("length", "query_rows", "context", "window", "batch", "layers", "flop", "kv_bytes", "tried", "rank", "lost"),
-    *("m", "n", "k", "tile_m", "tile_n", "tile_k", "stages", "warps", "kernels", "registers", "shared_bytes"),
+    *("m", "n", "k", "group", "tile_m", "tile_n", "tile_k", "stages", "warps", "kernels", "registers", "shared_bytes"),
     *("dram_read_bytes", "l2_bytes", "tensor_instructions", "program_count", "heads_q", "heads_kv", "head_dim"),
 )
 _NUMBER = (
@@ -73,6 +73,7 @@ REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("decode", "verify", "prefill", "chunk", "other", "random", "grids", "head-dims"), ("case",)),
     "variants": ("topic", "case", "variant", "graph_us"),
     "masks": ("part", "case"),
+    "linear": ("case", "k", "n", "m", "group", "runner", "floor_us"),
     "gemm": ("m", "n", "k", "tile_m", "tile_n", "tile_k", "stages", "warps"),
     "reads": ("kv_bytes", "time_us"),
     "ncu": ("topic", "case", "kernel", "time_us"),
@@ -92,7 +93,7 @@ def _row_problems(suite: str, row: Mapping[str, Any]) -> list[str]:
     found = [f"the key {key!r} is not of this schema" for key in row if key not in KEYS]
     found += [f"{key} is {row[key]!r}" for key in row if key in KEYS and not _fits(row[key], KEYS[key])]
     needed = REQUIRED_KEYS[suite]
-    if "runner" in row or "table_us" in row:
+    if suite != "linear" and ("runner" in row or "table_us" in row):
         needed = _ATTENTION
     return found + [f"{key} is missing" for key in needed if key not in row]
 
