@@ -25,6 +25,7 @@ from flashpte.passes.graph.dead_code import eliminate_dead_code
 from flashpte.passes.graph.insert import keep_names
 from flashpte.passes.graph.values import Ranges
 from flashpte.passes.graph.weights import Weights
+from flashpte.passes.linear.fuse import FuseLinears
 from flashpte.passes.linear.rewrite import LinearRewrite
 from flashpte.passes.rewrite import Outcome, Refusal, Report, Rewrite, Run, Scope, outcome_of
 
@@ -169,26 +170,28 @@ def _log_graph(log: logging.Logger, when: str, rewrite: Rewrite, graph_module: G
         log.debug("%s %s:\n%s", when, rewrite.name, graph_module.print_readable(print_output=False))
 
 
-def replace_linear(exported_program: ExportedProgram) -> tuple[ExportedProgram, Report]:
+def replace_linear(exported_program: ExportedProgram, *, fuse: bool = True) -> tuple[ExportedProgram, Report]:
     """Swaps every product with a 4-bit or 8-bit weight for a kernel that reads the codes.
 
-    Shorthand for :func:`rewrite_program` with only the linear rewrite.
+    Shorthand for :func:`rewrite_program` with the linear rewrite and the one that fuses its products.
 
     Args:
         exported_program: the same as for :func:`rewrite_program`. Weights may be torchao's tensor subclasses, or
             computed in the graph by any affine arithmetic on integers.
+        fuse: whether products that share their input, such as those of q, k and v, become one.
 
     Returns:
         The rewritten program, which holds the packed weights, and a report with one entry for every product with a
-        weight: its format, or the reason it was left alone. The rewritten program also runs on a CPU.
+        weight: its format, or the reason it was left alone. Entries for products that share their input follow. The
+        rewritten program also runs on a CPU.
 
     Raises:
         TypeError: the argument is not an exported program.
         ValueError: the graph carries no tensor metadata.
     """
-    rewrite = LinearRewrite()
-    program, reports = rewrite_program(exported_program, (rewrite,))
-    return program, reports[rewrite.name]
+    rewrites = (LinearRewrite(), FuseLinears()) if fuse else (LinearRewrite(),)
+    program, reports = rewrite_program(exported_program, rewrites)
+    return program, Report(tuple(outcome for report in reports.values() for outcome in report.outcomes))
 
 
 def replace_sdpa(exported_program: ExportedProgram) -> tuple[ExportedProgram, RoutingReport]:

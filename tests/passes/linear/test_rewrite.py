@@ -54,7 +54,7 @@ def calls(program, target=OPERATOR):
 @pytest.mark.parametrize("config", [int4, Int8WeightOnlyConfig])
 def test_every_product_is_replaced(config):
     program = quantized(config())
-    new, report = replace_linear(program)
+    new, report = replace_linear(program, fuse=False)
     assert [outcome.applied for outcome in report.outcomes] == [True] * 3
     assert len(calls(new)) == 3
     assert not calls(program)
@@ -80,7 +80,7 @@ def test_the_report_gives_the_format():
 
 def test_what_is_not_quantized_stays():
     program = quantized(int4(), only=("up",))
-    new, report = replace_linear(program)
+    new, report = replace_linear(program, fuse=False)
     assert {outcome.module_path: outcome.applied for outcome in report.outcomes} == {
         "gate": False,
         "up": True,
@@ -93,7 +93,7 @@ def test_what_is_not_quantized_stays():
 
 def test_a_program_without_quantized_weights_keeps_its_graph():
     program = torch.export.export(Block().bfloat16().eval(), (torch.randn(1, 7, K).bfloat16(),))
-    new, report = replace_linear(program)
+    new, report = replace_linear(program, fuse=False)
     assert not any(outcome.applied for outcome in report.outcomes)
     assert [str(node) for node in new.graph.nodes] == [str(node) for node in program.graph.nodes]
     assert new.state_dict.keys() == program.state_dict.keys()
@@ -130,7 +130,7 @@ USES = {
 @pytest.mark.parametrize("use", USES)
 def test_nibbles_in_the_graph(use):
     program = torch.export.export(Nibbles(USES[use]), (torch.randn(2, 7, K).bfloat16(),))
-    new, report = replace_linear(program)
+    new, report = replace_linear(program, fuse=False)
     assert any(outcome.applied for outcome in report.outcomes)
     x = torch.randn(2, 7, K).bfloat16()
     check(new, program, x)
@@ -158,7 +158,7 @@ LEFT = {
 def test_left_alone(use):
     make, reason = LEFT[use]
     program = torch.export.export(Nibbles(make), (torch.randn(2, 7, K).bfloat16(),))
-    new, report = replace_linear(program)
+    new, report = replace_linear(program, fuse=False)
     assert [outcome.decision.reason for outcome in report.outcomes] == [reason]
     x = torch.randn(2, 7, K).bfloat16()
     assert torch.equal(new.module()(x), program.module()(x))
@@ -172,7 +172,7 @@ def test_a_weight_that_the_program_writes_stays():
             return out
 
     program = torch.export.export(Written(None), (torch.randn(2, 7, K).bfloat16(),))
-    _, report = replace_linear(program)
+    _, report = replace_linear(program, fuse=False)
     assert [outcome.decision.reason for outcome in report.outcomes] == [
         "its codes, scale or zero point are not known when the program is compiled"
     ]
