@@ -24,7 +24,7 @@ from flashpte.export.pipeline.lengths import (
     prefill_chunk,
     sequence_length,
 )
-from flashpte.export.pipeline.qlinear import qlinear_rules
+from flashpte.export.pipeline.weight_rules import weight_rules
 from flashpte.export.state.layer_state import DRAFT_PART, StateRules
 from flashpte.export.state.model_state import DRAFT_STATE, TARGET_STATE, state_rules
 from flashpte.export.weights.checkpoint_folder import (
@@ -148,6 +148,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     config = _config_fields(spec, options)
     model = spec.build(config)
     total_layers = len(decoder_layers(model))
+    recipe = Recipe(options.dtype, (*spec.weight_formats, *weight_rules(model, options)))
     if options.layers is not None:
         cut_layers(model, options.layers)
     facts = describe(model, spec.layer_state or attention_of)
@@ -167,8 +168,8 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         check_tensors(checkpoint, model, total_layers)
     elif options.random_seed is not None:
         source = RandomWeights(model, DTYPES[options.dtype], options.random_seed)
-    recipe = Recipe(options.dtype, (*spec.weight_formats, *qlinear_rules(model, options)))
     weights = plan_weights(model, recipe)
+    _check_draft_embedding(model, draft)
     methods = plan_methods(
         chunk,
         window,
@@ -178,6 +179,20 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         draft=draft is not None,
     )
     return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, recipe, weights, source, draft)
+
+
+def _check_draft_embedding(model: nn.Module, draft: DraftPlan | None) -> None:
+    untyped: Any = model
+    if draft is None or draft.head.embed_tokens is not None:
+        return
+    if not isinstance(untyped.get_input_embeddings(), nn.Embedding):
+        raise ExportError(
+            "the draft reads the target's embedding, which must stay dense: ",
+            "leave it out of ",
+            Option("qembedding"),
+            " and ",
+            Option("qrecipe"),
+        )
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:
