@@ -118,12 +118,13 @@ class EagerModel:
         return tokens
 
 
-def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
+def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, *, quantized: bool = True) -> nn.Module:
     """The model that a manifest describes, in the dtype of the export, on the CPU.
 
     Args:
         manifest: the manifest of an ``export-model`` folder.
         checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
+        quantized: ``False`` keeps all weights dense.
 
     Raises:
         ExportError: the manifest does not say enough, or the checkpoint is missing or not the one exported.
@@ -165,6 +166,8 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None) -> nn.Module:
     else:
         raise ProgramError(Option("check"), ": the manifest does not say where its weights came from")
     recipe = read_recipe(manifest.get("weight_formats"), described["dtype"])
+    if not quantized:
+        recipe = recipe.dense()
     fill_weights(model, plan_weights(model, recipe), source)
     untyped: Any = model
     untyped.set_attn_implementation("sdpa")
@@ -182,6 +185,28 @@ def _check_same_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
         raise ProgramError(
             Option("checkpoint", checkpoint), f" is not what was exported: {different[0]} of its config differs"
         )
+
+
+def dense_model(manifest: Mapping[str, Any], checkpoint: Path | None, like: EagerModel) -> EagerModel:
+    """The reference without quantized weights, in the wider dtype; on the device of ``like`` if it fits.
+
+    Args:
+        manifest: the manifest of an ``export-model`` folder with quantized weights.
+        checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
+        like: the reference with quantized weights.
+
+    Raises:
+        ExportError: as :func:`rebuild`.
+    """
+    from flashpte.export.models.registry import get_target
+
+    model = rebuild(manifest, checkpoint, quantized=False)
+    model = model.to(reference_dtype(read_dtype(manifest["model"]["dtype"])))
+    device = like.device
+    if device.type == "cuda":
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        device = device if torch.cuda.mem_get_info()[0] > 1.5 * size else torch.device("cpu")
+    return EagerModel(model, device, None, get_target(str(manifest["target"])).layer_state)
 
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:

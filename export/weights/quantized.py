@@ -1,7 +1,7 @@
 """Weights of 4 or 8 bits: the weight of a linear layer or an embedding becomes packed codes and a scale per group.
 
-Codes are rounded to nearest. Symmetric ones (``rtn``) have the scale ``largest magnitude / (2 ** (bits - 1) - 0.5)``, so
-that both ends of the range lose half a step. ``zeros`` covers the range of each group with zero points, and ``hqq``
+Codes are rounded to nearest. Symmetric ones (``rtn``) have the scale ``largest magnitude / (2 ** (bits - 1) - 0.5)``,
+so that both ends of the range lose half a step. ``zeros`` covers the range of each group with zero points, and ``hqq``
 chooses better ones (:mod:`flashpte.export.weights.hqq`).
 """
 
@@ -147,18 +147,18 @@ class Grouped:
         grouped = F.pad(rows.float(), (0, fmt.groups * fmt.group - columns)).unflatten(1, (fmt.groups, fmt.group))
         if not bool(grouped.isfinite().all()):
             raise ExportError(f"{name} holds infinities or NaN, which codes cannot")
-        groups: tuple[torch.Tensor, ...]
+        zeros = None
         if self.algorithm == "hqq":
-            groups = choose_zeros(grouped, levels, dtype, columns - (fmt.groups - 1) * fmt.group)
+            scales, zeros = choose_zeros(grouped, levels, dtype, columns - (fmt.groups - 1) * fmt.group)
         elif self.algorithm == "zeros":
-            groups = choose_range(grouped, levels, dtype)
+            scales, zeros = choose_range(grouped, levels, dtype)
         else:
-            groups = ((grouped.abs().amax(2) / (levels / 2 - 0.5)).to(dtype),)
-        scales = groups[0]
-        zeros = groups[1] if fmt.has_zeros else torch.full_like(scales, levels / 2)
+            scales = (grouped.abs().amax(2) / (levels / 2 - 0.5)).to(dtype)
+        center = torch.full_like(scales, levels / 2) if zeros is None else zeros
         steps = torch.where(scales == 0, 1.0, scales.float())[..., None]
-        codes = to_codes(grouped / steps, zeros, levels).to(torch.uint8)
-        return codes.flatten(1)[:, :columns].contiguous(), *groups
+        codes = to_codes(grouped / steps, center, levels).to(torch.uint8)
+        codes = codes.flatten(1)[:, :columns].contiguous()
+        return (codes, scales) if zeros is None else (codes, scales, zeros)
 
 
 QUANTIZED = {

@@ -62,6 +62,16 @@ class Recipe:
         rule = self.rule_of(name)
         return self.default if rule is None else self.rules[rule][1]
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether some rule names another format than a dense one."""
+        return any(not isinstance(FORMATS[format], Dense) for _, format in self.rules)
+
+    def dense(self) -> Recipe:
+        """The recipe with the default's format wherever a rule names one that is not dense."""
+        rules = ((p, format if isinstance(FORMATS[format], Dense) else self.default) for p, format in self.rules)
+        return Recipe(self.default, tuple(rules))
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, for the manifest."""
         return {"default": self.default, "rules": [list(rule) for rule in self.rules]}
