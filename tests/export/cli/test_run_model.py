@@ -235,6 +235,17 @@ def test_perplexity_of_a_file(run_model, folder, folder_with_text, eager, plan, 
         assert (ended.code, said in ended.error) == (code, True), ended.error
 
 
+def test_a_check_says_what_quantized_weights_cost(run_model, eager, tmp_path):
+    quantized = small_plan(max_seq_len=24, layers=1, method="decode", verify_window=None, qrecipe="default")
+    programs = export_programs(quantized).items()
+    described = {name: describe_method(program) for name, program in programs}
+    folder = write_model_folder(tmp_path, described, quantized.constant_methods, quantized.manifest())
+    eager(EagerProgram(quantized))
+    found = run_model(folder, "--check", "-q")
+    assert found.code == 0, found.out
+    assert "accuracy against the unquantized model: relative logits error" in found.out
+
+
 def test_check_ends_with_its_verdict(run_model, folder, eager, plan):
     eager()
     good = run_model(folder, "--check", "-q")
