@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from flashpte.export.common.errors import ExportError, Option, ProgramError, wanted
+from flashpte.export.common.errors import Option, ProgramError, wanted
 from flashpte.export.files.dtypes import read_dtype
 
 if TYPE_CHECKING:
     from flashpte.export.check.eager_draft import EagerDraft
     from flashpte.export.pipeline.draft_plan import DraftPlan
     from flashpte.export.state.layer_state import LayerState
+    from flashpte.export.weights.origin import Origin
 
 
 LayerStateOf = Callable[[nn.Module], "LayerState"]
@@ -118,12 +119,15 @@ class EagerModel:
         return tokens
 
 
-def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, *, quantized: bool = True) -> nn.Module:
+def rebuild(
+    manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Path | None = None, *, quantized: bool = True
+) -> nn.Module:
     """The model that a manifest describes, in the dtype of the export, on the CPU.
 
     Args:
         manifest: the manifest of an ``export-model`` folder.
-        checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
+        checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
+        gguf_file: the GGUF file that was exported; ``None`` for another origin.
         quantized: ``False`` keeps all weights dense.
 
     Raises:
@@ -131,9 +135,9 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, *, quantized: 
     """
     from flashpte.export.models.build import cut_layers
     from flashpte.export.models.registry import get_target
+    from flashpte.export.weights.origin import open_origin
     from flashpte.export.weights.random import RandomWeights
     from flashpte.export.weights.recipe import WeightSource, fill_weights, plan_weights, read_recipe
-    from flashpte.export.weights.safetensors import Checkpoint, check_tensors
 
     described = manifest.get("model")
     if not isinstance(described, dict) or not isinstance(described.get("config"), dict) or "target" not in manifest:
@@ -141,26 +145,29 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, *, quantized: 
             Option("check"), ": the manifest does not describe a model: export it again with this export-model"
         )
     weights = manifest.get("weights")
-    if weights == "checkpoint":
-        if checkpoint is None:
-            raise ProgramError(
-                Option("check"),
-                ": this is the export of a checkpoint: add ",
-                wanted("checkpoint"),
-                ", the folder exported",
-            )
-        _check_same_config(checkpoint, described["config"])
-    elif checkpoint is not None:
-        raise ProgramError(Option("checkpoint"), ": this export has random weights, not those of a checkpoint")
+    kind = weights if isinstance(weights, str) else ""
+    given = {"checkpoint": checkpoint, "gguf_file": gguf_file}
+    what = {"checkpoint": ("a checkpoint", "the folder"), "gguf_file": ("a GGUF file", "the file")}
+    if kind in given and given[kind] is None:
+        origin_name, exported = what[kind]
+        raise ProgramError(
+            Option("check"), f": this is the export of {origin_name}: add ", wanted(kind), f", {exported} exported"
+        )
+    for name, value in given.items():
+        if value is not None and kind != name:
+            has = f"the weights of {what[kind][0]}" if kind in given else "random weights"
+            raise ProgramError(Option(name), f": this export has {has}, not those of {what[name][0]}")
+    origin = open_origin(checkpoint, gguf_file)
+    if origin is not None:
+        _check_same_config(origin, described["config"])
     model = get_target(str(manifest["target"])).build(described["config"])
     total, kept = int(described["total_layers"]), int(described["layers"])
     if kept < total:
         cut_layers(model, kept)
     dtype = read_dtype(described["dtype"])
     source: WeightSource
-    if checkpoint is not None:
-        source = opened = Checkpoint(checkpoint)
-        check_tensors(opened, model, total)
+    if origin is not None:
+        source = origin.weights(model, total)
     elif isinstance(weights, dict) and isinstance(weights.get("random_seed"), int):
         source = RandomWeights(model, dtype, weights["random_seed"])
     else:
@@ -174,25 +181,37 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, *, quantized: 
     return model.eval()
 
 
-def _check_same_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    from flashpte.export.weights.checkpoint_folder import read_config
-
-    if not checkpoint.is_dir():
-        raise ExportError(Option("checkpoint", checkpoint), " is not an existing folder")
-    found = read_config(checkpoint)
+def _check_same_config(origin: Origin, config: Mapping[str, Any]) -> None:
+    found = origin.config()
     different = sorted(name for name in {*found, *config} if found.get(name) != config.get(name))
     if different:
         raise ProgramError(
-            Option("checkpoint", checkpoint), f" is not what was exported: {different[0]} of its config differs"
+            Option(origin.option, origin.given), f" is not what was exported: {different[0]} of its config differs"
         )
 
 
-def dense_model(manifest: Mapping[str, Any], checkpoint: Path | None, like: EagerModel) -> EagerModel:
+def why_no_dense_model(checkpoint: Path | None, gguf_file: Path | None) -> str | None:
+    """Why there are no weights from before they were quantized; ``None`` if there are.
+
+    Args:
+        checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
+        gguf_file: the GGUF file that was exported; ``None`` for another origin.
+    """
+    from flashpte.export.weights.origin import open_origin
+
+    origin = open_origin(checkpoint, gguf_file)
+    return None if origin is None or not origin.quantized else f"{origin.given.name} was quantized already"
+
+
+def dense_model(
+    manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Path | None, like: EagerModel
+) -> EagerModel:
     """The reference without quantized weights, in the wider dtype; on the device of ``like`` if it fits.
 
     Args:
         manifest: the manifest of an ``export-model`` folder with quantized weights.
-        checkpoint: the Hugging Face folder that was exported; ``None`` for random weights.
+        checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
+        gguf_file: the GGUF file that was exported, of dense weights; ``None`` for another origin.
         like: the reference with quantized weights.
 
     Raises:
@@ -200,7 +219,7 @@ def dense_model(manifest: Mapping[str, Any], checkpoint: Path | None, like: Eage
     """
     from flashpte.export.models.registry import get_target
 
-    model = rebuild(manifest, checkpoint, quantized=False)
+    model = rebuild(manifest, checkpoint, gguf_file, quantized=False)
     model = model.to(reference_dtype(read_dtype(manifest["model"]["dtype"])))
     device = like.device
     if device.type == "cuda":

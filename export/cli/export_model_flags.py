@@ -46,6 +46,9 @@ examples:
   # linear layers in 4 bits, a scale per 32 columns; embedding and head in 8 bits
   export-model --target gemma4-31b --checkpoint gemma-4-31b-it --qrecipe default --output-dir out
 
+  # a GGUF file; its weights keep their codes
+  export-model --target hf --gguf-file Qwen3-8B-Q4_K_M.gguf --output-dir out
+
   # any dense Llama or Qwen3 folder
   export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
 
@@ -85,12 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="bfloat16, float16 or float32 (also bf16, fp16, fp32), for weights, caches and logits (default: bfloat16)",
     )
 
-    weights = parser.add_argument_group("weights (one of the first two)")
+    weights = parser.add_argument_group("weights (one of the first three)")
     weights.add_argument(
         "--checkpoint",
         type=nonempty_path,
         metavar="DIR",
         help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
+    )
+    weights.add_argument(
+        "--gguf-file",
+        type=nonempty_path,
+        metavar="FILE",
+        help="GGUF file of a Llama, Qwen3 or Gemma 4 model: config, weights and tokenizer; quantized linear layers "
+        "keep their codes",
     )
     weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
     weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
@@ -244,6 +254,7 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
         qrecipe=args.qrecipe,
         qalgorithm=args.qalgorithm,
         midm_sdpa=not args.no_midm_sdpa,
+        gguf_file=args.gguf_file,
     )
     check_options(options)
     _check_flags(args, options)
@@ -277,8 +288,12 @@ def _check_flags(args: argparse.Namespace, options: ExportOptions) -> None:
         raise UsageError("--format pt2 holds one method: add --method, for example --method decode")
 
 
+_INPUTS = ("--checkpoint", "--gguf-file", "--config", "--draft")
+
+
 def _check_inputs(args: argparse.Namespace) -> None:
-    for flag, path in (("--checkpoint", args.checkpoint), ("--config", args.config), ("--draft", args.draft)):
+    for flag in _INPUTS:
+        path = getattr(args, flag[2:].replace("-", "_"))
         try:
             if path is not None:
                 path.stat()
@@ -294,8 +309,9 @@ def _check_inputs(args: argparse.Namespace) -> None:
     if args.draft is not None and not args.draft.is_dir():
         state = "is not a folder" if args.draft.exists() else "does not exist"
         raise ExportError(f"--draft {args.draft} {state}")
-    if args.config is not None and not args.config.is_file():
-        raise ExportError(f"--config {args.config} is not an existing file")
+    for flag, path in (("--config", args.config), ("--gguf-file", args.gguf_file)):
+        if path is not None and not path.is_file():
+            raise ExportError(f"{flag} {path} is not an existing file")
     if _recipe_file(args) is not None and not Path(args.qrecipe).is_file():
         raise ExportError(f"--qrecipe {args.qrecipe} is neither {', '.join(QRECIPE_NAMES)} nor an existing file")
 
@@ -327,7 +343,7 @@ def _check_overlaps(args: argparse.Namespace) -> None:
     """Refuses an input inside the output folder or at the report's path, because an export replaces both."""
     paths = {
         flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
-        for flag in ("--output-dir", "--report", "--checkpoint", "--config", "--draft")
+        for flag in ("--output-dir", "--report", *_INPUTS)
         if getattr(args, flag[2:].replace("-", "_")) is not None
     }
     if (recipe := _recipe_file(args)) is not None:
@@ -336,7 +352,7 @@ def _check_overlaps(args: argparse.Namespace) -> None:
     for flag, path in paths.items():
         if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
             raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
-        if flag in ("--checkpoint", "--config", "--draft", "--qrecipe") and report == path:
+        if flag in (*_INPUTS, "--qrecipe") and report == path:
             raise UsageError(f"--report and {flag} name the same file")
 
 

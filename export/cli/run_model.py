@@ -52,7 +52,7 @@ def _generate(options: RunOptions, progress: StageLog, out: TextIO) -> int:
 def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     from flashpte.export.check.check_program import check_program, computed_buffers, named_weights
     from flashpte.export.check.eager_draft import rebuild_draft
-    from flashpte.export.check.eager_model import dense_model, eager_pair, rebuild
+    from flashpte.export.check.eager_model import EagerModel, dense_model, eager_pair, rebuild, why_no_dense_model
     from flashpte.export.files.model_folder import read_folder
     from flashpte.export.models.registry import get_target
     from flashpte.export.weights.recipe import read_recipe
@@ -60,10 +60,15 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     folder = read_folder(options.model_dir, unverified=options.unverified)
     program, _ = _open(options, progress)
     progress("building the eager model")
-    model = rebuild(folder.manifest, options.checkpoint)
+    model = rebuild(folder.manifest, options.checkpoint, options.gguf_file)
     draft = rebuild_draft(folder.manifest, model, options.draft)
     own, reference = eager_pair(model, draft, get_target(str(folder.manifest["target"])).layer_state)
     recipe = read_recipe(folder.manifest.get("weight_formats"), folder.manifest["model"]["dtype"])
+    dense: Callable[[], EagerModel] | str | None = None
+    if recipe.quantizes:
+        dense = why_no_dense_model(options.checkpoint, options.gguf_file) or (
+            lambda: dense_model(folder.manifest, options.checkpoint, options.gguf_file, reference)
+        )
     report = check_program(
         program,
         own,
@@ -71,7 +76,7 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
         weights=getattr(program, "weights", None),
         model_weights=named_weights(model, draft),
         computed=computed_buffers(model, draft),
-        dense=(lambda: dense_model(folder.manifest, options.checkpoint, reference)) if recipe.quantizes else None,
+        dense=dense,
         progress=progress,
     )
     print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)

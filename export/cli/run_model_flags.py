@@ -64,6 +64,7 @@ class RunOptions:
         cuda_graph: run methods of static shape as CUDA graphs.
         unverified: run files whose hash differs from the manifest's.
         checkpoint: Hugging Face folder that was exported, for a check.
+        gguf_file: GGUF file that was exported, for a check.
         draft: folder of the draft that was exported, for a check.
         contexts: tokens in the cache before the measured calls; ``None`` for the defaults that fit.
         prefill: tokens of the measured prefill; ``None`` for the default, or what fits.
@@ -86,6 +87,7 @@ class RunOptions:
     cuda_graph: bool = True
     unverified: bool = False
     checkpoint: Path | None = None
+    gguf_file: Path | None = None
     draft: Path | None = None
     contexts: tuple[int, ...] | None = None
     prefill: int | None = None
@@ -140,6 +142,7 @@ def build_run_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the folder that was exported; not for random weights",
     )
+    check.add_argument("--gguf-file", type=nonempty_path, metavar="FILE", help="the GGUF file that was exported")
 
     check.add_argument(
         "--draft",
@@ -226,8 +229,9 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         raise UsageError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
     for flag, path in (("MODEL_DIR", args.model_dir), ("--checkpoint", args.checkpoint), ("--draft", args.draft)):
         _check_folder(flag, path)
-    if args.perplexity is not None and not args.perplexity.is_file():
-        raise ExportError(f"--perplexity {args.perplexity} is not an existing file")
+    for flag, path in (("--gguf-file", args.gguf_file), ("--perplexity", args.perplexity)):
+        if path is not None and not path.is_file():
+            raise ExportError(f"{flag} {path} is not an existing file")
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         raise ExportError(f"--plot {args.plot}: the folder {args.plot.absolute().parent} does not exist")
     return RunOptions(
@@ -244,6 +248,7 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         cuda_graph=args.cuda_graph,
         unverified=args.unverified,
         checkpoint=args.checkpoint,
+        gguf_file=args.gguf_file,
         draft=args.draft,
         contexts=args.contexts,
         prefill=args.prefill,
@@ -272,7 +277,7 @@ def _check_belonging(args: argparse.Namespace, task: Task) -> None:
             *("--prompt", "--prompt-ids", "--max-new-tokens", "--temperature", "--seed", "--chat", "--ignore-eos"),
             "--force-accept",
         ),
-        "check": ("--checkpoint", "--draft"),
+        "check": ("--checkpoint", "--gguf-file", "--draft"),
         "profile": ("--contexts", "--prefill", "--plot"),
         "perplexity": ("--window",),
     }

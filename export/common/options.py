@@ -62,6 +62,7 @@ class ExportOptions:
     Attributes:
         target: name of a target, see :mod:`flashpte.export.models.registry`.
         checkpoint: Hugging Face folder to read config, weights and tokenizer from.
+        gguf_file: a GGUF file; it gives config, weights and tokenizer.
         random_seed: seed of random weights, for an export without a checkpoint.
         config: a ``config.json`` that describes the model, for an export without a checkpoint.
         small: use the target's small config.
@@ -112,6 +113,7 @@ class ExportOptions:
     qrecipe: str | None = None
     qalgorithm: str = "rtn"
     midm_sdpa: bool = True
+    gguf_file: Path | None = None
 
     @property
     def speculates(self) -> bool:
@@ -135,8 +137,8 @@ def check_options(options: ExportOptions) -> None:
 
 
 def check_has_weights(options: ExportOptions) -> None:
-    """Raises a UsageError unless there is a checkpoint or a seed of random weights."""
-    if options.checkpoint is None and options.random_seed is None:
+    """Raises a UsageError unless there is a checkpoint, a GGUF file or a seed of random weights."""
+    if options.checkpoint is None and options.gguf_file is None and options.random_seed is None:
         raise UsageError("no weights: give ", wanted("checkpoint"), " or ", wanted("random_seed"))
 
 
@@ -172,6 +174,7 @@ def _check_quantization(options: ExportOptions) -> None:
 def _check_conflicts(options: ExportOptions) -> None:
     given = {
         "checkpoint": options.checkpoint is not None,
+        "gguf_file": options.gguf_file is not None,
         "random_seed": options.random_seed is not None,
         "config": options.config is not None,
         "small": options.small,
@@ -185,6 +188,10 @@ def _check_conflicts(options: ExportOptions) -> None:
         ("checkpoint", "random_seed", "both name weights"),
         ("checkpoint", "config", "the folder's own config.json is used"),
         ("checkpoint", "small", "the folder's own config.json is used"),
+        ("gguf_file", "checkpoint", "both name weights"),
+        ("gguf_file", "random_seed", "both name weights"),
+        ("gguf_file", "config", "the file describes its model"),
+        ("gguf_file", "small", "the file describes its model"),
         ("small", "config", "both name a size"),
         ("midm_sdpa", "attention", "nothing is replaced"),
         ("draft", "verify_window", "target_verify takes the chain and one token more"),
@@ -195,7 +202,8 @@ def _check_conflicts(options: ExportOptions) -> None:
 
 
 def _check_draft_options(options: ExportOptions) -> None:
-    if options.chain is not None and options.draft is None and options.checkpoint is not None:
+    trained = options.checkpoint is not None or options.gguf_file is not None
+    if options.chain is not None and options.draft is None and trained:
         raise UsageError(
             Option("chain"), " needs ", wanted("draft"), "; only ", Option("random_seed"), " makes a random draft"
         )

@@ -27,16 +27,10 @@ from flashpte.export.pipeline.lengths import (
 from flashpte.export.pipeline.weight_rules import weight_rules
 from flashpte.export.state.layer_state import DRAFT_PART, StateRules
 from flashpte.export.state.model_state import DRAFT_STATE, TARGET_STATE, state_rules
-from flashpte.export.weights.checkpoint_folder import (
-    check_token_ids,
-    read_config,
-    read_json,
-    read_token_ids,
-    tokenizer_files,
-)
+from flashpte.export.weights.checkpoint_folder import check_token_ids, read_json
+from flashpte.export.weights.origin import Origin, open_origin
 from flashpte.export.weights.random import RandomWeights
-from flashpte.export.weights.recipe import PlannedWeight, Recipe, WeightSource, plan_weights
-from flashpte.export.weights.safetensors import Checkpoint, check_tensors
+from flashpte.export.weights.recipe import PlannedWeight, Recipe, WeightSource, formats_of, plan_weights, rules_of
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
@@ -57,6 +51,7 @@ class ExportPlan:
         weights: the model's weights, each with its format.
         source: source of the weights: an opened checkpoint, already checked against the model by name and shape, or a
             seed; ``None`` for an export that can only be traced.
+        origin: the folder or file that the model comes from; ``None`` for random weights.
         draft: plan of the draft head; ``None`` without one.
     """
 
@@ -70,6 +65,7 @@ class ExportPlan:
     recipe: Recipe
     weights: tuple[PlannedWeight, ...]
     source: WeightSource | None
+    origin: Origin | None = None
     draft: DraftPlan | None = None
 
     @property
@@ -107,14 +103,20 @@ class ExportPlan:
     @property
     def extra_files(self) -> tuple[Path, ...]:
         """Files of the checkpoint to copy beside the model."""
-        return () if self.options.checkpoint is None else tuple(tokenizer_files(self.options.checkpoint))
+        return () if self.origin is None else self.origin.tokenizer_files()
+
+    @property
+    def weight_notes(self) -> tuple[str, ...]:
+        """What the weights of a quantized file became, in lines for people."""
+        notes = getattr(self.source, "notes", None)
+        return () if notes is None else notes()
 
     def manifest(self) -> dict[str, Any]:
         """The model's entries in ``manifest.json``; they hold no path, so equal exports have equal manifests."""
         options = self.options
         weights: Any = None
-        if options.checkpoint is not None:
-            weights = "checkpoint"
+        if self.origin is not None:
+            weights = self.origin.option
         elif options.random_seed is not None:
             weights = {"random_seed": options.random_seed}
         manifest = {
@@ -145,15 +147,16 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     """
     spec = get_target(options.target)
     check_options(options)
-    config = _config_fields(spec, options)
+    origin = open_origin(options.checkpoint, options.gguf_file)
+    config = _config_fields(spec, options, origin)
     model = spec.build(config)
     total_layers = len(decoder_layers(model))
-    recipe = Recipe(options.dtype, (*spec.weight_formats, *weight_rules(model, options)))
+    chosen = weight_rules(model, options)
     if options.layers is not None:
         cut_layers(model, options.layers)
     facts = describe(model, spec.layer_state or attention_of)
-    if options.checkpoint is not None:
-        facts = _with_token_ids(facts, read_token_ids(options.checkpoint))
+    if origin is not None:
+        facts = _with_token_ids(facts, origin.token_ids())
     max_seq_len = sequence_length(spec, options, facts)
     draft = plan_draft(options, spec, facts)
     bound, reason = forward_bound(spec, facts, max_seq_len, draft)
@@ -163,11 +166,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     caches = facts.states if draft is None else (*facts.states, draft.head.attention)
     check_cache_size(caches, max_seq_len, DTYPES[options.dtype])
     source: WeightSource | None = None
-    if options.checkpoint is not None:
-        source = checkpoint = Checkpoint(options.checkpoint)
-        check_tensors(checkpoint, model, total_layers)
+    if origin is not None:
+        source = origin.weights(model, total_layers)
     elif options.random_seed is not None:
         source = RandomWeights(model, DTYPES[options.dtype], options.random_seed)
+    held = rules_of(formats_of(source), model.state_dict())
+    if held:
+        _check_not_quantized_again(options)
+    recipe = Recipe(options.dtype, (*held, *spec.weight_formats, *chosen))
     weights = plan_weights(model, recipe)
     _check_draft_embedding(model, draft)
     methods = plan_methods(
@@ -178,7 +184,14 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         decode=spec.min_forward == 1 and (draft is None or options.with_decode),
         draft=draft is not None,
     )
-    return ExportPlan(options, model, facts, config, total_layers, max_seq_len, methods, recipe, weights, source, draft)
+    layers = (config, total_layers, max_seq_len)
+    return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft)
+
+
+def _check_not_quantized_again(options: ExportOptions) -> None:
+    for name in ("qlinear", "qhead", "qembedding", "qrecipe"):
+        if (value := getattr(options, name)) is not None:
+            raise UsageError(Option(name, value), ": the weights are quantized already, and stay as they are")
 
 
 def _check_draft_embedding(model: nn.Module, draft: DraftPlan | None) -> None:
@@ -195,13 +208,11 @@ def _check_draft_embedding(model: nn.Module, draft: DraftPlan | None) -> None:
         )
 
 
-def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any]:
-    if options.checkpoint is not None:
-        if not options.checkpoint.is_dir():
-            raise ExportError(f"checkpoint {options.checkpoint} is not an existing folder")
-        fields, origin = read_config(options.checkpoint), options.checkpoint / "config.json"
+def _config_fields(spec: TargetSpec, options: ExportOptions, origin: Origin | None) -> Mapping[str, Any]:
+    if origin is not None:
+        fields, described_by = origin.config(), origin.described_by
     elif options.config is not None:
-        fields, origin = read_json(options.config, "model config"), options.config
+        fields, described_by = read_json(options.config, "model config"), options.config
     else:
         chosen = spec.small_config if options.small else spec.config
         if chosen is None:
@@ -210,13 +221,13 @@ def _config_fields(spec: TargetSpec, options: ExportOptions) -> Mapping[str, Any
                 f"target {spec.name} has no {size} model: give ", wanted("checkpoint"), " or ", wanted("config")
             )
         return chosen
-    check_token_ids(fields, origin)
+    check_token_ids(fields, described_by)
     model_type = fields.get("model_type")
     if model_type not in spec.model_types:
         others = targets_for(str(model_type))
         hint = ("; use ", Option("target", others[0])) if others else ()
         raise ExportError(
-            f"{origin} has model_type {model_type!r}, target {spec.name} exports {', '.join(spec.model_types)}",
+            f"{described_by} has model_type {model_type!r}, target {spec.name} exports {', '.join(spec.model_types)}",
             *hint,
         )
     return fields

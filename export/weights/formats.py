@@ -1,10 +1,10 @@
 """Weight formats: how a program stores a weight.
 
 A format takes the dense tensor of a weight, as a checkpoint holds it, and returns the tensors that the program holds
-instead. A dense format returns one tensor, in its dtype. A format of 4 or 8 bits returns two, packed codes and scales,
-and replaces the linear layer by a module that reads them (:mod:`flashpte.export.weights.quantized`). A new format is a
-class in its own file and a row in :data:`FORMATS`; a recipe (:mod:`flashpte.export.weights.recipe`) chooses the weights
-that get it.
+instead. A dense format returns one tensor, in its dtype. A format of 4 or 8 bits returns packed codes and scales, and
+replaces the linear layer by a module that reads them (:mod:`flashpte.export.weights.quantized`); it also takes the
+codes of a quantized checkpoint. A new format is a class in its own file and a row in :data:`FORMATS`; a recipe
+(:mod:`flashpte.export.weights.recipe`) chooses the weights that get it.
 """
 
 from __future__ import annotations

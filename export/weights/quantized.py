@@ -1,8 +1,12 @@
 """Weights of 4 or 8 bits: the weight of a linear layer or an embedding becomes packed codes and a scale per group.
 
-Codes are rounded to nearest. Symmetric ones (``rtn``) have the scale ``largest magnitude / (2 ** (bits - 1) - 0.5)``,
-so that both ends of the range lose half a step. ``zeros`` covers the range of each group with zero points, and ``hqq``
-chooses better ones (:mod:`flashpte.export.weights.hqq`).
+A source gives such a weight as codes, scales and zero points or offsets, which are packed as they are, or dense. Codes
+of dense weights are rounded to nearest. Symmetric ones have the scale ``largest magnitude / (2 ** (bits - 1) - 0.5)``,
+so that both ends of the range lose half a step. Zero points cover the range of each group, or are those of
+:mod:`flashpte.export.weights.hqq`. Offsets only come from sources.
+
+Names of formats say all of it: ``int4-g32-o-f16`` has 4 bits, groups of 32 columns, offsets and float16 scales.
+``int4-g32-hqq`` holds the same tensors as ``int4-g32-z``.
 """
 
 from __future__ import annotations
@@ -15,29 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import flashpte.kernels.linear  # noqa: F401  (registers the operator)
 from flashpte.export.common.errors import ExportError
 from flashpte.export.weights.hqq import choose_range, choose_zeros, to_codes
+from flashpte.export.weights.packed import TENSORS, PackedModule, tensors_of
 from flashpte.export.weights.quantized_embedding import QuantizedEmbedding
-from flashpte.kernels.linear.format import (
-    GROUPS,
-    TILE_ROWS,
-    PackedFormat,
-    PackedWeight,
-    pack_codes,
-    pack_groups,
-    unpack,
-)
-from flashpte.kernels.linear.reference import dequantize
+from flashpte.kernels.linear.format import GROUPS, TILE_ROWS, Groupwise, PackedFormat, pack
 
-SCALE_DTYPE = torch.bfloat16
-_GROUPS = ("scales", "zeros")
 _ROWS = 256 * TILE_ROWS
 """Rows that are quantized at a time, so that only these exist in float32."""
 
 
-class QuantizedLinear(nn.Module):
-    """A linear layer with a packed weight. ``torch.export`` sees the kernel's operator; eager calls dequantize.
+class QuantizedLinear(PackedModule):
+    """A linear layer with a packed weight.
 
     Args:
         fmt: how the weight is packed.
@@ -45,53 +38,48 @@ class QuantizedLinear(nn.Module):
         dtype: the bias's dtype.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-
     def __init__(self, fmt: PackedFormat, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.fmt, self.in_features, self.out_features = fmt, fmt.in_features, fmt.out_features
-        self.register_buffer("packed", torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype))
-        self.register_buffer("scales", torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype))
-        self.register_buffer("zeros", torch.empty_like(self.scales) if fmt.has_zeros else None)
+        super().__init__(fmt)
+        self.in_features, self.out_features = fmt.in_features, fmt.out_features
         self.bias = nn.Parameter(torch.empty(fmt.out_features, dtype=dtype), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` to ``[..., N]``."""
-        if torch.compiler.is_exporting():
-            fmt = self.fmt
-            numbers = (fmt.bits, fmt.group, fmt.out_features, fmt.in_features)
-            return torch.ops.flashpte.quantized_linear(x, self.packed, self.scales, self.zeros, self.bias, *numbers)
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
-
-    def dequantized(self) -> torch.Tensor:
-        """The weight that the codes stand for, float32 ``[N, K]``."""
-        fmt = dataclasses.replace(self.fmt, scale_dtype=torch.float32)
-        zeros = None if self.zeros is None else self.zeros.float()
-        natural = unpack(PackedWeight(self.packed, self.scales.float(), zeros), fmt)
-        return dequantize(*natural, fmt.bits, fmt.group)
+        return self.product(x, self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grouped:
-    """Stores a weight as codes of ``bits`` bits with one scale, and perhaps a zero point, per ``group`` columns.
+    """Stores a weight as codes of ``bits`` bits with one scale, and perhaps a zero point or offset, per ``group``.
 
     Attributes:
         bits: 4 or 8.
-        group: 32, 64 or 128; with 8 bits, ``None`` for one scale per row.
-        algorithm: ``rtn`` (symmetric), ``zeros`` or ``hqq`` (both with zero points).
+        group: 32, 64 or 128 columns; with 8 bits, ``None`` for a whole row.
+        moved: ``"zeros"`` if groups have zero points, ``"offsets"`` if they have offsets, ``None`` if codes are
+            symmetric.
+        scale_dtype: bfloat16, float16 or float32, also of zero points and offsets.
+        hqq: whether zero points of a dense weight are chosen by half-quadratic quantization.
     """
 
     bits: int
     group: int | None
-    algorithm: Literal["rtn", "zeros", "hqq"] = "rtn"
+    moved: Literal["zeros", "offsets"] | None = None
+    scale_dtype: torch.dtype = torch.bfloat16
+    hqq: bool = False
+
+    @property
+    def name(self) -> str:
+        """The format's name in recipes."""
+        parts = [f"int{self.bits}"] if self.group is None else [f"int{self.bits}", f"g{self.group}"]
+        if self.moved is not None:
+            parts.append("hqq" if self.hqq else self.moved[0])
+        return "-".join([*parts, *_SCALE_NAMES[self.scale_dtype]])
 
     def format_of(self, shape: Sequence[int]) -> PackedFormat:
         """The packed format of a weight ``[N, K]``."""
         rows, columns = shape
-        has_zeros = self.algorithm != "rtn"
-        return PackedFormat(self.bits, self.group or columns, rows, columns, has_zeros, SCALE_DTYPE)
+        zeros, offsets = self.moved == "zeros", self.moved == "offsets"
+        return PackedFormat(self.bits, self.group or columns, rows, columns, zeros, self.scale_dtype, offsets)
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Replaces the layer that owns the weight ``name`` by a :class:`QuantizedLinear` or ``QuantizedEmbedding``.
@@ -119,27 +107,39 @@ class Grouped:
         module.set_submodule(path, replacement)
 
     def stored(self, name: str, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Packed codes, scales and zero points, if any; the weight's own name goes."""
-        path, fmt = name.removesuffix(".weight"), self.format_of(shape)
-        stored = {
-            f"{path}.packed": (fmt.weight_shape, fmt.weight_dtype),
-            f"{path}.scales": (fmt.scales_shape, fmt.scale_dtype),
-        }
-        return stored | ({f"{path}.zeros": (fmt.scales_shape, fmt.scale_dtype)} if fmt.has_zeros else {})
+        """Packed codes, scales, zero points and offsets; the weight's own name goes."""
+        path = name.removesuffix(".weight")
+        return {f"{path}.{part}": held for part, held in tensors_of(self.format_of(shape)).items()}
+
+    def pack(self, name: str, natural: Groupwise) -> dict[str, torch.Tensor]:
+        """Packs a weight that the source holds as codes, without changing what it stands for.
+
+        Raises:
+            ExportError: it has other tensors, shapes or dtypes than the format, or a scale that is not finite.
+        """
+        path = name.removesuffix(".weight")
+        for part, tensor in zip(("scales", "zero points", "offsets"), natural[1:], strict=True):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise ExportError(f"{name} has {part} that are infinite or NaN")
+        try:
+            packed = pack(natural, self.format_of(natural.codes.shape))
+        except ValueError as error:
+            raise ExportError(f"{name} does not fit the format {self.name}: {error}") from error
+        return {f"{path}.{part}": tensor for part, tensor in zip(TENSORS, packed, strict=True) if tensor is not None}
 
     def encode(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantizes a dense weight, some rows at a time.
 
         Raises:
-            ExportError: the weight holds infinities or NaN.
+            ExportError: the weight holds infinities or NaN, or values too large for the scales; or the format has
+                offsets.
         """
-        path, fmt = name.removesuffix(".weight"), self.format_of(weight.shape)
-        parts = [self._quantized(name, rows, fmt) for rows in weight.split(_ROWS)]
-        codes, *groups = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        packed = {f"{path}.packed": pack_codes(codes, fmt)}
-        return packed | {
-            f"{path}.{kind}": pack_groups(values, fmt) for kind, values in zip(_GROUPS, groups, strict=False)
-        }
+        if self.moved == "offsets":
+            raise ExportError(f"{name}: {self.name} is for codes of quantized files; a dense weight gets no offsets")
+        fmt = self.format_of(weight.shape)
+        parts = zip(*(self._quantized(name, rows, fmt) for rows in weight.split(_ROWS)), strict=True)
+        codes, scales, *zeros = (torch.cat(tensors) for tensors in parts)
+        return self.pack(name, Groupwise(codes, scales, *zeros))
 
     def _quantized(self, name: str, rows: torch.Tensor, fmt: PackedFormat) -> tuple[torch.Tensor, ...]:
         """Codes uint8 ``[R, K]``, scales ``[R, K / group]`` and zero points, if any, of some rows."""
@@ -148,9 +148,9 @@ class Grouped:
         if not bool(grouped.isfinite().all()):
             raise ExportError(f"{name} holds infinities or NaN, which codes cannot")
         zeros = None
-        if self.algorithm == "hqq":
+        if self.hqq:
             scales, zeros = choose_zeros(grouped, levels, dtype, columns - (fmt.groups - 1) * fmt.group)
-        elif self.algorithm == "zeros":
+        elif self.moved == "zeros":
             scales, zeros = choose_range(grouped, levels, dtype)
         else:
             scales = (grouped.abs().amax(2) / (levels / 2 - 0.5)).to(dtype)
@@ -161,10 +161,22 @@ class Grouped:
         return (codes, scales) if zeros is None else (codes, scales, zeros)
 
 
+_SCALE_NAMES = {torch.bfloat16: (), torch.float16: ("f16",), torch.float32: ("f32",)}
+_MOVED: tuple[Literal["zeros", "offsets"] | None, ...] = (None, "zeros", "offsets")
+
 QUANTIZED = {
-    **{f"int{bits}-g{group}": Grouped(bits, group) for bits in (4, 8) for group in GROUPS},
-    "int8": Grouped(8, None),
-    **{f"int4-g{group}-zeros": Grouped(4, group, "zeros") for group in GROUPS},
-    **{f"int4-g{group}-hqq": Grouped(4, group, "hqq") for group in GROUPS},
+    format.name: format
+    for format in (
+        *(
+            Grouped(bits, group, moved, dtype)
+            for bits, group in (*((bits, group) for bits in (4, 8) for group in GROUPS), (8, None))
+            for moved in _MOVED
+            for dtype in _SCALE_NAMES
+        ),
+        *(Grouped(4, group, "zeros", hqq=True) for group in GROUPS),
+    )
 }
 """The formats, by their names in recipes."""
+
+QUANTIZED_NAMES = "int4-gN, int8-gN or int8 (N: 32, 64 or 128), then -z or -o, then -f16 or -f32; int4-gN-hqq"
+"""The names in one line: ``z`` stands for zero points and ``o`` for offsets; scales are bfloat16 without a suffix."""

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-import flashpte.kernels.linear  # noqa: F401  (registers the operators)
-from flashpte.kernels.linear.format import TILE_ROWS, PackedFormat, PackedWeight, unpack
-from flashpte.kernels.linear.reference import dequantize
+from flashpte.export.weights.packed import PackedModule, read_packed
+from flashpte.kernels.linear.format import TILE_ROWS, PackedFormat, PackedWeight
 
 
-class QuantizedEmbedding(nn.Module):
-    """Rows of a packed table. ``torch.export`` sees the kernels' operators; eager calls dequantize.
+class QuantizedEmbedding(PackedModule):
+    """Rows of a packed table.
 
     Args:
         fmt: how the table is packed.
@@ -26,18 +22,12 @@ class QuantizedEmbedding(nn.Module):
         dtype: dtype of the rows. It follows ``module.to(dtype)`` like that of a dense weight.
     """
 
-    packed: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
     embed_scale: torch.Tensor | None
 
     def __init__(self, fmt: PackedFormat, embed_scale: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.fmt, self.num_embeddings, self.embedding_dim = fmt, fmt.out_features, fmt.in_features
+        super().__init__(fmt)
+        self.num_embeddings, self.embedding_dim = fmt.out_features, fmt.in_features
         self.dtype = torch.get_default_dtype()
-        self.register_buffer("packed", torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype))
-        self.register_buffer("scales", torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype))
-        self.register_buffer("zeros", torch.empty_like(self.scales) if fmt.has_zeros else None)
         # Computed by the model, and in no checkpoint.
         self.register_buffer("embed_scale", embed_scale, persistent=False)
 
@@ -53,40 +43,20 @@ class QuantizedEmbedding(nn.Module):
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[..., K]`` to logits ``[..., N]``: the tied output projection, without the factor."""
-        if torch.compiler.is_exporting():
-            ops = torch.ops.flashpte
-            return ops.quantized_linear(hidden, self.packed, self.scales, self.zeros, None, *self._numbers)
-        return F.linear(hidden, self.dequantized().to(hidden.dtype))
+        return self.product(hidden)
 
     @property
     def weight(self) -> torch.Tensor:
         """The table ``[N, K]`` in :attr:`dtype`, computed anew each time."""
         return self.dequantized().to(self.dtype)
 
-    def dequantized(self) -> torch.Tensor:
-        """The table that the codes stand for, float32 ``[N, K]``."""
-        return self._dequantized(self.packed, self.scales, self.zeros, self.fmt)
-
-    @property
-    def _numbers(self) -> tuple[int, int, int, int]:
-        fmt = self.fmt
-        return fmt.bits, fmt.group, fmt.out_features, fmt.in_features
-
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_exporting():
-            ops = torch.ops.flashpte
-            return ops.quantized_embedding(ids, self.packed, self.scales, self.zeros, self.dtype, *self._numbers)
+            return torch.ops.flashpte.quantized_embedding(ids, *self.packed_weight, self.dtype, *self.numbers)
         # Only the tiles with a wanted row.
         tiles, place = (ids.flatten() // TILE_ROWS).unique(return_inverse=True)
-        zeros = None if self.zeros is None else self.zeros[tiles]
+        picked = (None if tensor is None else tensor[tiles] for tensor in self.packed_weight)
         fmt = dataclasses.replace(self.fmt, out_features=TILE_ROWS * len(tiles))
-        table = self._dequantized(self.packed[tiles], self.scales[tiles], zeros, fmt)
+        table = read_packed(PackedWeight(*picked), fmt)  # type: ignore[arg-type]
         rows = table[TILE_ROWS * place + ids.flatten() % TILE_ROWS]
-        return rows.to(self.dtype).view(*ids.shape, fmt.in_features)
-
-    @staticmethod
-    def _dequantized(*parts: Any) -> torch.Tensor:
-        packed, scales, zeros, fmt = parts
-        fmt = dataclasses.replace(fmt, scale_dtype=torch.float32)
-        wide = None if zeros is None else zeros.float()
-        return dequantize(*unpack(PackedWeight(packed, scales.float(), wide), fmt), fmt.bits, fmt.group)
+        return rows.to(self.dtype).view(*ids.shape, self.fmt.in_features)

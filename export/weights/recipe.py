@@ -1,4 +1,4 @@
-"""Fills a module with weights in their formats, from a source of dense weights.
+"""Fills a module with weights in their formats, from a source of weights.
 
 A source (a checkpoint, a seed or a draft's folder) knows weights by the model's names. A recipe gives each name a
 format. Planning runs once on the dense module and pairs names with formats; filling reads one weight at a time.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +17,20 @@ from torch import nn
 from flashpte.export.common.errors import ExportError
 from flashpte.export.models.build import is_tied
 from flashpte.export.weights.formats import FORMATS, Dense
+from flashpte.export.weights.quantized import QUANTIZED, QUANTIZED_NAMES, Grouped
 from flashpte.export.weights.quantized_embedding import QuantizedEmbedding
 from flashpte.export.weights.tied_head import TIED_HEAD, embedding_weight, tie_again, untie_head
+from flashpte.kernels.linear.format import Groupwise
 
 
 class WeightSource(Protocol):
     """A source of a module's weights."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a dense weight by its name in the module."""
+    def read(self, name: str) -> torch.Tensor | Groupwise:
+        """Reads a weight by its name in the module: dense, or as the codes that the source holds."""
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in (self.default, *(format for _, format in self.rules)):
             if name not in FORMATS:
-                raise ExportError(f"unknown weight format {name!r}; known: {', '.join(FORMATS)}")
+                known = ", ".join(known for known in FORMATS if known not in QUANTIZED)
+                raise ExportError(f"unknown weight format {name!r}; known: {known}, {QUANTIZED_NAMES}")
         for pattern, _ in self.rules:
             try:
                 re.compile(pattern)
@@ -144,6 +150,9 @@ def fill_weights(module: nn.Module, weights: Sequence[PlannedWeight], source: We
         weights: the result of :func:`plan_weights`.
         source: the source of the weights; ``None`` for untouched memory, which is enough to trace a model of any size
             but not to run it.
+
+    Raises:
+        ExportError: a weight cannot be read, or does not fit its format.
     """
     tensors: dict[str, torch.Tensor] = {}
     for weight in weights:
@@ -152,5 +161,43 @@ def fill_weights(module: nn.Module, weights: Sequence[PlannedWeight], source: We
             stored = format.stored(weight.name, weight.shape)
             tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.items()}
         else:
-            tensors |= format.encode(weight.name, source.read(weight.source))
+            tensors |= _encoded(weight, source.read(weight.source))
     module.load_state_dict(tensors, assign=True)
+
+
+def _encoded(weight: PlannedWeight, held: torch.Tensor | Groupwise) -> Mapping[str, torch.Tensor]:
+    format = FORMATS[weight.format]
+    if not isinstance(held, Groupwise):
+        return format.encode(weight.name, held)
+    if not isinstance(format, Grouped):
+        raise ExportError(f"{weight.name} is quantized in its checkpoint, the recipe makes it {weight.format}")
+    return format.pack(weight.name, held)
+
+
+def formats_of(source: object) -> Mapping[str, str]:
+    """The format of each weight that a source holds as codes, or rounds itself; most sources have none."""
+    return getattr(source, "formats", {})
+
+
+def rules_of(formats: Mapping[str, str], names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Rules for the weights of a quantized checkpoint, one for each kind of weight and format.
+
+    Args:
+        formats: the format of each quantized weight, by the weight's name.
+        names: the names of all weights.
+
+    Returns:
+        Pairs for :attr:`Recipe.rules`. Weights that differ in one number, that of their layer, share a rule.
+    """
+    kinds: dict[str, dict[str | None, list[str]]] = {}
+    for name in names:
+        number = _NUMBER.search(name)
+        place = name if number is None else f"{name[: number.start(1)]}*{name[number.end(1) :]}"
+        kinds.setdefault(place, {}).setdefault(formats.get(name), []).append("" if number is None else number[1])
+    rules = []
+    for place, layers_of in kinds.items():
+        for format, layers in layers_of.items():
+            if format is not None:
+                any_of = r"\d+" if len(layers_of) == 1 else f"(?:{'|'.join(layers)})"
+                rules.append((any_of.join(map(re.escape, place.split("*", 1))), format))
+    return tuple(rules)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.weights.quantized import QUANTIZED
 from flashpte.export.weights.recipe import Recipe
 
 DENSE = "dense"
@@ -38,7 +39,7 @@ def read_recipe_file(path: Path, dtype: str) -> Recipe:
 
     Raises:
         ExportError: the file cannot be read, is neither JSON nor TOML, or holds something else than rules; a format is
-            unknown, or an expression is not valid.
+            unknown or not for dense weights, or an expression is not valid.
     """
     rules = _read(path).get("rules")
     if not isinstance(rules, list) or not rules:
@@ -48,6 +49,8 @@ def read_recipe_file(path: Path, dtype: str) -> Recipe:
         if not (isinstance(rule, list) and len(rule) == 2 and all(isinstance(part, str) for part in rule)):
             raise ExportError(f"recipe {path}, rule {number}: {rule!r} is not a pair [regular expression, format]")
         pairs.append((rule[0], dtype if rule[1] == DENSE else rule[1]))
+        if rule[1] in QUANTIZED and QUANTIZED[rule[1]].moved == "offsets":
+            raise ExportError(f"recipe {path}, rule {number}: {rule[1]} is for codes of quantized files")
     try:
         return Recipe(dtype, tuple(pairs))
     except ExportError as error:

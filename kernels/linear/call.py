@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from flashpte.kernels.launch import static_int, with_unit_stride
-from flashpte.kernels.linear.format import TILE_ROWS, PackedFormat
+from flashpte.kernels.linear.format import TILE_ROWS, PackedFormat, PackedWeight
 from flashpte.kernels.linear.tuning import LinearShape
 
 
@@ -19,7 +19,7 @@ class LinearCall:
 
     Attributes:
         x: ``[..., K]``; bfloat16, float16 or float32.
-        weight, scales, zeros: the packed weight (:class:`flashpte.kernels.linear.format.PackedWeight`).
+        weight, scales, zeros, offsets: the packed weight (:class:`flashpte.kernels.linear.format.PackedWeight`).
         bias: ``[N]`` in the dtype of ``x``, or ``None``.
         fmt: how the weight is packed.
     """
@@ -30,6 +30,7 @@ class LinearCall:
     zeros: torch.Tensor | None
     bias: torch.Tensor | None
     fmt: PackedFormat
+    offsets: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -43,9 +44,18 @@ class LinearCall:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What kernels read of the layer: weight, scales, zeros, bias. The scales stand in for an absent tensor."""
-        zeros = self.scales if self.zeros is None else self.zeros
-        return self.weight, self.scales, zeros, self.scales if self.bias is None else self.bias
+        """What kernels read of the layer: weight, scales, zeros or offsets, bias.
+
+        The scales stand in for an absent tensor.
+        """
+        moved = self.offsets if self.zeros is None else self.zeros
+        bias = self.scales if self.bias is None else self.bias
+        return self.weight, self.scales, self.scales if moved is None else moved, bias
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The tensors of the packed weight."""
+        return PackedWeight(self.weight, self.scales, self.zeros, self.offsets)
 
     @property
     def constants(self) -> dict[str, int | bool]:
@@ -56,6 +66,7 @@ class LinearCall:
             "GROUPS": per_tile,
             "SCALE_STEP": 0 if self.fmt.per_channel else TILE_ROWS * per_tile,
             "ZEROS": self.zeros is not None,
+            "OFFSETS": self.offsets is not None,
             "BIAS": self.bias is not None,
         }
 

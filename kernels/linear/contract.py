@@ -43,10 +43,14 @@ def why_not(call: LinearCall) -> str | None:
         ("weight", call.weight, fmt.weight_shape, fmt.weight_dtype),
         ("scales", call.scales, fmt.scales_shape, fmt.scale_dtype),
     ]
-    if (call.zeros is not None) != fmt.has_zeros:
-        return f"zeros must be {'given' if fmt.has_zeros else 'None'} for this format"
-    if call.zeros is not None:
-        wanted.append(("zeros", call.zeros, fmt.scales_shape, fmt.scale_dtype))
+    for name, tensor, given in (
+        ("zeros", call.zeros, fmt.has_zeros),
+        ("offsets", call.offsets, fmt.has_offsets),
+    ):
+        if (tensor is not None) != given:
+            return f"{name} must be {'given' if given else 'None'} for this format"
+        if tensor is not None:
+            wanted.append((name, tensor, fmt.scales_shape, fmt.scale_dtype))
     if call.bias is not None:
         wanted.append(("bias", call.bias, (fmt.out_features,), x.dtype))
     for name, tensor, shape, dtype in wanted:
@@ -64,16 +68,26 @@ def check_linear(call: LinearCall) -> None:
 
 
 def format_of(
-    scales: torch.Tensor, zeros: torch.Tensor | None, bits: int, group: int, out_features: int, in_features: int
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    bits: int,
+    group: int,
+    out_features: int,
+    in_features: int,
 ) -> PackedFormat:
     """The format that an operator's arguments name.
 
     Raises:
-        ValueError: there is no such format, or the scales have another dtype than bfloat16, float16 or float32.
+        ValueError: there is no such format, the scales have another dtype than bfloat16, float16 or float32, or there
+            are both zero points and offsets.
     """
     reason = why_not_format(bits, group, out_features, in_features)
     if reason is None and scales.dtype not in SCALE_DTYPES:
         reason = f"scales must have dtype bfloat16, float16 or float32, got {scales.dtype}"
+    if reason is None and zeros is not None and offsets is not None:
+        reason = "zeros and offsets are both given; one of them must be None"
     if reason is not None:
         raise ValueError(reason)
-    return PackedFormat(bits, group, out_features, in_features, zeros is not None, scales.dtype)
+    has_zeros, has_offsets = zeros is not None, offsets is not None
+    return PackedFormat(bits, group, out_features, in_features, has_zeros, scales.dtype, has_offsets)

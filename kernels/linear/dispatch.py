@@ -1,7 +1,6 @@
 """One operator for few and many rows of x: M chooses the kernel, at run time if it is dynamic.
 
-The kernel for Hopper (:mod:`flashpte.kernels.linear.hopper`) compiles, but has never run on a GPU, so the operator does
-not launch it yet.
+On Hopper, kernels in Gluon take what they serve; the plain kernels take the rest, and everything on other archs.
 
 As in :mod:`flashpte.kernels.dispatch`, a lowered program then contains both kernels, and the one that M does not select
 gets an empty grid.
@@ -12,11 +11,29 @@ from __future__ import annotations
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from flashpte.kernels import tuning
 from flashpte.kernels.launch import static_int
+from flashpte.kernels.linear import few_rows_hopper, many_rows_hopper
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.contract import check_linear
 from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
-from flashpte.kernels.linear.tuning import MAX_FEW_ROWS
+from flashpte.kernels.linear.tuning import MAX_FEW_ROWS, choose_few_rows_hopper, choose_many_rows_hopper
+
+
+def _launch_few(call: LinearCall, into: Destination) -> None:
+    config = choose_few_rows_hopper(call.shape(), tuning.current_arch(call.x.device))
+    if config is not None and few_rows_hopper.serves(call, config):
+        few_rows_hopper.launch_few_rows_hopper(call, config, into)
+    else:
+        launch_few_rows(call, into=into)
+
+
+def _launch_many(call: LinearCall, into: Destination) -> None:
+    config = choose_many_rows_hopper(call.shape(), tuning.current_arch(call.x.device))
+    if config is not None and many_rows_hopper.serves(call):
+        many_rows_hopper.launch_many_rows_hopper(call, config, into)
+    else:
+        launch_many_rows(call, into=into)
 
 
 def launch_linear(call: LinearCall) -> torch.Tensor:
@@ -41,7 +58,7 @@ def launch_linear(call: LinearCall) -> torch.Tensor:
     elif statically_known_true(rows > MAX_FEW_ROWS):
         many = 1
     if static_int(many) != 1:
-        launch_few_rows(call, into=Destination(out, 1 - many))
+        _launch_few(call, Destination(out, 1 - many))
     if static_int(many) != 0:
-        launch_many_rows(call, into=Destination(out, many))
+        _launch_many(call, Destination(out, many))
     return out

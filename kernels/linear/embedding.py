@@ -20,7 +20,7 @@ from flashpte.kernels.launch import cdiv, static_int
 from flashpte.kernels.linear.call import LinearCall
 from flashpte.kernels.linear.contract import format_of, why_not
 from flashpte.kernels.linear.device import centered_codes, offsets_of_rows
-from flashpte.kernels.linear.format import PackedWeight, unpack
+from flashpte.kernels.linear.format import Groupwise, unpack
 from flashpte.kernels.linear.reference import dequantize
 from flashpte.kernels.primitives import INTERPRETED
 
@@ -31,7 +31,8 @@ TILES = 4
 @triton.jit
 def _quantized_embedding_kernel(
     indices_ptr, w_ptr, s_ptr, z_ptr, out_ptr, N, K, column_tiles, scale_tiles,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK`` tiles of columns of the row that one index names."""
     at = tl.program_id(0).to(tl.int64)
@@ -50,7 +51,11 @@ def _quantized_embedding_kernel(
         s_at = scales + safe * SCALE_STEP + plane * GROUPS // 4
         if ZEROS:
             values -= tl.load(z_ptr + s_at).to(tl.float32)[:, None] - CENTER
+        if OFFSETS:
+            values += CENTER
         values *= tl.load(s_ptr + s_at).to(tl.float32)[:, None]
+        if OFFSETS:
+            values += tl.load(z_ptr + s_at).to(tl.float32)[:, None]
         column = (tile * 128 + plane * 32)[:, None] + lane[None, :]
         tl.store(out_ptr + at * K + column, values.to(out_ptr.dtype.element_ty), mask=column < K)
 
@@ -63,6 +68,7 @@ def _as_call(
     weight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     dtype: torch.dtype,
     *numbers: int,
 ) -> LinearCall:
@@ -75,9 +81,9 @@ def _as_call(
         raise ValueError(f"indices must have dtype torch.int64 or torch.int32, got {indices.dtype}")
     if dtype not in SUPPORTED_DTYPES:
         raise ValueError(f"dtype {dtype}: the kernels give one of bfloat16, float16, float32")
-    fmt = format_of(scales, zeros, *numbers)
+    fmt = format_of(scales, zeros, offsets, *numbers)
     x = indices.new_empty((0, fmt.in_features), dtype=dtype)
-    call = LinearCall(x, weight, scales, zeros, None, fmt)
+    call = LinearCall(x, weight, scales, zeros, None, fmt, offsets)
     if (reason := why_not(call)) is not None:
         raise ValueError(reason.replace(", x on", ", indices on"))
     return call
@@ -94,11 +100,11 @@ def launch_embedding(call: LinearCall, indices: torch.Tensor) -> torch.Tensor:
     if static_int(indices.numel()) == 0:
         return out
     kernel = _quantized_embedding_kernel if INTERPRETED else wrap_triton(_quantized_embedding_kernel)
-    weight, scales, zeros, _ = call.tensors
+    weight, scales, moved, _ = call.tensors
     constants = {name: value for name, value in call.constants.items() if name != "BIAS"}
     sizes = (fmt.out_features, fmt.in_features, fmt.column_tiles, fmt.scales_shape[1])
     kernel[(indices.numel(), cdiv(fmt.column_tiles, TILES))](
-        indices.contiguous(), weight, scales, zeros, out, *sizes, **constants, BLOCK=TILES, num_warps=4
+        indices.contiguous(), weight, scales, moved, out, *sizes, **constants, BLOCK=TILES, num_warps=4
     )
     return out
 
@@ -108,6 +114,7 @@ def _quantized_embedding(
     weight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     dtype: torch.dtype,
     bits: int,
     group: int,
@@ -120,7 +127,7 @@ def _quantized_embedding(
 
     Args:
         indices: int64 or int32 ``[...]``. On CUDA, an index out of range gives the first or the last row.
-        weight, scales, zeros, bits, group: as for ``flashpte::quantized_linear``.
+        weight, scales, zeros, offsets, bits, group: as for ``flashpte::quantized_linear``.
         dtype: dtype of the result: bfloat16, float16 or float32.
         out_features, in_features: rows N and columns K of the table.
 
@@ -130,7 +137,7 @@ def _quantized_embedding(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    call = _as_call(indices, weight, scales, zeros, dtype, bits, group, out_features, in_features)
+    call = _as_call(indices, weight, scales, zeros, offsets, dtype, bits, group, out_features, in_features)
     return launch_embedding(call, indices)
 
 
@@ -149,7 +156,7 @@ def _fake(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
 @quantized_embedding.register_kernel("cpu")
 def _cpu(indices: torch.Tensor, *arguments: Any) -> torch.Tensor:
     call = _as_call(indices, *arguments)
-    natural, rows = unpack(PackedWeight(call.weight, call.scales, call.zeros), call.fmt), indices.flatten().long()
-    picked = None if natural.zeros is None else natural.zeros[rows]
-    values = dequantize(natural.codes[rows], natural.scales[rows], picked, call.fmt.bits, call.fmt.group)
+    rows = indices.flatten().long()
+    picked = Groupwise(*(None if tensor is None else tensor[rows] for tensor in unpack(call.packed, call.fmt)))  # type: ignore[arg-type]
+    values = dequantize(*picked, call.fmt.bits, call.fmt.group)
     return values.to(call.x.dtype).view(*indices.shape, call.fmt.in_features)

@@ -1,8 +1,11 @@
 """Packed weights of 4 or 8 bits: the format, packing and unpacking.
 
 A weight ``[N, K]`` (``N = out_features``, ``K = in_features``) is stored as unsigned codes ``q`` of ``bits`` bits, with
-one scale ``s`` and optionally one zero point ``z`` for each ``group`` columns of a row. It stands for ``(q - z) * s``.
-Without zero points, ``z = 2 ** (bits - 1)`` (symmetric).
+one scale ``s`` for each ``group`` columns of a row. It stands for one of
+
+* ``(q - 2 ** (bits - 1)) * s``: symmetric,
+* ``(q - z) * s``: with a zero point ``z`` for each group,
+* ``q * s + o``: with an offset ``o`` for each group, in the units of the weight.
 
 Codes are packed in tiles of 16 rows x 128 columns, which follow each other row of tiles by row of tiles:
 
@@ -11,8 +14,8 @@ Codes are packed in tiles of 16 rows x 128 columns, which follow each other row 
   columns belongs to a single group.
 * 8 bits: int8 ``[N / 16, K / 128, 16, 128]`` with ``q - 128``, in natural order.
 
-Scales and zero points are ``[N / 16, K / 128, 8, 2, 128 / group]``, where row ``8 h + g`` of a tile is at ``[g, h]``.
-With one group per row (``group = K``, 8 bits only) they are ``[N / 16, 1, 8, 2, 1]``.
+Scales, zero points and offsets are ``[N / 16, K / 128, 8, 2, 128 / group]``. Row ``8 h + g`` of a tile is at
+``[g, h]``. With one group per row (``group = K``, 8 bits only) they are ``[N / 16, 1, 8, 2, 1]``.
 
 N that is no multiple of 16 and K that is no multiple of 128 are padded. Padding has the scale 0 where it has a scale of
 its own, and the code ``2 ** (bits - 1)``.
@@ -58,7 +61,8 @@ class PackedFormat:
             have fewer columns.
         out_features, in_features: N and K, without padding.
         has_zeros: whether groups have zero points.
-        scale_dtype: dtype of scales and zero points: bfloat16, float16 or float32.
+        scale_dtype: dtype of scales, zero points and offsets: bfloat16, float16 or float32.
+        has_offsets: whether groups have offsets. A format has zero points, offsets or neither.
 
     Raises:
         ValueError: the numbers or the dtype do not fit.
@@ -70,17 +74,20 @@ class PackedFormat:
     in_features: int
     has_zeros: bool = False
     scale_dtype: torch.dtype = torch.bfloat16
+    has_offsets: bool = False
 
     def __post_init__(self) -> None:
         reason = why_not_format(self.bits, self.group, self.out_features, self.in_features)
         if reason is None and self.scale_dtype not in SCALE_DTYPES:
             reason = f"scales of {self.scale_dtype}: the kernels take bfloat16, float16 or float32"
+        if reason is None and self.has_zeros and self.has_offsets:
+            reason = "a weight has zero points or offsets, not both"
         if reason is not None:
             raise ValueError(reason)
 
     @property
     def symmetric_zero(self) -> int:
-        """The zero point of a weight without zero points, and the code of padding."""
+        """The zero point of a symmetric weight, and the code of padding."""
         return 1 << (self.bits - 1)
 
     @property
@@ -121,7 +128,7 @@ class PackedFormat:
 
     @property
     def scales_shape(self) -> tuple[int, int, int, int, int]:
-        """The shape of packed scales, and of packed zero points."""
+        """The shape of packed scales, zero points and offsets."""
         return (self.row_tiles, 1 if self.per_channel else self.column_tiles, 8, 2, self.groups_per_tile)
 
 
@@ -132,11 +139,13 @@ class PackedWeight(NamedTuple):
         weight: packed codes, :attr:`PackedFormat.weight_shape`.
         scales: packed scales, :attr:`PackedFormat.scales_shape`.
         zeros: packed zero points, or ``None``.
+        offsets: packed offsets, or ``None``.
     """
 
     weight: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None
+    zeros: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
 
 class Groupwise(NamedTuple):
@@ -146,11 +155,13 @@ class Groupwise(NamedTuple):
         codes: uint8 ``[N, K]``.
         scales: ``[N, K / group]`` in the format's ``scale_dtype``.
         zeros: zero points, like ``scales``, or ``None``. They need not be integers.
+        offsets: offsets, like ``scales``, or ``None``.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
-    zeros: torch.Tensor | None
+    zeros: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
 
 def pack_codes(codes: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
@@ -192,40 +203,43 @@ def unpack_codes(weight: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
 
 
 def pack_groups(values: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """Packs scales or zero points ``[N, K / group]``.
+    """Packs scales, zero points or offsets ``[N, K / group]``.
 
     Raises:
         ValueError: the shape or the dtype does not fit.
     """
-    _check(values, (fmt.out_features, fmt.groups), fmt.scale_dtype, "scales or zero points")
+    _check(values, (fmt.out_features, fmt.groups), fmt.scale_dtype, "scales, zero points or offsets")
     tiles, columns, _, _, per_tile = fmt.scales_shape
     values = F.pad(values, (0, columns * per_tile - fmt.groups, 0, tiles * TILE_ROWS - fmt.out_features))
     return values.view(tiles, 2, 8, columns, per_tile).permute(0, 3, 2, 1, 4).contiguous()
 
 
 def unpack_groups(packed: torch.Tensor, fmt: PackedFormat) -> torch.Tensor:
-    """The scales or zero points ``[N, K / group]`` that :func:`pack_groups` packed.
+    """The scales, zero points or offsets ``[N, K / group]`` that :func:`pack_groups` packed.
 
     Raises:
         ValueError: the shape or the dtype does not fit.
     """
-    _check(packed, fmt.scales_shape, fmt.scale_dtype, "packed scales or zero points")
+    _check(packed, fmt.scales_shape, fmt.scale_dtype, "packed scales, zero points or offsets")
     tiles, columns, _, _, per_tile = fmt.scales_shape
     values = packed.permute(0, 3, 2, 1, 4).reshape(tiles * TILE_ROWS, columns * per_tile)
     return values[: fmt.out_features, : fmt.groups].contiguous()
 
 
 def pack(natural: Groupwise, fmt: PackedFormat) -> PackedWeight:
-    """Packs a weight. ``natural.zeros`` must be given exactly if ``fmt.has_zeros``.
+    """Packs a weight. It must have zero points exactly if ``fmt.has_zeros``, and offsets if ``fmt.has_offsets``.
 
     Raises:
         ValueError: a shape or a dtype does not fit, or a code does not fit in ``fmt.bits`` bits.
     """
-    codes, scales, zeros = natural
-    if (zeros is not None) != fmt.has_zeros:
-        raise ValueError(f"the format has {'' if fmt.has_zeros else 'no '}zero points, the weight differs")
-    packed = None if zeros is None else pack_groups(zeros, fmt)
-    return PackedWeight(pack_codes(codes, fmt), pack_groups(scales, fmt), packed)
+    codes, scales, *optional = natural
+    for name, tensor, wanted in zip(
+        ("zero points", "offsets"), optional, (fmt.has_zeros, fmt.has_offsets), strict=True
+    ):
+        if (tensor is not None) != wanted:
+            raise ValueError(f"the format has {'' if wanted else 'no '}{name}, the weight differs")
+    packed = (None if tensor is None else pack_groups(tensor, fmt) for tensor in optional)
+    return PackedWeight(pack_codes(codes, fmt), pack_groups(scales, fmt), *packed)
 
 
 def unpack(packed: PackedWeight, fmt: PackedFormat) -> Groupwise:
@@ -234,9 +248,9 @@ def unpack(packed: PackedWeight, fmt: PackedFormat) -> Groupwise:
     Raises:
         ValueError: a shape or a dtype does not fit.
     """
-    weight, scales, zeros = packed
-    unpacked = None if zeros is None else unpack_groups(zeros, fmt)
-    return Groupwise(unpack_codes(weight, fmt), unpack_groups(scales, fmt), unpacked)
+    weight, scales, *optional = packed
+    unpacked = (None if tensor is None else unpack_groups(tensor, fmt) for tensor in optional)
+    return Groupwise(unpack_codes(weight, fmt), unpack_groups(scales, fmt), *unpacked)
 
 
 def _check(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:

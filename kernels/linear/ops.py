@@ -14,7 +14,7 @@ from torch.library import CustomOpDef, triton_op
 from flashpte.kernels.linear.call import LinearCall
 from flashpte.kernels.linear.contract import check_linear, format_of
 from flashpte.kernels.linear.dispatch import launch_linear
-from flashpte.kernels.linear.format import PackedWeight, unpack
+from flashpte.kernels.linear.format import unpack
 from flashpte.kernels.linear.reference import dequantize, linear_reference
 
 
@@ -23,6 +23,7 @@ def _quantized_linear(
     weight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
     bits: int,
     group: int,
@@ -37,7 +38,8 @@ def _quantized_linear(
         x: ``[..., K]``, any strides; bfloat16, float16 or float32. Leading sizes may be dynamic.
         weight: packed codes: int16 ``[N / 16, K / 128, 16, 32]`` of 4 bits, int8 ``[N / 16, K / 128, 16, 128]`` of 8.
         scales: packed scales ``[N / 16, K / 128, 8, 2, 128 / group]``; bfloat16, float16 or float32.
-        zeros: packed zero points, like ``scales``; ``None`` for ``2 ** (bits - 1)``.
+        zeros: packed zero points, like ``scales``; ``None`` for ``2 ** (bits - 1)``, or with ``offsets``.
+        offsets: packed offsets, like ``scales``, for a weight ``q * s + o``; ``None`` for ``(q - z) * s``.
         bias: ``[N]`` in the dtype of ``x``, or ``None``.
         bits: 4 or 8.
         group: columns that share a scale: 32, 64, 128 or, with 8 bits, K.
@@ -49,7 +51,7 @@ def _quantized_linear(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    return launch_linear(_call(x, weight, scales, zeros, bias, bits, group, out_features, in_features))
+    return launch_linear(_call(x, weight, scales, zeros, offsets, bias, bits, group, out_features, in_features))
 
 
 def _call(
@@ -57,11 +59,12 @@ def _call(
     weight: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
     *numbers: int,
 ) -> LinearCall:
     """The operator's arguments in the form that launchers take."""
-    return LinearCall(x, weight, scales, zeros, bias, format_of(scales, zeros, *numbers))
+    return LinearCall(x, weight, scales, zeros, bias, format_of(scales, zeros, offsets, *numbers), offsets)
 
 
 quantized_linear = cast(CustomOpDef, triton_op("flashpte::quantized_linear", _quantized_linear, mutates_args=()))
@@ -79,5 +82,5 @@ def _fake(*arguments: Any) -> torch.Tensor:
 def _cpu(*arguments: Any) -> torch.Tensor:
     call = _call(*arguments)
     check_linear(call)
-    natural = unpack(PackedWeight(call.weight, call.scales, call.zeros), call.fmt)
+    natural = unpack(call.packed, call.fmt)
     return linear_reference(call.x, dequantize(*natural, call.fmt.bits, call.fmt.group), call.bias)

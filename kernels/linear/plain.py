@@ -6,6 +6,10 @@ x, and the sums of a group are scaled in float32. A zero point costs no work for
 
     sum((q - z) * s * x) = s * (sum((q - c) * x) - (z - c) * sum(x)),    c = 2 ** (bits - 1)
 
+Nor does an offset::
+
+    sum((q * s + o) * x) = s * sum((q - c) * x) + (o + c * s) * sum(x)
+
 Splits store float32 sums, which a second launch adds in a fixed order. So results do not depend on timing.
 
 Many rows are compute-bound. A program has a tile of the result, and dequantizes each block of the weight to the dtype
@@ -45,13 +49,14 @@ def _add_group(acc, weight, x_of_tile, GROUP: tl.constexpr, FORMAT: tl.constexpr
     """``acc [T, N, M] +=`` the product of group ``GROUP`` of T tiles of columns with x, times its scales.
 
     Args:
-        weight: ``(w_ptrs [T, N, 32], s_ptrs [T, N], z_ptrs [T, N])`` for these tiles.
+        weight: ``(w_ptrs [T, N, 32], s_ptrs [T, N], z_ptrs [T, N])``, the last one of zero points or offsets.
         x_of_tile: ``(x_rows [M] pointers, row_ok [M], first [T], K)``, where ``first`` are the tiles' first columns.
-        FORMAT: ``(BITS, GROUPS, ZEROS)``.
+        FORMAT: ``(BITS, GROUPS, ZEROS, OFFSETS)``.
     """
     BITS: tl.constexpr = FORMAT[0]
     GROUPS: tl.constexpr = FORMAT[1]
     ZEROS: tl.constexpr = FORMAT[2]
+    OFFSETS: tl.constexpr = FORMAT[3]
     CENTER: tl.constexpr = 2 ** (BITS - 1)
     w_ptrs, s_ptrs, z_ptrs = weight
     x_rows, row_ok, first, K = x_of_tile
@@ -59,23 +64,34 @@ def _add_group(acc, weight, x_of_tile, GROUP: tl.constexpr, FORMAT: tl.constexpr
     EXACT: tl.constexpr = dtype == tl.float32
     product = tl.zeros(acc.shape, tl.float32)
     x_sum = tl.zeros([acc.shape[0], acc.shape[2]], tl.float32)
+    scale = tl.load(s_ptrs + GROUP).to(tl.float32)
     if ZEROS:
         zero = tl.load(z_ptrs + GROUP).to(tl.float32) - CENTER
+    if OFFSETS:
+        offset = tl.load(z_ptrs + GROUP).to(tl.float32)
     for plane in tl.static_range(GROUP * 4 // GROUPS, (GROUP + 1) * 4 // GROUPS):
         column = first[:, None] + plane * 32 + tl.arange(0, 32)[None, :]
         x_ok = row_ok[None, :, None] & (column < K)[:, None, :]
         x = tl.load(x_rows[None, :, None] + column[:, None, :], mask=x_ok, other=0.0)
         words = tl.load(w_ptrs + (plane * 32 if BITS == 8 else 0))
         codes = centered_codes(words, plane, BITS, dtype)
-        if ZEROS:
-            if EXACT:
+        if ZEROS or OFFSETS:
+            if not EXACT:
+                x_sum += tl.sum(x.to(tl.float32), 2)
+            elif ZEROS:
                 codes = codes - zero[:, :, None]
             else:
-                x_sum += tl.sum(x.to(tl.float32), 2)
+                codes = (codes + CENTER) * scale[:, :, None] + offset[:, :, None]
         product = tl.dot(codes, tl.permute(x, (0, 2, 1)), product, input_precision="ieee")
-    if ZEROS and not EXACT:
-        product -= zero[:, :, None] * x_sum[:, None, :]
-    return acc + tl.load(s_ptrs + GROUP).to(tl.float32)[:, :, None] * product
+    if OFFSETS and EXACT:
+        acc += product
+    else:
+        if ZEROS and not EXACT:
+            product -= zero[:, :, None] * x_sum[:, None, :]
+        acc += scale[:, :, None] * product
+        if OFFSETS:
+            acc += (offset + CENTER * scale)[:, :, None] * x_sum[:, None, :]
+    return acc
 
 
 @triton.jit
@@ -83,7 +99,8 @@ def _linear_few_rows_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
     partial_ptr,  # float32 [num_splits, M, N]
     M, N, K, padded_n, column_tiles, scale_tiles, tiles_per_split, stride_xm,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, SINGLE_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +115,7 @@ def _linear_few_rows_kernel(
     words, scales = offsets_of_rows(row, column_tiles, scale_tiles, BITS, GROUPS)
     TILE_WORDS: tl.constexpr = 512 if BITS == 4 else 2048
     w_rows = (w_ptr + words)[None, :, None] + tl.arange(0, 32)[None, None, :]
-    FORMAT: tl.constexpr = (BITS, GROUPS, ZEROS)
+    FORMAT: tl.constexpr = (BITS, GROUPS, ZEROS, OFFSETS)
     tile = tl.arange(0, TILES)
     x_rows = x_ptr + m.to(tl.int64) * stride_xm
     acc = tl.zeros([TILES, BLOCK_N, BLOCK_M], tl.float32)
@@ -128,7 +145,8 @@ register(_linear_few_rows_kernel, "matmul")
 def _linear_many_rows_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
     M, N, K, padded_n, column_tiles, scale_tiles, stride_xm,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, SCALE_STEP: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``BLOCK_M`` rows of x times ``BLOCK_N`` rows of the weight, 32 columns at a time."""
@@ -156,8 +174,12 @@ def _linear_many_rows_kernel(
             group = plane * GROUPS // 4
             if ZEROS:
                 weight -= tl.load(z_ptr + s_at + group).to(tl.float32)[:, None] - CENTER
-            weight = (weight * tl.load(s_ptr + s_at + group).to(tl.float32)[:, None]).to(dtype)
-            acc = tl.dot(weight, tl.trans(x), acc, input_precision="ieee")
+            if OFFSETS:
+                weight += CENTER
+            weight *= tl.load(s_ptr + s_at + group).to(tl.float32)[:, None]
+            if OFFSETS:
+                weight += tl.load(z_ptr + s_at + group).to(tl.float32)[:, None]
+            acc = tl.dot(weight.to(dtype), tl.trans(x), acc, input_precision="ieee")
     if BIAS:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + m.to(tl.int64)[None, :] * N + n[:, None]

@@ -12,16 +12,18 @@ def dequantize(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     bits: int,
     group: int,
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """The weight ``(q - zero) * scale``.
+    """The weight ``(q - zero) * scale``, or ``q * scale + offset``.
 
     Args:
         codes: uint8 ``[N, K]``, each below ``2 ** bits``.
         scales: ``[N, ceil(K / group)]``, any float dtype.
-        zeros: zero points like ``scales``; ``None`` for ``2 ** (bits - 1)``.
+        zeros: zero points like ``scales``; ``None`` for ``2 ** (bits - 1)``, or with ``offsets``.
+        offsets: offsets like ``scales``, or ``None``.
         bits: bits of a code.
         group: columns that share a scale.
         compute_dtype: dtype of the arithmetic and of the result.
@@ -34,6 +36,8 @@ def dequantize(
     def of_columns(values: torch.Tensor) -> torch.Tensor:
         return values.to(compute_dtype).repeat_interleave(group, 1)[:, :columns]
 
+    if offsets is not None:
+        return codes.to(compute_dtype) * of_columns(scales) + of_columns(offsets)
     zero = float(1 << (bits - 1)) if zeros is None else of_columns(zeros)
     return (codes.to(compute_dtype) - zero) * of_columns(scales)
 

@@ -103,7 +103,7 @@ class LinearRewrite(Rewrite):
         assert current is not None
         mode = val(match.x).fake_mode  # type: ignore[attr-defined]
         held: list[Any] = []
-        for part, tensor in zip(("packed", "scales", "zeros"), plan.packed, strict=True):
+        for part, tensor in zip(("packed", "scales", "zeros", "offsets"), plan.packed, strict=True):
             if tensor is None:
                 held.append(None)
             else:

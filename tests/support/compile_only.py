@@ -15,14 +15,15 @@ from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels import combine, intervals, split_k, tile_map, tiled, tuning
 from flashpte.kernels.hopper import launch as hopper_launch
 from flashpte.kernels.linear import embedding as linear_embedding
-from flashpte.kernels.linear import hopper as linear_hopper
+from flashpte.kernels.linear import few_rows_hopper, many_rows_hopper
 from flashpte.kernels.linear import plain as linear_plain
+from flashpte.kernels.linear import shares as linear_shares
 from flashpte.kernels.linear import splits as linear_splits
 
 # The modules that launch kernels.
 LAUNCHING = (
     *(combine, hopper_launch, split_k, tiled, tile_map, intervals),
-    *(linear_embedding, linear_hopper, linear_plain, linear_splits),
+    *(linear_embedding, few_rows_hopper, many_rows_hopper, linear_plain, linear_shares, linear_splits),
 )
 
 

@@ -14,7 +14,7 @@ from flashpte.kernels.linear.reference import dequantize, linear_reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One problem. ``zeros`` are ``none``, ``integer`` or ``real``; ``layout`` is that of x."""
+    """One problem. ``zeros`` are ``none``, ``integer``, ``real`` or ``offsets``; ``layout`` is that of x."""
 
     rows: int
     out_features: int
@@ -47,13 +47,14 @@ class Problem:
     def arguments(self) -> dict:
         """The operator's arguments by name."""
         call, fmt = self.call, self.call.fmt
-        given = dict(x=call.x, weight=call.weight, scales=call.scales, zeros=call.zeros, bias=call.bias)
+        given = dict(x=call.x, **call.packed._asdict(), bias=call.bias)
         sizes = dict(out_features=fmt.out_features, in_features=fmt.in_features)
         return given | dict(bits=fmt.bits, group=fmt.group) | sizes
 
     def call_on(self, device: str) -> LinearCall:
         """The call with its tensors, their strides and the memory around them on another device."""
-        tensors = {name: _to(getattr(self.call, name), device) for name in ("x", "weight", "scales", "zeros", "bias")}
+        names = ("x", "weight", "scales", "zeros", "offsets", "bias")
+        tensors = {name: _to(getattr(self.call, name), device) for name in names}
         return dataclasses.replace(self.call, **tensors)
 
 
@@ -92,21 +93,25 @@ def build(case: Case) -> Problem:
     """Makes a case's tensors; the same seed gives the same tensors."""
     generator = torch.Generator().manual_seed(case.seed)
     n, k = case.out_features, case.in_features
-    fmt = PackedFormat(case.bits, case.group, n, k, case.zeros != "none", case.scale_dtype)
+    has_zeros, has_offsets = case.zeros in ("integer", "real"), case.zeros == "offsets"
+    fmt = PackedFormat(case.bits, case.group, n, k, has_zeros, case.scale_dtype, has_offsets)
 
     def rand(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
 
     codes = (rand(n, k) * 2**case.bits).to(torch.uint8)
     scales = ((rand(n, fmt.groups) - 0.3) / 2**case.bits).to(case.scale_dtype)
-    zeros = None
+    zeros = offsets = None
     if fmt.has_zeros:
         zeros = rand(n, fmt.groups) * (2**case.bits - 1)
         zeros = (zeros.round() if case.zeros == "integer" else zeros).to(case.scale_dtype)
-    natural = Groupwise(codes, scales, zeros)
+    if fmt.has_offsets:
+        # About half of a group's range below zero, as in files whose groups have a least value.
+        offsets = (-rand(n, fmt.groups) * scales.float() * 2**case.bits).to(case.scale_dtype)
+    natural = Groupwise(codes, scales, zeros, offsets)
     packed = PackedWeight(*map(_surrounded, pack(natural, fmt)))
     bias = _surrounded(torch.randn(n, generator=generator).to(case.dtype)) if case.bias else None
-    return Problem(natural, LinearCall(_input(case, generator), *packed, bias, fmt))
+    return Problem(natural, LinearCall(_input(case, generator), *packed[:3], bias, fmt, packed.offsets))
 
 
 def _dense(problem: Problem, dtype: torch.dtype) -> torch.Tensor:

@@ -37,7 +37,7 @@ def checked(plan, dense=True):
     model = rebuild(manifest, None)
     own, reference = eager_pair(model)
     weights = {name: tensor.clone() for name, tensor in named_weights(plan.model).items()}
-    made = (lambda: dense_model(manifest, None, reference)) if dense is True else dense
+    made = (lambda: dense_model(manifest, None, None, reference)) if dense is True else dense
     program = EagerProgram(plan)
     return check_program(program, own, reference, weights=weights, model_weights=named_weights(model), dense=made)
 

@@ -31,10 +31,9 @@ REFUSED = {
 
 
 def processor_has(monkeypatch, *, vnni, amx):
-    """What torchao is told of the processor: with VNNI and without AMX it writes uint8 activations."""
+    """What torchao is told of the processor: with VNNI and without AMX it writes uint8 activations (torch 2.12)."""
     monkeypatch.setattr(intmm, "_cpu_is_vnni_supported", lambda: vnni)
     monkeypatch.setattr(intmm, "_cpu_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(intmm, "torch_version_at_least", lambda version: True)
 
 
 def quantised(config):
@@ -64,6 +63,8 @@ def test_plain_weights_are_left_alone():
 @pytest.mark.parametrize("config", REFUSED)
 def test_weights_that_cannot_be_lowered(tmp_path, monkeypatch, config):
     processor_has(monkeypatch, vnni=True, amx=False)
+    if config == "int8 activations" and not intmm.torch_version_at_least("2.12.0.dev"):
+        pytest.skip("torchao writes int8 activations for this version of torch")
     make, said = REFUSED[config]
     with pytest.raises(ExportError, match=said):
         lower({"forward": quantised(make)}, output_dir=tmp_path / "out", arch="sm_90")

@@ -16,15 +16,16 @@ class Layer(torch.nn.Module):
     def __init__(self, arguments):
         super().__init__()
         self.numbers = {name: value for name, value in arguments.items() if isinstance(value, int)}
-        for name in ("weight", "scales", "zeros", "bias"):
+        for name in ("weight", "scales", "zeros", "offsets", "bias"):
             self.register_buffer(name, arguments[name])
 
     def forward(self, x):
-        return quantized_linear(x, self.weight, self.scales, self.zeros, self.bias, **self.numbers).cos()
+        tensors = (self.weight, self.scales, self.zeros, self.offsets, self.bias)
+        return quantized_linear(x, *tensors, **self.numbers).cos()
 
 
 @pytest.mark.lowering
-@pytest.mark.parametrize("zeros", ["real", "none"])
+@pytest.mark.parametrize("zeros", ["real", "offsets", "none"])
 def test_a_program_of_dynamic_rows_lowers(zeros, tmp_path):
     arguments = build(Case(5, 256, 2048, zeros=zeros, bias=True, dtype=torch.bfloat16)).arguments
     rows = torch.export.Dim("rows", min=1, max=512)

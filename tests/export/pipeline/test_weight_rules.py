@@ -170,6 +170,7 @@ GOOD = r"['lm_head\.weight', 'int8']"
         ("a.toml", f"rules = [{GOOD}]\ndefault = 'int8'", "unknown entry 'default'"),
         ("a.toml", f"rules = [{GOOD}, ['x']]", "a.toml, rule 2: ['x'] is not a pair"),
         ("a.toml", "rules = [['.*norm.*', 'int5']]", "a.toml: unknown weight format 'int5'"),
+        ("a.toml", "rules = [['.*_proj', 'int4-g32-o']]", "a.toml, rule 1: int4-g32-o is for codes of quantized files"),
         ("a.toml", "rules = [['(', 'int8']]", "'(' is not a regular expression"),
         ("a.toml", f"rules = [{GOOD}, ['k_proj', 'int8']]", "rule 2: 'k_proj' matches no weight of this model"),
         ("a.toml", f"rules = [{GOOD}, ['lm_.*', 'int8']]", "rule 2: 'lm_.*' is never used: rules before it match lm_"),

@@ -38,7 +38,7 @@ def norms(name, weight):
 
 def is_better(group, weight):
     """Whether both norms are smaller than without iterations, and much smaller than those of symmetric rounding."""
-    found, without, symmetric = (norms(f"int4-g{group}{suffix}", weight) for suffix in ("-hqq", "-zeros", ""))
+    found, without, symmetric = (norms(f"int4-g{group}{suffix}", weight) for suffix in ("-hqq", "-z", ""))
     closer = all(mine < 0.995 * other for mine, other in zip(found, without, strict=True))
     return closer and all(mine < 0.95 * other for mine, other in zip(found, symmetric, strict=True))
 
@@ -51,7 +51,7 @@ def test_it_is_nearer_than_rounding(group):
 def test_without_iterations_it_is_rounding(monkeypatch):
     monkeypatch.setattr(hqq, "ITERATIONS", 0)
     assert not is_better(32, heavy_tailed())
-    assert torch.equal(read_back("int4-g32-hqq", heavy_tailed()), read_back("int4-g32-zeros", heavy_tailed()))
+    assert torch.equal(read_back("int4-g32-hqq", heavy_tailed()), read_back("int4-g32-z", heavy_tailed()))
 
 
 def test_without_the_other_half_it_is_only_the_mean(monkeypatch):
@@ -65,7 +65,7 @@ def test_no_group_becomes_worse(group):
     weight = heavy_tailed()
     after, before = (
         (read_back(f"int4-g{group}{suffix}", weight) - weight).abs().sqrt().unflatten(1, (-1, group)).sum(-1)
-        for suffix in ("-hqq", "-zeros")
+        for suffix in ("-hqq", "-z")
     )
     assert bool((after <= before * (1 + 1e-4)).all())
     assert bool((after < before).any())
@@ -89,7 +89,7 @@ def test_padding_of_the_last_group_counts_for_nothing():
     assert float((found[1][:, -1:].float() - zeros.float()).abs().mean()) < 0.02
 
 
-@pytest.mark.parametrize("name", ["int4-g32-zeros", "int4-g32-hqq"])
+@pytest.mark.parametrize("name", ["int4-g32-z", "int4-g32-hqq"])
 def test_weights_that_codes_hold_exactly(name):
     weight = torch.randint(0, 16, (16, 64), generator=torch.Generator().manual_seed(0)).float()
     weight[:, ::32], weight[:, 1::32] = 0, 15

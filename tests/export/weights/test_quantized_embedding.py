@@ -14,7 +14,7 @@ from flashpte.export.weights.formats import FORMATS
 from flashpte.export.weights.quantized_embedding import QuantizedEmbedding
 
 N, K, SCALE = 50, 96, 8.0
-NAMES = ["int4-g32", "int8", "int8-g64", "int4-g32-hqq"]
+NAMES = ["int4-g32", "int8", "int8-g64", "int4-g32-hqq", "int8-g32-z-f16"]
 
 
 def table():

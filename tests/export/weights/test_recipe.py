@@ -21,7 +21,8 @@ from flashpte.export.models.gemma4 import TARGET as GEMMA4
 from flashpte.export.pipeline import export_programs, load_weights, plan_export
 from flashpte.export.weights.formats import FORMATS, Dense
 from flashpte.export.weights.random import RandomWeights
-from flashpte.export.weights.recipe import Recipe, read_recipe
+from flashpte.export.weights.recipe import PlannedWeight, Recipe, fill_weights, read_recipe, rules_of
+from flashpte.kernels.linear.format import Groupwise
 
 NORMS = r".*norm\.weight"
 DOWN = r"model\.layers\.\d+\.mlp\.down_proj\.weight"
@@ -140,7 +141,7 @@ def test_a_broken_recipe_in_a_manifest(entry):
 
 
 def test_what_no_recipe_may_say():
-    with pytest.raises(ExportError, match="unknown weight format 'int3'; known: bfloat16"):
+    with pytest.raises(ExportError, match=r"unknown weight format 'int3'; known: bfloat16.*int4-gN, int8-gN or int8"):
         Recipe("bfloat16", (("a", "int3"),))
     with pytest.raises(ExportError, match=r"'\(' is not a regular expression"):
         Recipe("bfloat16", (("(", "float16"),))
@@ -166,3 +167,27 @@ def test_random_weights_are_read_one_by_one_in_any_order():
     load_weights(plan)
     for name, tensor in reversed(plan.model.state_dict().items()):
         assert torch.equal(source.read(name), tensor)
+
+
+def test_rules_of_a_quantized_checkpoint_give_each_weight_its_format():
+    formats = {f"model.layers.{i}.mlp.up_proj.weight": "int4-g32-o-f32" for i in range(12)}
+    formats |= {f"model.layers.{i}.mlp.down_proj.weight": "int8-g32" if i % 4 else "int4-g32" for i in range(12)}
+    formats |= {"lm_head.weight": "int8-g32-f16"}
+    dense = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(12)]
+    formats |= dict.fromkeys(dense[:3], "int4-g32")
+    rules = rules_of(formats, [*formats, *dense[3:], "model.norm.weight"])
+    assert len(rules) == 5
+    assert (r"model\.layers\.\d+\.mlp\.up_proj\.weight", "int4-g32-o-f32") in rules
+    recipe = Recipe("bfloat16", rules)
+    assert {name: recipe.format_of(name) for name in formats} == formats
+    for name in (*dense[3:], "model.layers.1.mlp.up_projxweight", "model.norm.weight"):
+        assert recipe.format_of(name) == "bfloat16"
+
+
+def test_a_recipe_that_contradicts_the_source_is_refused():
+    class Source:
+        def read(self, name):
+            return Groupwise(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1))
+
+    with pytest.raises(ExportError, match=r"a\.weight is quantized in its checkpoint, the recipe makes it bfloat16"):
+        fill_weights(torch.nn.Module(), [PlannedWeight("a.weight", (16, 32), "bfloat16", "a.weight")], Source())

@@ -18,6 +18,8 @@ TABLES = [
     Case(1, 48, 640, group=128, zeros="integer", scale_dtype=torch.float16),
     Case(1, 50, 256, bits=8, group=64, zeros="real"),
     Case(1, 17, 77, bits=8, group=77),
+    Case(1, 33, 320, zeros="offsets", scale_dtype=torch.float16),
+    Case(1, 33, 320, bits=8, group=320, zeros="offsets"),
 ]
 INDICES = torch.tensor([[0, 16], [15, 9]])
 
@@ -65,7 +67,7 @@ def test_the_kernel_picks_rows(case):
     for dtype, indices in ((torch.float16, INDICES.int().t()), (torch.float32, INDICES[:0])):
         given, rows = arguments(case, dtype, indices.long())
         numbers = (given[name] for name in ("bits", "group", "out_features", "in_features"))
-        call = _as_call(indices, given["weight"], given["scales"], given["zeros"], dtype, *numbers)
+        call = _as_call(indices, given["weight"], given["scales"], given["zeros"], given["offsets"], dtype, *numbers)
         check(launch_embedding(call, indices), rows)
 
 

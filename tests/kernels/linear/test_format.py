@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,8 +17,8 @@ def random_weight(fmt: PackedFormat, seed: int = 0) -> Groupwise:
     shape = (fmt.out_features, fmt.groups)
     codes = torch.randint(1 << fmt.bits, (fmt.out_features, fmt.in_features), generator=generator, dtype=torch.uint8)
     scales = torch.randn(shape, generator=generator).to(fmt.scale_dtype)
-    zeros = torch.randn(shape, generator=generator).to(fmt.scale_dtype) if fmt.has_zeros else None
-    return Groupwise(codes, scales, zeros)
+    moved = torch.randn(shape, generator=generator).to(fmt.scale_dtype)
+    return Groupwise(codes, scales, moved if fmt.has_zeros else None, moved if fmt.has_offsets else None)
 
 
 @settings(max_examples=60, deadline=None)
@@ -25,13 +27,13 @@ def random_weight(fmt: PackedFormat, seed: int = 0) -> Groupwise:
     group=st.sampled_from([32, 64, 128, None]),
     rows=st.integers(1, 70),
     columns=st.integers(1, 400),
-    has_zeros=st.booleans(),
+    moved=st.sampled_from([None, "zeros", "offsets"]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
-def test_unpacking_gives_back_what_was_packed(bits, group, rows, columns, has_zeros, dtype):
+def test_unpacking_gives_back_what_was_packed(bits, group, rows, columns, moved, dtype):
     if group is None:
         bits, group = 8, columns
-    fmt = PackedFormat(bits, group, rows, columns, has_zeros, dtype)
+    fmt = PackedFormat(bits, group, rows, columns, moved == "zeros", dtype, moved == "offsets")
     natural = random_weight(fmt, rows + columns)
     packed = pack(natural, fmt)
     assert packed.weight.shape == fmt.weight_shape
@@ -46,14 +48,14 @@ def test_unpacking_gives_back_what_was_packed(bits, group, rows, columns, has_ze
 def test_the_layout_is_what_the_kernels_read():
     fmt = PackedFormat(4, 32, 48, 256)
     natural = random_weight(fmt)
-    weight, scales, _ = pack(natural, fmt)
+    weight, scales, *_ = pack(natural, fmt)
     for n, k in ((0, 0), (17, 33), (47, 255), (9, 127), (25, 128 + 96)):
         word = int(weight[n // 16, k // 128, n % 16, k % 32])
         assert (word >> 4 * (k % 128 // 32)) & 15 == int(natural.codes[n, k])
         assert scales[n // 16, k // 128, n % 8, n // 8 % 2, k % 128 // 32] == natural.scales[n, k // 32]
     wide = PackedFormat(8, 256, 48, 256)
     natural = random_weight(wide)
-    weight, scales, _ = pack(natural, wide)
+    weight, scales, *_ = pack(natural, wide)
     for n, k in ((0, 0), (17, 33), (47, 255)):
         assert int(weight[n // 16, k // 128, n % 16, k % 128]) == int(natural.codes[n, k]) - 128
         assert scales[n // 16, 0, n % 8, n // 8 % 2, 0] == natural.scales[n, 0]
@@ -63,7 +65,7 @@ def test_the_layout_is_what_the_kernels_read():
 def test_padding_stands_for_zero(bits):
     fmt = PackedFormat(bits, 64, 50, 200)
     padded = PackedFormat(bits, 64, 64, 256)
-    weight, scales, _ = pack(random_weight(fmt), fmt)
+    weight, scales, *_ = pack(random_weight(fmt), fmt)
     codes = unpack_codes(weight, padded)
     assert (codes[50:] == 1 << (bits - 1)).all()
     assert (codes[:, 200:] == 1 << (bits - 1)).all()
@@ -92,6 +94,7 @@ def test_packing_rows_apart_gives_the_same_tiles():
         (dict(bits=8, group=255), r"or 256 \(one scale for each row\)"),
         (dict(out_features=0), "a weight of 0 x 256 is empty"),
         (dict(scale_dtype=torch.float64), "scales of torch.float64"),
+        (dict(has_zeros=True, has_offsets=True), "zero points or offsets, not both"),
     ],
 )
 def test_formats_that_do_not_exist(changes, message):
@@ -101,7 +104,7 @@ def test_formats_that_do_not_exist(changes, message):
 
 def test_tensors_that_do_not_fit():
     fmt = PackedFormat(4, 32, 48, 256)
-    codes, scales, _ = random_weight(fmt)
+    codes, scales, *_ = random_weight(fmt)
     with pytest.raises(ValueError, match=r"codes must be torch.uint8 \[48, 256\], got torch.int64"):
         pack_codes(codes.long(), fmt)
     with pytest.raises(ValueError, match=r"got torch.uint8 \[47, 256\]"):
@@ -114,3 +117,7 @@ def test_tensors_that_do_not_fit():
         unpack_codes(torch.zeros(3, 2, 16, 33, dtype=torch.int16), fmt)
     with pytest.raises(ValueError, match="the format has no zero points, the weight differs"):
         pack(Groupwise(codes, scales, scales), fmt)
+    with pytest.raises(ValueError, match="the format has no offsets, the weight differs"):
+        pack(Groupwise(codes, scales, None, scales), fmt)
+    with pytest.raises(ValueError, match="the format has offsets, the weight differs"):
+        pack(Groupwise(codes, scales), dataclasses.replace(fmt, has_offsets=True))

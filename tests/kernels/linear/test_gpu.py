@@ -10,11 +10,13 @@ import torch
 from linear_cases import Case, build, check
 
 from flashpte.kernels import tuning
+from flashpte.kernels.linear import many_rows_hopper
 from flashpte.kernels.linear.call import Destination
 from flashpte.kernels.linear.dispatch import launch_linear
-from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.few_rows_hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.many_rows_hopper import launch_many_rows_hopper
 from flashpte.kernels.linear.plain import launch_few_rows, launch_many_rows
-from flashpte.kernels.linear.tuning import HopperFewRowsConfig, choose_few_rows_hopper
+from flashpte.kernels.linear.tuning import HopperFewRowsConfig, HopperManyRowsConfig, choose_few_rows_hopper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -33,7 +35,7 @@ def random_cases(count: int, rows: tuple[int, ...], seed: int) -> list[Case]:
                 in_features=columns,
                 bits=bits,
                 group=rng.choice((32, 64, 128, columns) if bits == 8 else (32, 64, 128)),
-                zeros=rng.choice(("none", "none", "integer", "real")),
+                zeros=rng.choice(("none", "none", "integer", "real", "offsets")),
                 bias=rng.random() < 0.5,
                 dtype=rng.choice(DTYPES),
                 scale_dtype=rng.choice((torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)),
@@ -65,13 +67,13 @@ def test_dispatch(case):
     assert out.shape == (*problem.call.x.shape[:-1], case.out_features)
 
 
-# 8, 9 and 42 tiles of columns; with 16,384 rows of the weight there is one split.
+# 8, 9 (the last with 16 columns) and 42 tiles of columns; with 16,384 rows of the weight there is one split.
 HOPPER = [
     Case(rows, n, k, group=group, bias=rows % 2 == 0, dtype=torch.bfloat16, layout=layout)
     for (rows, n), k, group, layout in itertools.product(
         ((1, 256), (3, 16384), (4, 5376), (5, 1024), (8, 16384), (9, 256), (16, 5376), (16, 16384)),
-        (1024, 1152, 5376),
-        (32, 128),
+        (1024, 1168, 5376),
+        (32, 64, 128),
         ("contiguous", "sliced"),
     )
     if layout == "contiguous" or n == 256
@@ -96,12 +98,20 @@ def test_kernel_for_hopper(case):
     check(problem, out)
 
 
-@pytest.mark.parametrize("config", [(16, 1, 1, 2, 1), (32, 4, 2, 3, 5), (64, 2, 4, 4, 9), (128, 1, 8, 2, 2)], ids=str)
-@pytest.mark.parametrize("group", [32, 128])
-def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group):
+# Programs: one per block, fewer, as many as steps, and numbers that divide neither.
+TILES = [
+    *((16, 1, 1, 2), (32, 4, 2, 3, 5), (64, 2, 4, 4, 7), (128, 1, 8, 2, 1000)),
+    *((16, 4, 1, 4, 11), (32, 2, 2, 3, 4), (64, 1, 4, 6, 9), (16, 2, 1, 4)),
+]
+
+
+@pytest.mark.parametrize("config", TILES, ids=str)
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group, dtype):
     needs_hopper()
     for rows in (1, 8, 13):
-        problem = build(Case(rows, 256, 1152, group=group, bias=True, dtype=torch.bfloat16))
+        problem = build(Case(rows, 256, 1152, group=group, bias=True, dtype=dtype, scale_dtype=dtype))
         call = problem.call_on("cuda")
         out = call.empty_output()
         launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(out, 1))
@@ -109,3 +119,29 @@ def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group):
         again = torch.empty_like(out)
         launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(again, 1))
         assert torch.equal(out, again)
+
+
+# Ragged rows of x and of the weight, and columns that end within a tile and within a group.
+MANY_HOPPER = [
+    Case(rows, n, k, group=group, bias=rows % 2 == 1, dtype=dtype, scale_dtype=dtype, layout=layout)
+    for (rows, n, k), group, dtype, layout in itertools.product(
+        ((17, 256, 1024), (64, 1000, 1168), (100, 48, 5376), (300, 640, 1040), (513, 400, 128)),
+        (32, 64, 128),
+        (torch.bfloat16, torch.float16),
+        ("contiguous", "sliced"),
+    )
+]
+# Programs: one per block, more than blocks, and fewer.
+MANY_TILES = [(128, 256, 4), (256, 128, 3, 132), (64, 256, 4, 3), (128, 128, 4, 7), (64, 128, 5, 2)]
+
+
+@pytest.mark.parametrize("case", MANY_HOPPER, ids=str)
+def test_kernel_of_many_rows_for_hopper(case):
+    needs_hopper()
+    problem = build(case)
+    call = problem.call_on("cuda")
+    assert many_rows_hopper.serves(call)
+    for config in MANY_TILES:
+        out = call.empty_output().fill_(float("nan"))
+        launch_many_rows_hopper(call, HopperManyRowsConfig(*config), Destination(out, 1))
+        check(problem, out)

@@ -32,10 +32,14 @@ WEIGHTS = [
     dict(out_features=48, in_features=256, bits=8, group=256, bias=True),
     dict(out_features=50, in_features=320, bits=8, group=320, zeros="integer"),
     dict(out_features=5, in_features=77, bits=8, group=77, zeros="real"),
+    dict(out_features=33, in_features=320, group=32, zeros="offsets", bias=True),
+    dict(out_features=48, in_features=320, group=64, zeros="offsets", scale_dtype=torch.float32),
+    dict(out_features=50, in_features=256, bits=8, group=32, zeros="offsets", scale_dtype=torch.float16),
+    dict(out_features=17, in_features=77, bits=8, group=77, zeros="offsets"),
 ]
-FEW = [Case(rows, **weight) for rows, weight in zip((1, 3, 16, 1, 5, 16) * 2, WEIGHTS, strict=True)]
-MANY = [Case(rows, **weight) for rows, weight in zip((17, 40, 1, 40, 33, 18) * 2, WEIGHTS, strict=True)]
-FLOAT32 = [dataclasses.replace(case, dtype=torch.float32) for case in (*FEW[1:8:2], *MANY[2:11:2])]
+FEW = [Case(rows, **weight) for rows, weight in zip((1, 3, 16, 1) * 4, WEIGHTS, strict=True)]
+MANY = [Case(rows, **weight) for rows, weight in zip((17, 40, 1, 33) * 4, WEIGHTS, strict=True)]
+FLOAT32 = [dataclasses.replace(case, dtype=torch.float32) for case in (*FEW[1:8:2], *FEW[12::2], *MANY[2::2])]
 LAYOUTS = [Case(3, 48, 256, zeros="real", bias=True, layout=layout) for layout in ("sliced", "transposed", "batched")]
 
 
@@ -125,6 +129,10 @@ MUTATIONS = {
     "the last split is dropped": ("splits.py", "range(SPLITS)", "range(SPLITS - 1)", "few"),
     "zero points are not centered": ("plain.py", "to(tl.float32) - CENTER", "to(tl.float32)", "few"),
     "zero points are added": ("plain.py", "product -= zero", "product += zero", "few"),
+    "offsets belong to centered codes": ("plain.py", "(offset + CENTER * scale)", "offset", "few"),
+    "few rows without offsets": ("plain.py", "offset = tl.load(z_ptrs", "offset = 0 * tl.load(z_ptrs", "few"),
+    "many rows with centered codes and offsets": ("plain.py", "weight += CENTER", "weight += 0 * CENTER", "many"),
+    "many rows without offsets": ("plain.py", "weight += tl.load(z_ptr", "weight += 0 * tl.load(z_ptr", "many"),
     "no bias after splits": ("splits.py", "total += tl.load(bias_ptr", "total += 0 * tl.load(bias_ptr", "few"),
     "many rows read x past its columns": ("plain.py", "& (column < K)[None, :]", "& (column >= 0)[None, :]", "many"),
     "many rows without zero points": ("plain.py", "weight -= tl.load(z_ptr", "weight -= 0 * tl.load(z_ptr", "many"),
@@ -143,7 +151,12 @@ def is_wrong(module, kind: str) -> bool:
     few = tiles.FewRowsConfig(32, 1, 2, 4, 2)
     case = Case(3, 64, 320, zeros="real", bias=True, layout="sliced")
     try:
-        for changes in (dict(), dict(zeros="integer", group=64), dict(in_features=256, rows=2, zeros="none")):
+        for changes in (
+            dict(),
+            dict(zeros="integer", group=64),
+            dict(in_features=256, rows=2, zeros="none"),
+            dict(zeros="offsets", group=64),
+        ):
             problem = build(dataclasses.replace(case, **changes))
             call = problem.call
             own = call_class(**{field.name: getattr(call, field.name) for field in dataclasses.fields(call)})

@@ -24,6 +24,8 @@ CASES = [
     Case(17, 33, 320, group=128, zeros="integer", scale_dtype=torch.float16),
     Case(40, 64, 256, bits=8, group=64, bias=True),
     Case(3, 50, 320, bits=8, group=320, zeros="real"),
+    Case(3, 50, 320, zeros="offsets", bias=True),
+    Case(17, 33, 320, bits=8, group=320, zeros="offsets", scale_dtype=torch.float16),
 ]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,6 +99,9 @@ WRONG = [
     (dict(scales=PACKED["scales"][..., :1].expand(3, 2, 8, 2, 4)), "scales must be contiguous"),
     (dict(zeros=PACKED["scales"].float()), "zeros must have dtype torch.bfloat16, got torch.float32"),
     (dict(zeros=PACKED["scales"][1:]), r"zeros must have the shape \[3, 2, 8, 2, 4\], got \[2, 2, 8, 2, 4\]"),
+    (dict(offsets=PACKED["scales"].float()), "offsets must have dtype torch.bfloat16, got torch.float32"),
+    (dict(offsets=PACKED["scales"][1:]), r"offsets must have the shape \[3, 2, 8, 2, 4\], got \[2, 2, 8, 2, 4\]"),
+    (dict(zeros=PACKED["scales"], offsets=PACKED["scales"]), "zeros and offsets are both given"),
     (dict(bias=torch.zeros(47)), r"bias must have the shape \[48\], got \[47\]"),
     (dict(bias=torch.zeros(48).half()), "bias must have dtype torch.float32, got torch.float16"),
     (dict(bias=torch.zeros(96)[::2]), "bias must be contiguous"),
@@ -127,6 +132,8 @@ def test_launchers_refuse_as_the_operator_does():
     for launch in (plain.launch_few_rows, plain.launch_many_rows, dispatch.launch_linear):
         with pytest.raises(ValueError, match="zeros must be None for this format"):
             launch(dataclasses.replace(call, zeros=call.scales))
+        with pytest.raises(ValueError, match="offsets must be None for this format"):
+            launch(dataclasses.replace(call, offsets=call.scales))
 
 
 def symbolic(call, least: int, most: int):

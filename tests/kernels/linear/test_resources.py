@@ -12,28 +12,34 @@ from flashpte.kernels import tuning
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dispatch import launch_linear
 from flashpte.kernels.linear.format import PackedFormat
-from flashpte.kernels.linear.hopper import launch_few_rows_hopper, serves
+from flashpte.kernels.linear.few_rows_hopper import launch_few_rows_hopper, serves
 from flashpte.kernels.linear.tuning import choose_few_rows_hopper
 
 N, K = 256, 5376  # few rows of the weight, so that several programs share its columns
 WEIGHTS = {
-    "4 bits": (4, 32, False),
-    "4 bits, zeros": (4, 32, True),
-    "4 bits, groups of 128": (4, 128, False),
-    "4 bits, groups of 128, zeros": (4, 128, True),
-    "8 bits, zeros": (8, 32, True),
-    "8 bits, per channel": (8, K, False),
+    "4 bits": (4, 32, None),
+    "4 bits, zeros": (4, 32, "zeros"),
+    "4 bits, offsets": (4, 32, "offsets"),
+    "4 bits, groups of 128": (4, 128, None),
+    "4 bits, groups of 128, zeros": (4, 128, "zeros"),
+    "8 bits, zeros": (8, 32, "zeros"),
+    "8 bits, offsets": (8, 32, "offsets"),
+    "8 bits, per channel": (8, K, None),
 }
 ROWS = (1, 12, 40, 512)
 
 
 def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
-    bits, group, has_zeros = WEIGHTS[weight]
-    fmt = PackedFormat(bits, group, N, K, has_zeros)
+    bits, group, moved = WEIGHTS[weight]
+    fmt = PackedFormat(bits, group, N, K, moved == "zeros", has_offsets=moved == "offsets")
     scales = torch.empty(fmt.scales_shape, dtype=fmt.scale_dtype)
     packed = torch.empty(fmt.weight_shape, dtype=fmt.weight_dtype)
     bias = torch.empty(N, dtype=dtype)
-    return LinearCall(torch.empty(rows, K, dtype=dtype), packed, scales, scales if has_zeros else None, bias, fmt)
+    x, zeros, offsets = (
+        torch.empty(rows, K, dtype=dtype),
+        *(scales if moved == name else None for name in ("zeros", "offsets")),
+    )
+    return LinearCall(x, packed, scales, zeros, bias, fmt, offsets)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,469 @@
+"""Many rows of x on Hopper, in Gluon: two warp groups dequantize the weight in registers and multiply with ``wgmma``.
+
+The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for 4 bits, rows of x that are aligned,
+scales in the dtype of x, and codes that are symmetric or have whole zero points. Weights are the first operand, in
+registers; ``x^T`` is the second, in shared memory. Each group dequantizes 64 columns while its product of the 64 before
+runs. Four more warps copy packed words and x with ``cp.async``.
+
+A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. The blocks that
+do not fill a wave are shared equally (:mod:`flashpte.kernels.linear.shares`).
+
+Shape legend: ``R`` rows of the weight of one warp group, half of a program's; ``BM`` rows of x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from flashpte.kernels.facts import register
+from flashpte.kernels.hopper.produce import async_load
+from flashpte.kernels.launch import all_of_triton, cdiv, copies_in_16_bytes, dependent_launch
+from flashpte.kernels.linear.call import Destination, LinearCall
+from flashpte.kernels.linear.few_rows_hopper import index
+from flashpte.kernels.linear.shares import Shares, launch_sum_shares, share_of
+from flashpte.kernels.linear.tuning import HopperManyRowsConfig
+from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
+
+
+@gluon.constexpr_function
+def _two_planes(dtype: str, zeros: bool, high: bool) -> str:
+    """PTX: pairs of words ``$2`` become pairs of codes of two planes, minus zero points, times scales ``$3`` and ``$4``.
+
+    The zero points are ``$5`` and ``$6``, plus the number that the codes are added to.
+    """
+    magic = (0x4300 if dtype == "bf16" else 0x6400) * 0x10001
+    text = ["{ .reg .b32 t, u, z;", f"mov.b32 z, {magic + 8 * 0x10001:#x};"]
+    for i in range(2):
+        plane = i + (2 if high else 0)
+        zero = f"${5 + i}" if zeros else "z"
+        text.append(f"shr.u32 u, $2, {4 * plane};")
+        text.append(f"lop3.b32 t, u, 0x000F000F, {magic:#x}, 0xEA;")
+        text.append(f"sub.rn.{dtype}x2 t, t, {zero};")
+        text.append(f"mul.rn.{dtype}x2 ${i}, t, ${3 + i};")
+    return "\n".join([*text, "}"])
+
+
+@gluon.constexpr_function
+def _two_planes_asm(dtype, zeros, high):
+    return _two_planes("bf16" if dtype == gl.bfloat16 else "f16", zeros, high)
+
+
+@gluon.jit
+def _beside(p, q):
+    """``[R, 64]`` of two ``[R, 32]``, in registers."""
+    both = gl.reshape(gl.permute(gl.join(p, q), [0, 2, 1]), [p.shape[0], 64])
+    return gl.convert_layout(both, p.type.layout)
+
+
+@gluon.jit
+def _dequantize(words, scales, zeros, HIGH: gl.constexpr):
+    """First operand ``[R, 64]`` from words ``[R, 32]``: their two lower or two higher planes.
+
+    Args:
+        scales: four ``[R, 1]``, by plane.
+        zeros: zero points for :func:`_two_planes`, like ``scales``; an empty tuple if codes are symmetric.
+    """
+    DTYPE: gl.constexpr = scales[0].dtype
+    ASM: gl.constexpr = _two_planes_asm(DTYPE, len(zeros) > 0, HIGH)
+    FIRST: gl.constexpr = 2 if HIGH else 0
+    if len(zeros) == 0:
+        p, q = gl.inline_asm_elementwise(
+            ASM,
+            "=&r,=&r,r,r,r",
+            [words, scales[FIRST], scales[FIRST + 1]],
+            dtype=(DTYPE.value, DTYPE.value),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        p, q = gl.inline_asm_elementwise(
+            ASM,
+            "=&r,=&r,r,r,r,r,r",
+            [words, scales[FIRST], scales[FIRST + 1], zeros[FIRST], zeros[FIRST + 1]],
+            dtype=(DTYPE.value, DTYPE.value),
+            is_pure=True,
+            pack=2,
+        )
+    return _beside(p, q)
+
+
+@gluon.jit
+def _of_planes(words, DTYPE: gl.constexpr, ZEROS: gl.constexpr, ROW: gl.constexpr):
+    """The value of each plane for each row ``[R, 1]``, from words ``[R / 16, g, count]`` of two values each."""
+    T: gl.constexpr = words.shape[0]
+    COUNT: gl.constexpr = words.shape[2]
+    if ZEROS:
+        # The same bits that codes are added to; see _two_planes.
+        words = words | (0x43004300 if DTYPE == gl.bfloat16 else 0x64006400)
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [words], dtype=(DTYPE.value, DTYPE.value), is_pure=True, pack=1
+    )
+    if COUNT == 4:
+        # [T, g, half, pair]
+        v0, v2 = gl.split(gl.permute(gl.reshape(low, [T, 8, 2, 2]), [0, 2, 1, 3]))
+        v1, v3 = gl.split(gl.permute(gl.reshape(high, [T, 8, 2, 2]), [0, 2, 1, 3]))
+        v0 = gl.convert_layout(gl.reshape(v0, [16 * T]), ROW)[:, None]
+        v1 = gl.convert_layout(gl.reshape(v1, [16 * T]), ROW)[:, None]
+        v2 = gl.convert_layout(gl.reshape(v2, [16 * T]), ROW)[:, None]
+        v3 = gl.convert_layout(gl.reshape(v3, [16 * T]), ROW)[:, None]
+        return v0, v1, v2, v3
+    elif COUNT == 2:
+        v0 = gl.convert_layout(gl.reshape(gl.permute(low, [0, 2, 1]), [16 * T]), ROW)[:, None]
+        v2 = gl.convert_layout(gl.reshape(gl.permute(high, [0, 2, 1]), [16 * T]), ROW)[:, None]
+        return v0, v0, v2, v2
+    else:
+        both = gl.permute(gl.reshape(gl.join(low, high), [T, 8, 2]), [0, 2, 1])
+        v0 = gl.convert_layout(gl.reshape(both, [16 * T]), ROW)[:, None]
+        return v0, v0, v0, v0
+
+
+@gluon.jit
+def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
+    """Stores ``acc [R, BM]`` as R columns of the result, 32 rows at a time; neighboring columns to one thread.
+
+    Args:
+        at: ``(n_first, m_first, n, m)``: the first column and row, in the result and within the block.
+        out: ``(bias_ptr, y_ptr, partial_ptr)``.
+        sizes: ``(M, N)``.
+        slot: where in ``partial`` of :mod:`flashpte.kernels.linear.shares`; negative for the result.
+        FORMAT: ``(GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)``.
+    """
+    R: gl.constexpr = acc.shape[0]
+    BM: gl.constexpr = acc.shape[1]
+    n_first, m_first, n_block, m_block = at
+    if BM > 32:
+        low, high = gl.split(gl.permute(gl.reshape(acc, [R, 2, BM // 2]), [0, 2, 1]))
+        _store_columns(low, at, out, sizes, slot, FORMAT)
+        HALF: gl.constexpr = BM // 2
+        _store_columns(high, (n_first, m_first + HALF, n_block, m_block + HALF), out, sizes, slot, FORMAT)
+    else:
+        bias_ptr, y_ptr, partial_ptr = out
+        M, N = sizes
+        OUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 256 // R], [1, 4], [0, 1])
+        row = gl.arange(0, R, gl.SliceLayout(1, OUT))
+        m = gl.arange(0, BM, gl.SliceLayout(0, OUT))
+        result = slot < 0
+        if FORMAT[2] or result:
+            if FORMAT[3]:
+                n = n_first + gl.arange(0, R, gl.SliceLayout(1, acc.type.layout))
+                acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+            value = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
+            inside = (n_first + row < N)[:, None] & (m_first + m < M)[None, :]
+            gl.store(y_ptr + (m_first + m).to(gl.int64)[None, :] * N + (n_first + row)[:, None], value, mask=inside)
+        else:
+            # Each thread stores what it has: the scratch memory of a conversion would be twice as large.
+            ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+            COLUMN: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+            first = slot.to(gl.int64) * (FORMAT[4] * FORMAT[5])
+            n = n_block + gl.arange(0, R, ROW)
+            at_m = m_block + gl.arange(0, BM, COLUMN)
+            gl.store(partial_ptr + first + at_m[None, :] * FORMAT[5] + n[:, None], acc)
+
+
+@gluon.jit
+def _segments(blocks, units):
+    """How a program's work is made up: full waves of blocks, then its share of the blocks that are left.
+
+    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2. Blocks that fill
+    nine tenths of a wave are one.
+
+    Returns:
+        ``(waves, first, last)``: the program's blocks in waves, and its steps of the blocks left.
+    """
+    programs = gl.num_programs(0)
+    waves = (blocks + programs // 10) // programs
+    left = gl.maximum(blocks - waves * programs, 0)
+    first, last = share_of(gl.program_id(0), left * units, programs)
+    # The last wave may lack blocks.
+    waves -= (gl.program_id(0) + (waves - 1) * programs >= blocks).to(gl.int32)
+    return waves, first, last
+
+
+@gluon.jit
+def _segment(i, segments, blocks, units):
+    """The block of segment ``i`` of a program's work, and its first unit and the one after its last."""
+    waves, first, last = segments
+    programs = gl.num_programs(0)
+    if i < waves:
+        block = gl.program_id(0) + i * programs
+        begin = block * 0
+        end = units + begin
+    else:
+        left = first // units + i - waves
+        block = (blocks + programs // 10) // programs * programs + left
+        begin = gl.maximum(first - left * units, 0)
+        end = gl.minimum(last - left * units, units)
+    return block, begin, end
+
+
+@gluon.jit
+def _number_of_segments(segments, units):
+    waves, first, last = segments
+    return waves + (last + units - 1) // units - first // units
+
+
+@gluon.jit
+def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, HALF: gl.constexpr):
+    """A warp group: half of the rows of the weight of a program's blocks times their rows of x.
+
+    Args:
+        smem: ``(x0, x1, words)``: columns 0 to 63 and 64 to 127 of x, and packed words, all with slots.
+        barriers: ``(full, empty)``.
+        groups: pointers to words of scales and of zero points.
+        place: ``(blocks, units, m_blocks, row_tiles)``.
+        out, sizes, FORMAT: as for :func:`_store_columns`.
+    """
+    x0_smem, x1_smem, w_smem = smem
+    full, empty = barriers
+    s_ptr, z_ptr = groups
+    blocks, units, m_blocks, row_tiles = place
+    GROUPS: gl.constexpr = FORMAT[0]
+    ZEROS: gl.constexpr = FORMAT[1]
+    STAGES: gl.constexpr = w_smem.shape[0]
+    BN: gl.constexpr = w_smem.shape[1]
+    R: gl.constexpr = BN // 2
+    BM: gl.constexpr = x0_smem.shape[1]
+    DTYPE: gl.constexpr = x0_smem.dtype
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROW: gl.constexpr = gl.SliceLayout(1, A)
+    STEP: gl.constexpr = 8 * GROUPS
+    # The four lanes of a row have the same scales.
+    LS: gl.constexpr = gl.SliceLayout(
+        2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0])
+    )
+    segments = _segments(blocks, units)
+    done = 0
+    for i in range(0, _number_of_segments(segments, units)):
+        block, begin, end = _segment(i, segments, blocks, units)
+        n_first = block // m_blocks * BN + HALF * R
+        tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
+        offsets = (tile * units + begin) * STEP + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
+        s_ptrs = s_ptr + offsets
+        z_ptrs = z_ptr + offsets
+        s_words = gl.load(s_ptrs)
+        if ZEROS:
+            z_words = gl.load(z_ptrs)
+        acc = gl.zeros([R, BM], gl.float32, MMA)
+        stop = done + end - begin
+        for step in range(done, stop):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            fence_async_shared()
+            words = w_smem.index(slot).slice(HALF * R, R, 0).load(A)
+            scales = _of_planes(s_words, DTYPE, False, ROW)
+            s_ptrs += STEP
+            s_words = gl.load(s_ptrs, mask=step + 1 < stop, other=0)
+            if ZEROS:
+                zeros = _of_planes(z_words, DTYPE, True, ROW)
+                z_ptrs += STEP
+                z_words = gl.load(z_ptrs, mask=step + 1 < stop, other=0)
+            else:
+                zeros = ()
+            low = _dequantize(words, scales, zeros, False)
+            acc = warpgroup_mma(low, x0_smem.index(slot).permute([1, 0]), acc, is_async=True)
+            high = _dequantize(words, scales, zeros, True)
+            acc = warpgroup_mma(high, x1_smem.index(slot).permute([1, 0]), acc, is_async=True)
+            # The other warp group's products run while this one waits, and dequantizes its next columns.
+            acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
+            # Each thread arrives by itself: it has no copies to wait for.
+            async_copy.mbarrier_arrive(empty.index(slot), increment_count=False)
+        done = stop
+        slot_of_sums = 2 * gl.program_id(0) + (begin == 0).to(gl.int32)
+        slot_of_sums = gl.where((begin == 0) & (end == units), -1, slot_of_sums)
+        at = (n_first, block % m_blocks * BM, HALF * R, 0)
+        _store_columns(acc, at, out, sizes, slot_of_sums, FORMAT)
+
+
+@gluon.jit
+def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
+    """The warps that copy x and packed words; zeros past the last rows and columns.
+
+    Args:
+        smem, barriers, place: as for :func:`_multiply`.
+        pointers: ``(x_ptr, w_ptr)``.
+        x_sizes: ``(M, K, stride_xm)``.
+    """
+    x0_smem, x1_smem, w_smem = smem
+    full, empty = barriers
+    x_ptr, w_ptr = pointers
+    blocks, units, m_blocks, row_tiles = place
+    M, K, stride_xm = x_sizes
+    STAGES: gl.constexpr = w_smem.shape[0]
+    BM: gl.constexpr = x0_smem.shape[1]
+    BN: gl.constexpr = w_smem.shape[1]
+    # A few rows at a time, because the addresses of more would need more registers than a producer has.
+    CX: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    CW: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    column = gl.arange(0, 64, gl.SliceLayout(0, CX))
+    row = gl.arange(0, 16, gl.SliceLayout(1, CX))
+    w_row = gl.arange(0, 32, gl.SliceLayout(1, CW))
+    word = gl.arange(0, 32, gl.SliceLayout(0, CW))
+    x_off = (row * stride_xm)[:, None] + column[None, :]
+    w_off = (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
+    segments = _segments(blocks, units)
+    done = 0
+    for i in range(0, _number_of_segments(segments, units)):
+        block, begin, end = _segment(i, segments, blocks, units)
+        m_first = block % m_blocks * BM
+        n_tile = block // m_blocks * (BN // 16)
+        x_source = x_ptr + m_first.to(gl.int64) * stride_xm + begin * 128 + x_off
+        w_source = w_ptr + (n_tile.to(gl.int64) * units + begin) * 512 + w_off
+        columns = K - begin * 128
+        stop = done + end - begin
+        for step in range(done, stop):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            for chunk in gl.static_range(BN // 32):
+                ok = w_row // 16 + chunk * 2 < row_tiles - n_tile
+                words = w_smem.index(slot).slice(chunk * 32, 32, 0)
+                async_load(words, w_source + chunk * 2 * units * 512, mask=ok[:, None])
+            for chunk in gl.static_range(BM // 16):
+                ok = (row + chunk * 16 < M - m_first)[:, None]
+                source = x_source + chunk * 16 * stride_xm
+                x0 = x0_smem.index(slot).slice(chunk * 16, 16, 0)
+                x1 = x1_smem.index(slot).slice(chunk * 16, 16, 0)
+                if CHECK_K:
+                    async_load(x0, source, mask=ok & (column < columns)[None, :])
+                    async_load(x1, source + 64, mask=ok & (column + 64 < columns)[None, :])
+                else:
+                    async_load(x0, source, mask=ok)
+                    async_load(x1, source + 64, mask=ok)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+            x_source += 128
+            w_source += 512
+            columns -= 128
+        done = stop
+
+
+@gluon.jit
+def _linear_many_rows_hopper_kernel(
+    x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr,
+    partial_ptr,  # float32 [2 * programs, BLOCK_M, BLOCK_N]
+    M, N, K,
+    units,  # K / 128, rounded up: the steps of a block
+    row_tiles, m_blocks, blocks, stride_xm,
+    # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
+    GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Blocks of ``BLOCK_M`` rows of x times ``BLOCK_N`` rows of the weight: a program's share of the steps.
+
+    Blocks with the same rows of the weight follow each other, so that they share them in L2.
+    """
+    XS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    WS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    x0_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, BLOCK_M, 64], XS)
+    x1_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, BLOCK_M, 64], XS)
+    w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], WS)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=128)
+        mbarrier.init(empty.index(stage), count=256)
+    wait_for_earlier_kernels(DEPENDENT)
+    WORD: gl.constexpr = gl.pointer_type(gl.int32)
+    groups = (s_ptr.to(WORD, bitcast=True), z_ptr.to(WORD, bitcast=True))
+    smem = (x0_smem, x1_smem, w_smem)
+    barriers = (full, empty)
+    place = (blocks, units, m_blocks, row_tiles)
+    out = (bias_ptr, y_ptr, partial_ptr)
+    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)
+    gl.warp_specialize(
+        [
+            (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 0)),
+            (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 1)),
+            (_copy, (smem, barriers, (x_ptr, w_ptr), place, (M, K, stride_xm), CHECK_K)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+    let_dependents_start(DEPENDENT)
+
+
+@triton.jit
+def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
+    """The twin: it reads and writes the same tensors."""
+    total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
+    tl.store(y_ptr, total)
+    if not WHOLE:
+        tl.store(partial_ptr, total)
+
+
+register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin=_reads_and_writes)
+
+
+def serves(call: LinearCall) -> bool:
+    """Whether the kernel takes this call: Gluon can be launched, the weight's format fits, and so do rows of x."""
+    fmt = call.fmt
+    if call.x.dtype not in (torch.bfloat16, torch.float16) or not all_of_triton(call.x):
+        return False
+    if fmt.bits != 4 or fmt.has_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
+        return False
+    return copies_in_16_bytes(call.rows_of_x)
+
+
+def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
+    """Launches the kernel, and the kernel that adds the sums of shared blocks if there can be any.
+
+    Args:
+        call: a call that :func:`serves` accepts.
+        config: its tiles.
+        into: where to write the result.
+    """
+    fmt = call.fmt
+    x, (weight, scales, zeros, bias) = call.rows_of_x, call.tensors
+    m_blocks = cdiv(call.rows, config.block_m)
+    blocks = m_blocks * cdiv(fmt.out_features, config.block_n)
+    whole = config.num_programs == 0
+    programs = config.num_programs or blocks
+    first = 0 if whole else (blocks + programs // 10) // programs * programs
+    left = 0 if whole else torch.sym_max(blocks - first, 0)
+    shares = Shares(config.block_m, config.block_n, m_blocks, first, left, fmt.column_tiles, programs)
+    partial = into.out if whole else shares.empty_sums(x)
+    kernel = wrap_triton(_linear_many_rows_hopper_kernel)
+    kernel[(programs * into.enabled,)](
+        x,
+        weight,
+        scales,
+        zeros,
+        bias,
+        into.out,
+        partial,
+        call.rows,
+        fmt.out_features,
+        fmt.in_features,
+        fmt.column_tiles,
+        fmt.row_tiles,
+        m_blocks,
+        blocks,
+        x.stride(0),
+        GROUPS=fmt.groups_per_tile,
+        ZEROS=fmt.has_zeros,
+        BIAS=call.bias is not None,
+        CHECK_K=fmt.in_features % 128 != 0,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        WHOLE=whole,
+        CONSUMER_REGISTERS=232,
+        PRODUCER_REGISTERS=48,
+        num_warps=4,
+        **dependent_launch(call.x),
+    )
+    if not whole:
+        launch_sum_shares(call, partial, shares, into)
