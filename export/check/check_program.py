@@ -5,7 +5,8 @@ The check compares:
 * the logits of every method, along a walk through the whole cache;
 * the states after the walk (keys and values, or whatever else a layer remembers), by group of layers;
 * the weights, byte for byte;
-* the choices along a greedy sequence of the eager model.
+* the choices along a greedy sequence of the eager model;
+* for a quantized model, the logits with those of the dense model: a measurement, which no check fails.
 
 Logits alone are not enough: slightly wrong attention moves them little, but shows in the keys of later layers.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flashpte.export.check.accuracy import LABEL, Accuracy, compare_with_dense
 from flashpte.export.check.agreement import Agreement, judge
 from flashpte.export.check.check_draft import check_draft
 from flashpte.export.check.check_states import compare_states, undescribed_buffers
@@ -48,6 +50,7 @@ class CheckReport:
         missing: what should have been compared but was not, each with the reason.
         unchecked: methods that were not compared with anything.
         calls: number of calls of each of the target's methods.
+        accuracy: of the quantized model against the dense one, or why there is none; ``None`` for a dense model.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -57,6 +60,7 @@ class CheckReport:
     missing: tuple[str, ...]
     unchecked: tuple[str, ...]
     calls: Mapping[str, int]
+    accuracy: Accuracy | str | None = None
 
     @property
     def passed(self) -> bool:
@@ -98,6 +102,7 @@ class CheckReport:
             "not_compared": list(self.not_compared),
             "unchecked_methods": list(self.unchecked),
             "calls": dict(self.calls),
+            "accuracy": self.accuracy.to_dict() if isinstance(self.accuracy, Accuracy) else self.accuracy,
         }
 
     def lines(self) -> list[str]:
@@ -120,6 +125,9 @@ class CheckReport:
             if unused := self.weights.unused:
                 named = ", ".join(unused[:5])
                 lines.append(f"weights: {len(unused)} of the checkpoint are in no exported method: {named}")
+        if self.accuracy is not None:
+            found = self.accuracy
+            lines.append(found.line() if isinstance(found, Accuracy) else f"{LABEL}: not measured, {found}")
         if self.weights_different:
             named = ", ".join(self.weights_different[:5])
             lines.append(f"weights: WRONG, {len(self.weights_different)} differ: {named}")
@@ -142,6 +150,7 @@ def check_program(
     weights: Mapping[str, torch.Tensor] | None = None,
     model_weights: Mapping[str, torch.Tensor] | None = None,
     computed: Mapping[str, torch.Tensor] | None = None,
+    dense: Callable[[], EagerModel] | str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Runs a program and compares it with two eager models.
@@ -153,6 +162,7 @@ def check_program(
         weights: the program's tensors by FQN, to compare with ``model_weights``; ``None`` if they cannot be read.
         model_weights: the model's weights by FQN, see :func:`named_weights`.
         computed: buffers that the model computes, see :func:`computed_buffers`.
+        dense: makes the model without quantized weights, or says why there is none; ``None`` for a dense program.
         progress: called with a short line at each stage.
 
     Raises:
@@ -192,6 +202,10 @@ def check_program(
         tell("following a greedy sequence")
         teacher, agreement = _follow_greedy(model, own, reference, tokens)
         comparisons.append(teacher)
+    accuracy: Accuracy | str | None = dense if isinstance(dense, str) else None
+    if callable(dense):
+        tell("evaluating the unquantized model")
+        accuracy = compare_with_dense(expected.logits, dense().evaluate(tokens[:end], rows).logits)
     model.reset()
     missing += undescribed_buffers(program)
     missing += _missing(program.signatures, yardstick, comparisons, proposals)
@@ -205,6 +219,7 @@ def check_program(
         missing=tuple(missing),
         unchecked=tuple(name for name in program.signatures if name not in checked),
         calls={name: counts[name] for name in program.signatures if name in TARGET_METHODS},
+        accuracy=accuracy,
     )
 
 

@@ -119,13 +119,16 @@ class EagerModel:
         return tokens
 
 
-def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Path | None = None) -> nn.Module:
+def rebuild(
+    manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Path | None = None, *, quantized: bool = True
+) -> nn.Module:
     """The model that a manifest describes, in the dtype of the export, on the CPU.
 
     Args:
         manifest: the manifest of an ``export-model`` folder.
         checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
         gguf_file: the GGUF file that was exported; ``None`` for another origin.
+        quantized: ``False`` keeps all weights dense.
 
     Raises:
         ExportError: the manifest does not say enough, or the checkpoint is missing or not the one exported.
@@ -170,6 +173,8 @@ def rebuild(manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Pat
     else:
         raise ProgramError(Option("check"), ": the manifest does not say where its weights came from")
     recipe = read_recipe(manifest.get("weight_formats"), described["dtype"])
+    if not quantized:
+        recipe = recipe.dense()
     fill_weights(model, plan_weights(model, recipe), source)
     untyped: Any = model
     untyped.set_attn_implementation("sdpa")
@@ -183,6 +188,44 @@ def _check_same_config(origin: Origin, config: Mapping[str, Any]) -> None:
         raise ProgramError(
             Option(origin.option, origin.given), f" is not what was exported: {different[0]} of its config differs"
         )
+
+
+def why_no_dense_model(checkpoint: Path | None, gguf_file: Path | None) -> str | None:
+    """Why there are no weights from before they were quantized; ``None`` if there are.
+
+    Args:
+        checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
+        gguf_file: the GGUF file that was exported; ``None`` for another origin.
+    """
+    from flashpte.export.weights.origin import open_origin
+
+    origin = open_origin(checkpoint, gguf_file)
+    return None if origin is None or not origin.quantized else f"{origin.given.name} was quantized already"
+
+
+def dense_model(
+    manifest: Mapping[str, Any], checkpoint: Path | None, gguf_file: Path | None, like: EagerModel
+) -> EagerModel:
+    """The reference without quantized weights, in the wider dtype; on the device of ``like`` if it fits.
+
+    Args:
+        manifest: the manifest of an ``export-model`` folder with quantized weights.
+        checkpoint: the Hugging Face folder that was exported; ``None`` for another origin.
+        gguf_file: the GGUF file that was exported, of dense weights; ``None`` for another origin.
+        like: the reference with quantized weights.
+
+    Raises:
+        ExportError: as :func:`rebuild`.
+    """
+    from flashpte.export.models.registry import get_target
+
+    model = rebuild(manifest, checkpoint, gguf_file, quantized=False)
+    model = model.to(reference_dtype(read_dtype(manifest["model"]["dtype"])))
+    device = like.device
+    if device.type == "cuda":
+        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        device = device if torch.cuda.mem_get_info()[0] > 1.5 * size else torch.device("cpu")
+    return EagerModel(model, device, None, get_target(str(manifest["target"])).layer_state)
 
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:

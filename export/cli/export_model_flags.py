@@ -16,8 +16,10 @@ from flashpte.export.common.options import (
     DEFAULT_QLINEAR_GROUP_SIZE,
     DTYPE_NAMES,
     METHOD_NAMES,
+    QALGORITHM_NAMES,
     QLINEAR_GROUP_SIZES,
-    QLINEAR_NAMES,
+    QRECIPE_NAMES,
+    QUANTIZED_NAMES,
     ExportOptions,
     check_has_weights,
     check_options,
@@ -41,8 +43,8 @@ examples:
   # with an EAGLE-3 draft head that proposes 4 tokens at a time: prefill, target_verify and draft_decode
   export-model --target gemma4-31b --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3 --chain 4 --output-dir out
 
-  # linear layers in 4 bits, a scale per 32 columns
-  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --qlinear 4w --output-dir out
+  # linear layers in 4 bits, a scale per 32 columns; embedding and head in 8 bits
+  export-model --target gemma4-31b --checkpoint gemma-4-31b-it --qrecipe default --output-dir out
 
   # a GGUF file; its weights keep their codes
   export-model --target hf --gguf-file Qwen3-8B-Q4_K_M.gguf --output-dir out
@@ -103,19 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
     weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
 
-    weights.add_argument(
-        "--qlinear",
-        metavar="BITS",
-        help=f"{' or '.join(QLINEAR_NAMES)}: weights of the decoder layers' linear layers in 4 or 8 bits, rounded to "
-        "nearest (default: --dtype)",
-    )
-    weights.add_argument(
-        "--qlinear-group-size",
-        type=int,
-        metavar="N",
-        help=f"columns that share a scale: {', '.join(map(str, QLINEAR_GROUP_SIZES))} (default: "
-        f"{DEFAULT_QLINEAR_GROUP_SIZE} with 4w, a whole row with 8w)",
-    )
+    _add_quantization(parser)
 
     methods = parser.add_argument_group("methods (prefill and decode; target_verify with --verify-window)")
     methods.add_argument(
@@ -196,6 +186,40 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quantization(parser: argparse.ArgumentParser) -> None:
+    bits = " or ".join(QUANTIZED_NAMES)
+    group = parser.add_argument_group("quantized weights (default: all weights in --dtype)")
+    group.add_argument("--qlinear", metavar="BITS", help=f"{bits}: linear layers of the decoder layers in 4 or 8 bits")
+    group.add_argument(
+        "--qlinear-group-size",
+        type=int,
+        metavar="N",
+        help=f"columns that share a scale: {', '.join(map(str, QLINEAR_GROUP_SIZES))} (default: "
+        f"{DEFAULT_QLINEAR_GROUP_SIZE} with 4w, a whole row with 8w)",
+    )
+    group.add_argument(
+        "--qhead",
+        metavar="BITS",
+        help=f"{bits}: the output projection; if it is tied to the embedding, it gets its own copy",
+    )
+    group.add_argument(
+        "--qembedding", metavar="BITS", help=f"{bits}: the embedding, and the output projection that is tied to it"
+    )
+    group.add_argument(
+        "--qrecipe",
+        metavar="NAME|FILE",
+        help=f"{' or '.join(QRECIPE_NAMES)}, or a JSON or TOML file of rules: regular expressions of weight names, and "
+        "formats",
+    )
+    group.add_argument(
+        "--qalgorithm",
+        metavar="NAME",
+        default="rtn",
+        help=f"{' or '.join(QALGORITHM_NAMES)}, for weights of 4 bits: round to nearest, or half-quadratic "
+        "quantization with zero points (default: rtn)",
+    )
+
+
 def check_arguments(args: argparse.Namespace) -> ExportOptions:
     """Checks everything that can be known without loading torch or the model.
 
@@ -225,6 +249,10 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
         with_decode=args.with_decode,
         qlinear=args.qlinear,
         qlinear_group_size=args.qlinear_group_size,
+        qhead=args.qhead,
+        qembedding=args.qembedding,
+        qrecipe=args.qrecipe,
+        qalgorithm=args.qalgorithm,
         midm_sdpa=not args.no_midm_sdpa,
         gguf_file=args.gguf_file,
     )
@@ -284,6 +312,12 @@ def _check_inputs(args: argparse.Namespace) -> None:
     for flag, path in (("--config", args.config), ("--gguf-file", args.gguf_file)):
         if path is not None and not path.is_file():
             raise ExportError(f"{flag} {path} is not an existing file")
+    if _recipe_file(args) is not None and not Path(args.qrecipe).is_file():
+        raise ExportError(f"--qrecipe {args.qrecipe} is neither {', '.join(QRECIPE_NAMES)} nor an existing file")
+
+
+def _recipe_file(args: argparse.Namespace) -> str | None:
+    return None if args.qrecipe in QRECIPE_NAMES else args.qrecipe
 
 
 def check_output_dir(path: Path) -> None:
@@ -312,11 +346,13 @@ def _check_overlaps(args: argparse.Namespace) -> None:
         for flag in ("--output-dir", "--report", *_INPUTS)
         if getattr(args, flag[2:].replace("-", "_")) is not None
     }
+    if (recipe := _recipe_file(args)) is not None:
+        paths["--qrecipe"] = _resolve("--qrecipe", Path(recipe))
     output, report = paths.get("--output-dir"), paths.get("--report")
     for flag, path in paths.items():
         if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
             raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
-        if flag in _INPUTS and report == path:
+        if flag in (*_INPUTS, "--qrecipe") and report == path:
             raise UsageError(f"--report and {flag} name the same file")
 
 

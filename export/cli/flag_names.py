@@ -5,7 +5,14 @@ from __future__ import annotations
 from flashpte.export.common.errors import Option
 
 _FLAGS = {"random_seed": "--random-weights", "midm_sdpa": "--no-midm-sdpa", "attention": "--no-replace"}
-_TAKES = {"checkpoint": "DIR", "config": "FILE", "gguf_file": "FILE", "draft": "DIR", "verify_window": "M"}
+_TAKES = {
+    "checkpoint": "DIR",
+    "gguf_file": "FILE",
+    "config": "FILE",
+    "draft": "DIR",
+    "verify_window": "M",
+    "qlinear": "4w",
+}
 
 
 def flag_name(field: str) -> str:

@@ -1,4 +1,4 @@
-"""``run-model``: runs an export and prints text, a check's verdict or a profile."""
+"""``run-model``: runs an export and prints text, a check's verdict, a profile or the perplexity of a text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from flashpte.export.cli.endings import EXIT_FAILED, EXIT_OK, quiet_libraries, report_errors, stdout_may_close
 from flashpte.export.cli.progress import StageLog
 from flashpte.export.cli.run_model_flags import RunOptions, build_run_parser, check_run_arguments
+from flashpte.export.common.errors import ExportError
 from flashpte.export.common.signals import raise_on_termination
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def _generate(options: RunOptions, progress: StageLog, out: TextIO) -> int:
 def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     from flashpte.export.check.check_program import check_program, computed_buffers, named_weights
     from flashpte.export.check.eager_draft import rebuild_draft
-    from flashpte.export.check.eager_model import eager_pair, rebuild
+    from flashpte.export.check.eager_model import EagerModel, dense_model, eager_pair, rebuild, why_no_dense_model
     from flashpte.export.files.model_folder import read_folder
     from flashpte.export.models.registry import get_target
+    from flashpte.export.weights.recipe import read_recipe
 
     folder = read_folder(options.model_dir, unverified=options.unverified)
     program, _ = _open(options, progress)
@@ -61,6 +63,12 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     model = rebuild(folder.manifest, options.checkpoint, options.gguf_file)
     draft = rebuild_draft(folder.manifest, model, options.draft)
     own, reference = eager_pair(model, draft, get_target(str(folder.manifest["target"])).layer_state)
+    recipe = read_recipe(folder.manifest.get("weight_formats"), folder.manifest["model"]["dtype"])
+    dense: Callable[[], EagerModel] | str | None = None
+    if recipe.quantizes:
+        dense = why_no_dense_model(options.checkpoint, options.gguf_file) or (
+            lambda: dense_model(folder.manifest, options.checkpoint, options.gguf_file, reference)
+        )
     report = check_program(
         program,
         own,
@@ -68,6 +76,7 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
         weights=getattr(program, "weights", None),
         model_weights=named_weights(model, draft),
         computed=computed_buffers(model, draft),
+        dense=dense,
         progress=progress,
     )
     print(json.dumps(report.to_dict()) if options.json else "\n".join(report.lines()), file=out)
@@ -89,6 +98,28 @@ def _profile(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     return EXIT_OK
 
 
+def _perplexity(options: RunOptions, progress: StageLog, out: TextIO) -> int:
+    from flashpte.export.files.model_folder import read_folder
+    from flashpte.export.runtime.generate import check_prompt
+    from flashpte.export.runtime.language_model import LanguageModel
+    from flashpte.export.runtime.perplexity import measure, program_logits, program_window
+    from flashpte.export.runtime.text import has_tokenizer, load_tokenizer, read_text
+
+    assert options.perplexity is not None
+    folder = read_folder(options.model_dir, unverified=options.unverified)
+    if not has_tokenizer(folder):
+        raise ExportError(f"{folder.path} has no tokenizer: export a checkpoint that has one")
+    tokens = list(load_tokenizer(folder.path)(read_text(options.perplexity))["input_ids"])
+    check_prompt(tokens, folder.constants.get("get_vocab_size"))
+    program, _ = _open(options, progress)
+    model = LanguageModel(program)
+    window = program_window(model, options.window)
+    progress(f"reading {len(tokens)} tokens")
+    found = measure(tokens, window, program_logits(model))
+    print(json.dumps(found.to_dict()) if options.json else found.line(), file=out)
+    return EXIT_OK
+
+
 def open_program(options: RunOptions, progress: Callable[[str], None]) -> RunsMethods:
     """Loads the program; tests replace this function."""
     from flashpte.export.runtime.program import Program
@@ -105,4 +136,4 @@ def _open(options: RunOptions, progress: StageLog) -> tuple[RunsMethods, float]:
     return program, time.perf_counter() - start
 
 
-_TASKS = {"generate": _generate, "check": _check, "profile": _profile}
+_TASKS = {"generate": _generate, "check": _check, "profile": _profile, "perplexity": _perplexity}

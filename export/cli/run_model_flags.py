@@ -16,7 +16,7 @@ DEFAULT_NEW_TOKENS = 128
 
 _DESCRIPTION = """\
 Run a program that export-model wrote on this machine's GPU, without ExecuTorch's runtime: generate text, check the
-program against the model it came from, or measure where its time goes."""
+program against the model it came from, or measure its perplexity or where its time goes."""
 
 _EPILOG = """\
 examples:
@@ -34,13 +34,16 @@ examples:
   run-model out --check --checkpoint gemma-4-31b-it --draft gemma-4-31b-eagle3
   run-model out --check                       # an export with --random-weights
 
+  # perplexity of a text
+  run-model out --perplexity wikitext.txt --window 1024
+
   # time by kernel family at two contexts, as a table and a picture
   run-model out --profile --contexts 4096,16384 --plot profile.png
 
 exit codes: 0 done, 1 failed (a file, the GPU, a check), 2 wrong options, 130 interrupted, 143 and 129 ended by SIGTERM
 and SIGHUP."""
 
-Task = Literal["generate", "check", "profile"]
+Task = Literal["generate", "check", "profile", "perplexity"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ class RunOptions:
         contexts: tokens in the cache before the measured calls; ``None`` for the defaults that fit.
         prefill: tokens of the measured prefill; ``None`` for the default, or what fits.
         plot: file to draw the profile to.
+        perplexity: text file whose perplexity is measured.
+        window: most tokens of a window of that text; ``None`` for 2048, or what the caches hold.
         json: print JSON.
     """
 
@@ -87,6 +92,8 @@ class RunOptions:
     contexts: tuple[int, ...] | None = None
     prefill: int | None = None
     plot: Path | None = None
+    perplexity: Path | None = None
+    window: int | None = None
     json: bool = False
 
 
@@ -161,6 +168,20 @@ def build_run_parser() -> argparse.ArgumentParser:
     )
     profile.add_argument("--plot", type=nonempty_path, metavar="FILE", help="draw the profile (.png; needs matplotlib)")
 
+    quality = parser.add_argument_group("perplexity")
+    quality.add_argument(
+        "--perplexity",
+        type=nonempty_path,
+        metavar="FILE",
+        help="measure the perplexity of a text by target_verify or decode; needs a tokenizer in MODEL_DIR",
+    )
+    quality.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of one window; windows do not overlap (default: 2048, or what the caches hold)",
+    )
+
     run = parser.add_argument_group("running")
     run.add_argument(
         "--cuda-graph",
@@ -185,7 +206,7 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
     _check_belonging(args, task)
     if task == "generate" and (args.prompt is None) == (args.prompt_ids is None):
         have = "both were given" if args.prompt is not None else "none was given"
-        raise UsageError(f"give --prompt TEXT or --prompt-ids IDS, --check or --profile ({have})")
+        raise UsageError(f"give --prompt TEXT or --prompt-ids IDS, --check, --profile or --perplexity FILE ({have})")
     if args.chat and args.prompt is None:
         raise UsageError("--chat needs --prompt: tokens are fed as they are")
     if args.seed is not None and not args.temperature:
@@ -197,6 +218,7 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
             ("--max-new-tokens", args.max_new_tokens, 1),
             ("--seed", args.seed, 0),
             ("--prefill", args.prefill, 1),
+            ("--window", args.window, 2),
         )
     )
     if args.temperature is not None and not (math.isfinite(args.temperature) and args.temperature >= 0):
@@ -207,8 +229,9 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         raise UsageError(f"--plot {args.plot}: must end in .png, .svg or .pdf")
     for flag, path in (("MODEL_DIR", args.model_dir), ("--checkpoint", args.checkpoint), ("--draft", args.draft)):
         _check_folder(flag, path)
-    if args.gguf_file is not None and not args.gguf_file.is_file():
-        raise ExportError(f"--gguf-file {args.gguf_file} is not an existing file")
+    for flag, path in (("--gguf-file", args.gguf_file), ("--perplexity", args.perplexity)):
+        if path is not None and not path.is_file():
+            raise ExportError(f"{flag} {path} is not an existing file")
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         raise ExportError(f"--plot {args.plot}: the folder {args.plot.absolute().parent} does not exist")
     return RunOptions(
@@ -230,14 +253,22 @@ def check_run_arguments(args: argparse.Namespace) -> RunOptions:
         contexts=args.contexts,
         prefill=args.prefill,
         plot=args.plot,
+        perplexity=args.perplexity,
+        window=args.window,
         json=args.json,
     )
 
 
 def _task(args: argparse.Namespace) -> Task:
-    if args.check and args.profile:
-        raise UsageError("--check and --profile cannot be combined: run them one after the other")
-    return "check" if args.check else "profile" if args.profile else "generate"
+    tasks: dict[Task, bool] = {
+        "check": args.check,
+        "profile": args.profile,
+        "perplexity": args.perplexity is not None,
+    }
+    wanted = [task for task, given in tasks.items() if given]
+    if len(wanted) > 1:
+        raise UsageError(f"--{wanted[0]} and --{wanted[1]} cannot be combined: run them one after the other")
+    return wanted[0] if wanted else "generate"
 
 
 def _check_belonging(args: argparse.Namespace, task: Task) -> None:
@@ -248,12 +279,13 @@ def _check_belonging(args: argparse.Namespace, task: Task) -> None:
         ),
         "check": ("--checkpoint", "--gguf-file", "--draft"),
         "profile": ("--contexts", "--prefill", "--plot"),
+        "perplexity": ("--window",),
     }
     for owner, flags in belonging.items():
         for flag in flags:
             value = getattr(args, flag[2:].replace("-", "_"))
             if owner != task and value is not None and value is not False:
-                what = {"generate": "generating text", "check": "--check", "profile": "--profile"}
+                what = {name: f"--{name}" for name in belonging} | {"generate": "generating text"}
                 raise UsageError(f"{flag} belongs to {what[owner]}, this is {what[task]}")
 
 

@@ -21,13 +21,19 @@ TARGET_METHODS = (PREFILL, DECODE, TARGET_VERIFY)
 """Methods of a language model; a draft adds one more."""
 METHOD_NAMES = (*TARGET_METHODS, DRAFT_DECODE)
 
-QLINEAR_NAMES = ("4w", "8w")
-"""Bits of the weights of linear layers: 4 or 8; activations keep the export's dtype."""
+QUANTIZED_NAMES = ("4w", "8w")
+"""Bits of quantized weights: 4 or 8; activations keep the export's dtype."""
 
 QLINEAR_GROUP_SIZES = (32, 64, 128)
 """Numbers of columns that may share a scale."""
 
 DEFAULT_QLINEAR_GROUP_SIZE = 32
+
+QRECIPE_NAMES = ("default", "sensitive")
+"""Recipes that need no file, see :mod:`flashpte.export.pipeline.weight_rules`."""
+
+QALGORITHM_NAMES = ("rtn", "hqq")
+"""How weights of 4 bits are chosen: round to nearest, or half-quadratic quantization."""
 
 VERIFY_WINDOW_RANGE = (2, 16)
 """Fewest and most tokens of one target_verify call; the mid-M kernel takes at most 16."""
@@ -74,9 +80,14 @@ class ExportOptions:
         chain: K, tokens that the draft proposes at a time; ``None`` for 4 with a draft. With ``random_seed`` and no
             ``draft``, it adds a random draft that fits the target.
         with_decode: with a draft, also export ``decode``, which speculative decoding does not need.
-        qlinear: one of :data:`QLINEAR_NAMES`; ``None`` keeps the weights of linear layers in ``dtype``.
+        qlinear: one of :data:`QUANTIZED_NAMES`; ``None`` keeps the weights of linear layers in ``dtype``.
         qlinear_group_size: columns that share a scale, one of :data:`QLINEAR_GROUP_SIZES`; ``None`` for 32 with
             ``"4w"`` and one scale per row with ``"8w"``.
+        qhead: the same as ``qlinear`` for the output projection, with its default group. A head that is tied to the
+            embedding gets its own copy, unless ``qembedding`` is the same.
+        qembedding: the same as ``qhead`` for the embedding. A tied head without ``qhead`` reads the same codes.
+        qrecipe: one of :data:`QRECIPE_NAMES` or the path of a recipe file; it replaces the four options above.
+        qalgorithm: one of :data:`QALGORITHM_NAMES`, for weights of 4 bits; 8 bits are always rounded to nearest.
         midm_sdpa: ``False`` leaves the attention of ``target_verify`` to plain arithmetic, for comparisons.
     """
 
@@ -97,6 +108,10 @@ class ExportOptions:
     with_decode: bool = False
     qlinear: str | None = None
     qlinear_group_size: int | None = None
+    qhead: str | None = None
+    qembedding: str | None = None
+    qrecipe: str | None = None
+    qalgorithm: str = "rtn"
     midm_sdpa: bool = True
     gguf_file: Path | None = None
 
@@ -114,7 +129,7 @@ def check_options(options: ExportOptions) -> None:
     """
     if options.dtype not in DTYPE_NAMES:
         raise UsageError(f"unknown dtype {options.dtype!r}; known: {', '.join(DTYPE_NAMES)}")
-    _check_qlinear(options)
+    _check_quantization(options)
     _check_conflicts(options)
     _check_draft_options(options)
     _check_lengths(options)
@@ -127,16 +142,33 @@ def check_has_weights(options: ExportOptions) -> None:
         raise UsageError("no weights: give ", wanted("checkpoint"), " or ", wanted("random_seed"))
 
 
-def _check_qlinear(options: ExportOptions) -> None:
-    if options.qlinear is not None and options.qlinear not in QLINEAR_NAMES:
-        raise UsageError(Option("qlinear", options.qlinear), f": must be {' or '.join(QLINEAR_NAMES)}")
+def _check_quantization(options: ExportOptions) -> None:
+    given = {name: getattr(options, name) for name in ("qlinear", "qhead", "qembedding")}
+    for name, value in given.items():
+        if value is not None and value not in QUANTIZED_NAMES:
+            raise UsageError(Option(name, value), f": must be {' or '.join(QUANTIZED_NAMES)}")
+        if value is not None and options.qrecipe is not None:
+            raise UsageError(
+                Option("qrecipe"),
+                " and ",
+                Option(name),
+                " cannot be combined: the recipe names the format of each weight",
+            )
     size = options.qlinear_group_size
-    if size is None:
+    if size is not None:
+        if options.qlinear is None:
+            raise UsageError(Option("qlinear_group_size"), " belongs to ", wanted("qlinear"))
+        if size not in QLINEAR_GROUP_SIZES:
+            raise UsageError(Option("qlinear_group_size", size), ": must be 32, 64 or 128")
+    if options.qalgorithm not in QALGORITHM_NAMES:
+        raise UsageError(Option("qalgorithm", options.qalgorithm), f": must be {' or '.join(QALGORITHM_NAMES)}")
+    if options.qalgorithm == "rtn" or options.qrecipe in QRECIPE_NAMES or "4w" in given.values():
         return
-    if options.qlinear is None:
-        raise UsageError(Option("qlinear_group_size"), " belongs to ", wanted("qlinear"))
-    if size not in QLINEAR_GROUP_SIZES:
-        raise UsageError(Option("qlinear_group_size", size), ": must be 32, 64 or 128")
+    if options.qrecipe is not None:
+        raise UsageError(
+            Option("qalgorithm"), " and a recipe file cannot be combined: the file names formats such as int4-g32-hqq"
+        )
+    raise UsageError(Option("qalgorithm", options.qalgorithm), " is for weights of 4 bits: add ", wanted("qlinear"))
 
 
 def _check_conflicts(options: ExportOptions) -> None:

@@ -208,11 +208,11 @@ def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = 
     windows = [window for state in states if (window := getattr(state, "window", None)) is not None]
     config = _untyped(model).config
     eos = config.eos_token_id
-    vocab_size, hidden_size = _untyped(model).get_input_embeddings().weight.shape
+    embedding = _untyped(model).get_input_embeddings()
     return ModelFacts(
         states=states,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
+        vocab_size=embedding.num_embeddings,
+        hidden_size=embedding.embedding_dim,
         max_positions=config.max_position_embeddings,
         window=min(windows, default=None),
         bos_id=config.bos_token_id,
@@ -224,21 +224,28 @@ class TiedHead(nn.Module):
     """The output projection of a model with tied embeddings, which reads the embedding's weight in place.
 
     A head that registered the same parameter again would give the exported program a second input, and either of the
-    two names could become the stored one.
+    two names could become the stored one. An embedding without a dense weight has ``project`` for its head.
     """
 
-    def __init__(self, embedding: nn.Embedding):
+    def __init__(self, embedding: nn.Module):
         super().__init__()
         self._embedding = (embedding,)  # a tuple, so that it is not a child module with a second name
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Maps hidden states [..., C] to logits [..., V]."""
-        return F.linear(hidden, self._embedding[0].weight)
+        embedding = _untyped(self._embedding[0])
+        return embedding.project(hidden) if hasattr(embedding, "project") else F.linear(hidden, embedding.weight)
 
 
 def is_tied(model: nn.Module) -> bool:
     """Whether the output projection shares the embedding's weight."""
-    return isinstance(model.lm_head, TiedHead)
+    return isinstance(getattr(model, "lm_head", None), TiedHead)
+
+
+def embedding_name(model: nn.Module) -> str:
+    """The path of the embedding in a Hugging Face causal language model."""
+    embedding = _untyped(model).get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding)
 
 
 def share_tied_head(model: nn.Module) -> None:

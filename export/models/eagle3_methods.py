@@ -32,7 +32,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from flashpte.export.common.options import DECODE, DRAFT_DECODE
-from flashpte.export.models.build import decoder_layers
+from flashpte.export.models.build import decoder_layers, embedding_name
 from flashpte.export.models.eagle3 import Draft, DraftHead, FeatureFusion
 from flashpte.export.models.methods import CausalLMMethod, MethodSpec, example_length, export_method
 from flashpte.export.state.kv_cache import FULL, SLIDING
@@ -99,7 +99,7 @@ class DraftMethod(nn.Module):
         self.draft_cache = draft_cache
         self.embedding_path: tuple[str, ...] = ()
         if draft.embed_tokens is None:
-            self.embedding_path = ("model", *_embedding_name(model).split("."))
+            self.embedding_path = ("model", *embedding_name(model).split("."))
             _mirror(self, self.embedding_path, model)
 
     def forward(
@@ -125,12 +125,6 @@ class DraftMethod(nn.Module):
         if self.draft.embed_tokens is not None:
             return self.draft.embed_tokens.weight
         return self.get_submodule(".".join(self.embedding_path)).get_parameter("weight")
-
-
-def _embedding_name(model: nn.Module) -> str:
-    untyped: Any = model
-    embedding = untyped.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
 
 
 def _mirror(root: nn.Module, path: Sequence[str], model: nn.Module) -> None:

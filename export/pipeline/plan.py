@@ -24,7 +24,7 @@ from flashpte.export.pipeline.lengths import (
     prefill_chunk,
     sequence_length,
 )
-from flashpte.export.pipeline.qlinear import qlinear_rules
+from flashpte.export.pipeline.weight_rules import weight_rules
 from flashpte.export.state.layer_state import DRAFT_PART, StateRules
 from flashpte.export.state.model_state import DRAFT_STATE, TARGET_STATE, state_rules
 from flashpte.export.weights.checkpoint_folder import check_token_ids, read_json
@@ -151,6 +151,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     config = _config_fields(spec, options, origin)
     model = spec.build(config)
     total_layers = len(decoder_layers(model))
+    chosen = weight_rules(model, options)
     if options.layers is not None:
         cut_layers(model, options.layers)
     facts = describe(model, spec.layer_state or attention_of)
@@ -170,12 +171,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     elif options.random_seed is not None:
         source = RandomWeights(model, DTYPES[options.dtype], options.random_seed)
     held = rules_of(formats_of(source), model.state_dict())
-    if held and options.qlinear is not None:
-        raise UsageError(
-            Option("qlinear", options.qlinear), ": the weights are quantized already, and stay as they are"
-        )
-    recipe = Recipe(options.dtype, (*held, *spec.weight_formats, *qlinear_rules(model, options)))
+    if held:
+        _check_not_quantized_again(options)
+    recipe = Recipe(options.dtype, (*held, *spec.weight_formats, *chosen))
     weights = plan_weights(model, recipe)
+    _check_draft_embedding(model, draft)
     methods = plan_methods(
         chunk,
         window,
@@ -186,6 +186,26 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     )
     layers = (config, total_layers, max_seq_len)
     return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft)
+
+
+def _check_not_quantized_again(options: ExportOptions) -> None:
+    for name in ("qlinear", "qhead", "qembedding", "qrecipe"):
+        if (value := getattr(options, name)) is not None:
+            raise UsageError(Option(name, value), ": the weights are quantized already, and stay as they are")
+
+
+def _check_draft_embedding(model: nn.Module, draft: DraftPlan | None) -> None:
+    untyped: Any = model
+    if draft is None or draft.head.embed_tokens is not None:
+        return
+    if not isinstance(untyped.get_input_embeddings(), nn.Embedding):
+        raise ExportError(
+            "the draft reads the target's embedding, which must stay dense: ",
+            "leave it out of ",
+            Option("qembedding"),
+            " and ",
+            Option("qrecipe"),
+        )
 
 
 def _config_fields(spec: TargetSpec, options: ExportOptions, origin: Origin | None) -> Mapping[str, Any]:

@@ -39,6 +39,20 @@ def load_tokenizer(folder: Path) -> Any:
         raise ExportError(f"cannot read the tokenizer in {folder}: {reason}") from error
 
 
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        ExportError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer adds.
 

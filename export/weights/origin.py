@@ -18,7 +18,7 @@ from flashpte.export.weights.checkpoint_folder import (
     tokenizer_files,
 )
 from flashpte.export.weights.gguf_config import config_fields
-from flashpte.export.weights.gguf_file import GgufFile
+from flashpte.export.weights.gguf_file import FLOATS, GgufFile
 from flashpte.export.weights.gguf_tokenizer import write_tokenizer
 from flashpte.export.weights.gguf_weights import GgufWeights
 from flashpte.export.weights.recipe import WeightSource
@@ -32,11 +32,13 @@ class Origin(Protocol):
         option: the name of the option that names it, also the manifest's name for this kind.
         given: its path.
         described_by: the file that holds its config.
+        quantized: whether it holds weights as codes, so that nobody knows the dense ones.
     """
 
     option: str
     given: Path
     described_by: Path
+    quantized: bool
 
     def config(self) -> Mapping[str, Any]:
         """The fields of its config."""
@@ -63,7 +65,7 @@ class Folder:
         ExportError: it is no folder.
     """
 
-    option = "checkpoint"
+    option, quantized = "checkpoint", False
 
     def __init__(self, path: Path):
         if not path.is_dir():
@@ -102,6 +104,7 @@ class Gguf:
         if not path.is_file():
             raise ExportError(Option(self.option, path), " is not an existing file")
         self._file, self.given, self.described_by = GgufFile(path), path, path
+        self.quantized = any(tensor.type not in FLOATS for tensor in self._file.tensors.values())
 
     def config(self) -> Mapping[str, Any]:
         """The config that the metadata describes."""

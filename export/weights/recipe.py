@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from flashpte.export.common.errors import ExportError
-from flashpte.export.weights.formats import FORMATS
+from flashpte.export.models.build import is_tied
+from flashpte.export.weights.formats import FORMATS, Dense
 from flashpte.export.weights.quantized import QUANTIZED, QUANTIZED_NAMES, Grouped
+from flashpte.export.weights.quantized_embedding import QuantizedEmbedding
+from flashpte.export.weights.tied_head import TIED_HEAD, embedding_weight, tie_again, untie_head
 from flashpte.kernels.linear.format import Groupwise
 
 
@@ -56,9 +59,24 @@ class Recipe:
             except re.error as error:
                 raise ExportError(f"weight formats: {pattern!r} is not a regular expression ({error})") from error
 
+    def rule_of(self, name: str) -> int | None:
+        """The index of the rule that gives a weight its format; ``None`` if none matches."""
+        return next((i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, name)), None)
+
     def format_of(self, name: str) -> str:
         """The name of the format for a weight."""
-        return next((format for pattern, format in self.rules if re.fullmatch(pattern, name)), self.default)
+        rule = self.rule_of(name)
+        return self.default if rule is None else self.rules[rule][1]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether some rule names another format than a dense one."""
+        return any(not isinstance(FORMATS[format], Dense) for _, format in self.rules)
+
+    def dense(self) -> Recipe:
+        """The recipe with the default's format wherever a rule names one that is not dense."""
+        rules = ((p, format if isinstance(FORMATS[format], Dense) else self.default) for p, format in self.rules)
+        return Recipe(self.default, tuple(rules))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, for the manifest."""
@@ -81,24 +99,46 @@ def read_recipe(entry: Any, dtype: str) -> Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedWeight:
-    """One weight of a module: the name and shape of its dense tensor, and its format."""
+    """One weight of a module.
+
+    Attributes:
+        name: its name in the dense module.
+        shape: its shape there.
+        format: the name of its format.
+        source: its name in the source of weights; differs for a head that was tied to the embedding.
+    """
 
     name: str
     shape: tuple[int, ...]
     format: str
+    source: str
 
 
 def plan_weights(module: nn.Module, recipe: Recipe) -> tuple[PlannedWeight, ...]:
     """Assigns formats to the weights of a dense module on the meta device, and adapts the module to them.
 
+    A tied head is untied if a rule gives it another format than the embedding's (:mod:`.tied_head`).
+
     Raises:
         ExportError: a format cannot hold a weight that a rule assigns to it.
     """
+    sources: dict[str, str] = {}
+    if is_tied(module) and recipe.rule_of(TIED_HEAD) is not None:
+        embedding = embedding_weight(module)
+        if recipe.format_of(TIED_HEAD) != recipe.format_of(embedding):
+            untie_head(module)
+            sources[TIED_HEAD] = embedding
     weights = tuple(
-        PlannedWeight(name, tuple(tensor.shape), recipe.format_of(name)) for name, tensor in module.state_dict().items()
+        PlannedWeight(name, tuple(tensor.shape), recipe.format_of(name), sources.get(name, name))
+        for name, tensor in module.state_dict().items()
     )
     for weight in weights:
         FORMATS[weight.format].adapt(module, weight.name)
+    tie_again(module)
+    default = FORMATS[recipe.default]
+    for child in module.modules():
+        if isinstance(child, QuantizedEmbedding) and isinstance(default, Dense):
+            child.dtype = default.dtype
     return weights
 
 
@@ -121,7 +161,7 @@ def fill_weights(module: nn.Module, weights: Sequence[PlannedWeight], source: We
             stored = format.stored(weight.name, weight.shape)
             tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.items()}
         else:
-            tensors |= _encoded(weight, source.read(weight.name))
+            tensors |= _encoded(weight, source.read(weight.source))
     module.load_state_dict(tensors, assign=True)
 
 

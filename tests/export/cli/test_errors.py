@@ -50,6 +50,11 @@ def entries(folder):
             "--no-replace executorch needs --format pte",
         ),
         ((*GEMMA, "--checkpoint", "x", "--output-dir", "OUT"), "--random-weights cannot be combined"),
+        ((*GEMMA, "--qlinear", "5w", "--output-dir", "OUT"), "--qlinear 5w: must be 4w or 8w"),
+        ((*GEMMA, "--qhead", "5w", "--output-dir", "OUT"), "--qhead 5w: must be 4w or 8w"),
+        ((*GEMMA, "--qembedding", "4w", "--qrecipe", "default", "--output-dir", "OUT"), "--qrecipe and --qembedding"),
+        ((*GEMMA, "--qalgorithm", "hqq", "--output-dir", "OUT"), "is for weights of 4 bits: add --qlinear 4w"),
+        ((*GEMMA, "--qlinear-group-size", "32", "--output-dir", "OUT"), "belongs to --qlinear 4w"),
         ((*GEMMA, "--config", "x", "--output-dir", "OUT"), "--small and --config cannot be combined"),
         ((*GEMMA, "--dry-run", "--no-replace", "math"), "--dry-run and --no-replace cannot be combined"),
         ((*GEMMA, "-v", "--dry-run"), "--verbose and --quiet cannot be combined"),
@@ -272,3 +277,20 @@ def test_libraries_do_not_log_errors(export_model, monkeypatch, output):
 
     monkeypatch.setattr(flashpte.export.pipeline, "plan_export", plan_export)
     assert "unexpected RuntimeError: inner" in export_model(*GEMMA, "--output-dir", output).error
+
+
+def test_recipe_files(export_model, tmp_path):
+    flags = ("--target", "gemma4-31b", "--small", "--random-weights", "--qrecipe")
+    result = export_model(*flags, tmp_path / "none.toml", "--dry-run")
+    assert result.code == 1
+    assert f"--qrecipe {tmp_path / 'none.toml'} is neither default, sensitive nor an existing file" in result.error
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("rules = [['nothing', 'int8']]")
+    result = export_model(*flags, recipe, "--dry-run")
+    assert (result.code, "rule 1: 'nothing' matches no weight of this model" in result.error) == (1, True)
+    for more, said in (
+        (("--report", recipe, "--dry-run"), "--report and --qrecipe name the same file"),
+        (("--output-dir", tmp_path), f"--qrecipe {recipe} is in the --output-dir"),
+    ):
+        result = export_model(*flags, recipe, *more)
+        assert (result.code, said in result.error) == (2, True), result.error

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from eager_program import EagerProgram
 from gguf_files import LLAMA, write_gguf
+from model_folder import write_model_folder
 from tokenizers import pre_tokenizers
 
-from flashpte.export.cli import run_main
+from flashpte.export.cli import run_main, run_model
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.lowering.describe_methods import describe_method
+from flashpte.export.pipeline import export_programs, load_weights, plan_export
 
 
 def tokenizer(writer):
@@ -52,6 +57,9 @@ def test_a_dry_run_reads_it(export_model, gguf_file, tmp_path):
         (("--random-weights",), 2, "--gguf-file and --random-weights cannot be combined: both name weights"),
         (("--small",), 2, "--gguf-file and --small cannot be combined: the file describes its model"),
         (("--qlinear", "8w"), 2, "--qlinear 8w: the weights are quantized already"),
+        (("--qhead", "4w"), 2, "--qhead 4w: the weights are quantized already"),
+        (("--qembedding", "8w"), 2, "--qembedding 8w: the weights are quantized already"),
+        (("--qrecipe", "default", "--qalgorithm", "hqq"), 2, "--qrecipe default: the weights are quantized already"),
         (("--chain", "2"), 2, "--chain needs --draft DIR"),
     ],
 )
@@ -73,6 +81,18 @@ def test_a_file_that_is_not_there_and_one_that_is_none(export_model, output, tmp
 def test_the_file_is_not_in_the_output_folder(export_model, gguf_file):
     result = export_model("--target", "hf", "--gguf-file", gguf_file, "--output-dir", gguf_file.parent)
     assert f"--gguf-file {gguf_file} is in the --output-dir" in result.error
+
+
+def test_a_check_says_why_it_has_no_accuracy(monkeypatch, gguf_file, tmp_path, capsys):
+    plan = plan_export(ExportOptions("hf", gguf_file=gguf_file, max_seq_len=24, method="decode"))
+    load_weights(plan)
+    methods = {name: describe_method(program) for name, program in export_programs(plan).items()}
+    (tmp_path / "out").mkdir()
+    folder = write_model_folder(tmp_path / "out", methods, plan.constant_methods, plan.manifest())
+    monkeypatch.setattr(run_model, "open_program", lambda *_: EagerProgram(plan))
+    assert run_main([str(folder), "--check", "--gguf-file", str(gguf_file), "-q"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "accuracy against the unquantized model: not measured, model.gguf was quantized already" in lines
 
 
 def test_run_model_takes_it_for_a_check_only(gguf_file, tmp_path, capsys):

@@ -51,11 +51,14 @@ def eager(plan, monkeypatch):
     ("arguments", "said"),
     [
         ([], "the following arguments are required: MODEL_DIR"),
-        (["."], "give --prompt TEXT or --prompt-ids IDS, --check or --profile (none was given)"),
+        (["."], "give --prompt TEXT or --prompt-ids IDS, --check, --profile or --perplexity FILE (none"),
         ([".", "--prompt", "a", "--prompt-ids", "1"], "(both were given)"),
         ([".", "--prompt-ids", "1,x"], "'1,x' is not a list of whole numbers"),
         ([".", "--prompt-ids=-1"], "holds a negative number"),
         ([".", "--check", "--profile"], "--check and --profile cannot be combined"),
+        ([".", "--profile", "--perplexity", "a"], "--profile and --perplexity cannot be combined"),
+        ([".", "--prompt", "a", "--window", "9"], "--window belongs to --perplexity, this is generating text"),
+        ([".", "--perplexity", "a", "--window", "1"], "--window 1: must be at least 2"),
         ([".", "--check", "--prompt", "a"], "--prompt belongs to generating text, this is --check"),
         ([".", "--prompt", "a", "--checkpoint", "."], "--checkpoint belongs to --check, this is generating text"),
         ([".", "--prompt", "a", "--contexts", "5"], "--contexts belongs to --profile"),
@@ -174,7 +177,8 @@ def test_a_full_cache_ends_in_an_error_after_the_last_token(run_model, folder, e
     assert max(start + count for _, count, start in program.calls) == 24
 
 
-def test_text_in_and_out(run_model, folder, eager, plan, tmp_path):
+@pytest.fixture
+def folder_with_text(folder, tmp_path):
     """A folder whose tokenizer has one token per letter, so the test can read both input and output."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -191,6 +195,11 @@ def test_text_in_and_out(run_model, folder, eager, plan, tmp_path):
         data = (copy / name).read_bytes()
         manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_text_in_and_out(run_model, folder_with_text, eager, plan):
+    copy = folder_with_text
     program = EagerProgram(plan)
     eager(program)
     prompt = "".join(chr(0x4E00 + i) for i in (5, 6, 7))
@@ -203,6 +212,38 @@ def test_text_in_and_out(run_model, folder, eager, plan, tmp_path):
     assert shown.out.startswith(document["text"] + "\n")
     chat = run_model(copy, "--prompt", prompt, "--chat", "-q")
     assert (chat.code, "no chat template" in chat.error) == (1, True)
+
+
+def test_perplexity_of_a_file(run_model, folder, folder_with_text, eager, plan, tmp_path):
+    eager(EagerProgram(plan))
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(0x4E00 + 7 * i % 512) for i in range(50)), encoding="utf-8")
+    ended = run_model(folder_with_text, "--perplexity", text, "--json", "-q")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    # The caches hold 24 positions, target_verify takes 5 at a time.
+    assert (found["tokens"], found["window"], found["predicted"]) == (50, 20, 19 + 19 + 9)
+    shown = run_model(folder_with_text, "--perplexity", text, "--window", "20", "-q").out
+    assert shown == f"perplexity {found['perplexity']:.4f} over 47 tokens, in windows of 20\n"
+    text.write_bytes(b"\xff")
+    for arguments, code, said in (
+        ((folder_with_text, "--perplexity", text), 1, "is not UTF-8"),
+        ((folder_with_text, "--perplexity", tmp_path / "no"), 1, "is not an existing file"),
+        ((folder, "--perplexity", text), 1, "has no tokenizer"),
+    ):
+        ended = run_model(*arguments, "-q")
+        assert (ended.code, said in ended.error) == (code, True), ended.error
+
+
+def test_a_check_says_what_quantized_weights_cost(run_model, eager, tmp_path):
+    quantized = small_plan(max_seq_len=24, layers=1, method="decode", verify_window=None, qrecipe="default")
+    programs = export_programs(quantized).items()
+    described = {name: describe_method(program) for name, program in programs}
+    folder = write_model_folder(tmp_path, described, quantized.constant_methods, quantized.manifest())
+    eager(EagerProgram(quantized))
+    found = run_model(folder, "--check", "-q")
+    assert found.code == 0, found.out
+    assert "accuracy against the unquantized model: relative logits error" in found.out
 
 
 def test_check_ends_with_its_verdict(run_model, folder, eager, plan):

@@ -40,3 +40,21 @@ def test_only_the_embedding_is_left_in_16_bits(tmp_path, arch, method, kernels):
     assert len(codes) == 7 * LAYERS
     shapes = [weight.shape for weight in plan.weights if weight.format == "int4-g32"]
     assert sum(2 * torch.Size(entry.shape).numel() for entry in codes) == sum(n * k // 2 for n, k in shapes)
+
+
+@pytest.mark.lowering
+def test_a_tied_head_and_embedding_share_their_codes(tmp_path):
+    """With a recipe, only norms are left dense, and nothing but kernels for packed weights reads a matrix."""
+    options = ExportOptions("gemma4-31b", small=True, random_seed=0, layers=1, qrecipe="default", method="decode")
+    plan = plan_export(options)
+    programs, _ = replace_attention(export_programs(plan))
+    lowered = lower(programs, output_dir=tmp_path / "out", arch="sm_90", manifest=plan.manifest())
+    (found,) = inspect_pte(lowered.model).methods.values()
+    names = {kernel for cubin in found.library.cubins for kernel in cubin.kernels}
+    assert {"_quantized_embedding_kernel", "_linear_few_rows_kernel"} <= names
+    assert not any("_mm_" in name for name in names)
+    assert not any(re.search(r"mm_out|addmm", symbol) for symbol in found.library.undefined)
+    matrices = [entry for entry in found.weights if len(entry.shape) == 2]
+    assert not [entry.fqn for entry in matrices if entry.dtype.is_floating_point]
+    tables = [entry.fqn for entry in found.weights if entry.dtype == torch.int8]
+    assert tables == ["model.model.embed_tokens.packed"]

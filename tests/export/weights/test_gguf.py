@@ -14,7 +14,7 @@ from gguf_files import LLAMA, QWEN3, llama3_factors, write_gguf
 from tokenizers import pre_tokenizers
 
 from flashpte.export.check.check_program import check_program, named_weights
-from flashpte.export.check.eager_model import eager_pair, rebuild
+from flashpte.export.check.eager_model import dense_model, eager_pair, rebuild, why_no_dense_model
 from flashpte.export.common.errors import ExportError, UsageError
 from flashpte.export.common.options import ExportOptions
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
@@ -97,10 +97,14 @@ def test_logits_are_those_of_the_dequantized_model(tmp_path):
 
 
 def checked(plan, path, change=lambda weights: None):
-    model = rebuild(json.loads(json.dumps(plan.manifest())), None, path)
+    manifest = json.loads(json.dumps(plan.manifest()))
+    model = rebuild(manifest, None, path)
     weights = {name: tensor.clone() for name, tensor in named_weights(plan.model).items()}
     change(weights)
-    return check_program(EagerProgram(plan), *eager_pair(model), weights=weights, model_weights=named_weights(model))
+    own, reference = eager_pair(model)
+    dense = why_no_dense_model(None, path) or (lambda: dense_model(manifest, None, path, reference))
+    given = {"weights": weights, "model_weights": named_weights(model), "dense": dense}
+    return check_program(EagerProgram(plan), own, reference, **given)
 
 
 def test_check_rebuilds_the_model_from_the_file(mixed):
@@ -109,9 +113,20 @@ def test_check_rebuilds_the_model_from_the_file(mixed):
     report = checked(plan, mixed[0])
     assert report.passed, report.lines()
     assert report.weights_equal == len(plan.model.state_dict())
+    assert report.accuracy == "mixed.gguf was quantized already"
     name = "model.model.layers.1.mlp.up_proj.offsets"
     report = checked(plan, mixed[0], lambda weights: weights[name].view(-1)[7].add_(1))
     assert (report.passed, report.weights_different) == (False, (name,))
+
+
+def test_a_file_of_dense_weights_can_be_quantized_and_its_check_says_what_that_costs(tmp_path):
+    write_gguf(tmp_path / "a.gguf", {**LLAMA, "num_hidden_layers": 1})
+    plan = planned(tmp_path / "a.gguf", qlinear="8w", qhead="4w")
+    load_weights(plan)
+    assert {weight.format for weight in plan.weights} == {"int8", "int4-g32", "float32"}
+    report = checked(plan, tmp_path / "a.gguf")
+    assert report.passed, report.lines()
+    assert 0 < report.accuracy.relative_error < 0.2
 
 
 def test_a_program_holds_codes_and_calls_the_kernel(mixed):

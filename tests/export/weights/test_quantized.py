@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -61,16 +62,17 @@ def test_codes_are_rounded_to_nearest_of_all_16():
     assert set(codes[0].tolist()) == set(range(16))
 
 
-def test_rows_are_quantized_in_parts(monkeypatch):
+@pytest.mark.parametrize("name", ["int4-g64", "int4-g64-z", "int4-g64-hqq"])
+def test_rows_are_quantized_in_parts(monkeypatch, name):
     weight = dense()
-    whole = FORMATS["int4-g64"].encode("0.weight", weight)
+    whole = FORMATS[name].encode("0.weight", weight)
     monkeypatch.setattr(quantized, "_ROWS", 16)
-    parts = FORMATS["int4-g64"].encode("0.weight", weight)
+    parts = FORMATS[name].encode("0.weight", weight)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int8", "int4-g32-hqq"])
 def test_the_exported_layer_calls_the_kernel_and_computes_what_the_eager_one_does(name, bias):
     module = layer(name, dense(), torch.randn(N).bfloat16() if bias else None).eval()
     x = torch.randn(2, 5, K).bfloat16()
@@ -91,10 +93,23 @@ def test_what_codes_cannot_hold_is_refused(value):
         FORMATS["int4-g32"].encode("layers.0.weight", weight)
 
 
-def test_only_linear_layers():
-    module = nn.Sequential(nn.Embedding(8, 64), nn.LayerNorm(64))
-    for name in ("0.weight", "1.weight"):
-        with pytest.raises(ExportError, match=f"{name}: weights of 4 bits are those of linear layers"):
+def test_values_too_large_for_their_scales_are_refused():
+    with pytest.raises(ExportError, match=r"a\.weight has scales that are infinite"):
+        FORMATS["int4-g32-f16"].encode("a.weight", 1e6 * dense())
+
+
+@pytest.mark.parametrize("name", [name for name, format in QUANTIZED.items() if format.moved == "zeros"])
+def test_zero_points_make_a_one_sided_weight_nearer(name):
+    weight, format = dense().abs(), QUANTIZED[name]
+    symmetric = dataclasses.replace(format, moved=None, hqq=False).name
+    error, larger = ((layer(one, weight)[0].dequantized() - weight).norm() for one in (name, symmetric))
+    assert error < 0.6 * larger
+
+
+def test_only_linear_layers_and_embeddings():
+    module = nn.Sequential(nn.Linear(64, 8), nn.LayerNorm(64))
+    for name in ("0.bias", "1.weight"):
+        with pytest.raises(ExportError, match=f"{name}: weights of 4 bits are those of linear layers and embeddings"):
             FORMATS["int4-g32"].adapt(module, name)
     assert not any(isinstance(child, QuantizedLinear) for child in module)
 
@@ -135,10 +150,11 @@ def test_the_exported_layer_reads_zero_points_and_offsets(name):
 
 
 def test_names_say_what_a_format_is():
-    assert len(QUANTIZED) == 63
+    assert len(QUANTIZED) == 66
     assert QUANTIZED["int4-g32"].scale_dtype == torch.bfloat16
     format = QUANTIZED["int8-g128-o-f32"]
     assert (format.bits, format.group, format.moved, format.scale_dtype) == (8, 128, "offsets", torch.float32)
+    assert QUANTIZED["int4-g32-hqq"].format_of((N, K)) == QUANTIZED["int4-g32-z"].format_of((N, K))
 
 
 def test_codes_that_do_not_fit_their_format():
@@ -150,5 +166,5 @@ def test_codes_that_do_not_fit_their_format():
     natural.zeros[3, 2] = float("inf")
     with pytest.raises(ExportError, match=r"a\.weight has zero points that are infinite or NaN"):
         FORMATS["int4-g32-z"].pack("a.weight", natural)
-    with pytest.raises(ExportError, match=r"a\.weight: int4-g32-z holds codes of a quantized checkpoint"):
-        FORMATS["int4-g32-z"].encode("a.weight", dense())
+    with pytest.raises(ExportError, match=r"a\.weight: int4-g32-o is for codes of quantized files"):
+        FORMATS["int4-g32-o"].encode("a.weight", dense())

@@ -190,4 +190,4 @@ def test_a_recipe_that_contradicts_the_source_is_refused():
             return Groupwise(torch.zeros(16, 32, dtype=torch.uint8), torch.zeros(16, 1))
 
     with pytest.raises(ExportError, match=r"a\.weight is quantized in its checkpoint, the recipe makes it bfloat16"):
-        fill_weights(torch.nn.Module(), [PlannedWeight("a.weight", (16, 32), "bfloat16")], Source())
+        fill_weights(torch.nn.Module(), [PlannedWeight("a.weight", (16, 32), "bfloat16", "a.weight")], Source())
