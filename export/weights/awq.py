@@ -37,19 +37,17 @@ def find(linears: Linears) -> dict[str, HeldCodes]:
     Raises:
         ExportError: a field of the config is not served, or a tensor is missing or does not fit.
     """
-    checkpoint = linears.checkpoint
-    linears.choice("bits", (BITS,), BITS)
-    linears.choice("version", ("gemm", "GEMM"), "gemm")
-    group, has_zeros = linears.group(), linears.flag("zero_point", True)
-    kept = linears.fields.get("modules_to_not_convert") or []
-    if not isinstance(kept, list):
-        linears.refuse("modules_to_not_convert", f"is {kept!r}, must be a list of names")
+    checkpoint, fields = linears.checkpoint, linears.fields
+    fields.choice("bits", (BITS,), BITS)
+    fields.choice("version", ("gemm", "GEMM"), "gemm")
+    group, has_zeros = fields.group(), fields.flag("zero_point", True)
+    kept = fields.names("modules_to_not_convert")
     found = {}
     for layer, shape in linears.shapes.items():
         if not linears.holds(layer, ("qweight", "qzeros", "scales")):
             continue
         if excluded := [part for part in kept if f".{part}." in f".{layer}."]:
-            linears.refuse("modules_to_not_convert", f"names {excluded[0]}, but the folder quantizes {layer}")
+            fields.refuse("modules_to_not_convert", f"names {excluded[0]}, but the folder quantizes {layer}")
         held = _layer(checkpoint, layer, shape, group)
         if not has_zeros and held.format is not None and "-z" in held.format:
             raise ExportError(

@@ -21,6 +21,7 @@ from flashpte.export.weights.stored_codes import (
     SCALES,
     HeldCodes,
     Linears,
+    check_order,
     format_of,
     groups_of,
     natural,
@@ -53,15 +54,14 @@ def find(linears: Linears) -> dict[str, HeldCodes]:
     """
     fields = linears.fields
     numbers = _Numbers(
-        linears.choice("bits", (4, 8)),
-        linears.group(),
-        _SUBTRACTED[linears.choice("checkpoint_format", tuple(_SUBTRACTED), "gptq")],
-        None if fields.get("sym") is None else linears.flag("sym", True),
-        linears.flag("desc_act", False),
+        fields.choice("bits", (4, 8)),
+        fields.group(),
+        _SUBTRACTED[fields.choice("checkpoint_format", tuple(_SUBTRACTED), "gptq")],
+        None if fields.get("sym") is None else fields.flag("sym", True),
+        fields.flag("desc_act", False),
     )
-    linears.choice("is_marlin_format", (False,), False)
-    if fields.get("dynamic"):
-        linears.refuse("dynamic", "gives layers different numbers, which is not read")
+    fields.choice("is_marlin_format", (False,), False)
+    fields.nothing("dynamic", "gives layers different numbers, which is not read")
     found = {}
     for layer, shape in linears.shapes.items():
         if linears.holds(layer, ("qweight", "qzeros", "scales", "g_idx")):
@@ -83,7 +83,7 @@ def _layer(linears: Linears, layer: str, shape: tuple[int, int], numbers: _Numbe
     assert dtype is not None
     names = [codes, zeros, scales]
     if order in checkpoint.tensors:
-        _check_order(checkpoint, order, columns, numbers.group)
+        check_order(checkpoint, order, columns, numbers.group)
         names.append(order)
     elif numbers.act_order:
         tensor(checkpoint, order, (columns,), ("I32",), ": quantization_config.desc_act is true")
@@ -119,21 +119,6 @@ def _repeated(code: int, bits: int) -> int:
     """The int32 word that holds the same code everywhere."""
     word = sum(code << at for at in range(0, 32, bits))
     return word - (1 << 32) if word >> 31 else word
-
-
-def _check_order(checkpoint: Checkpoint, name: str, columns: int, group: int | None) -> None:
-    """Checks that neighboring columns share a group.
-
-    Raises:
-        ExportError: the tensor does not fit, or the checkpoint has act-order.
-    """
-    tensor(checkpoint, name, (columns,), ("I32", "I64"))
-    expected = torch.arange(columns) // (group or columns)
-    if not torch.equal(checkpoint.read(name).to(torch.int64), expected):
-        raise ExportError(
-            f"tensor {name} of {checkpoint.folder} gives neighboring columns different groups: act-order (desc_act) "
-            "is not served; quantize without it"
-        )
 
 
 def _empty_bias(linears: Linears, layer: str) -> list[str]:

@@ -15,14 +15,16 @@ import torch
 from torch import nn
 
 from flashpte.export.common.errors import ExportError
-from flashpte.export.weights import awq, gptq
+from flashpte.export.weights import awq, compressed_tensors, gptq
+from flashpte.export.weights.quantization_fields import SECTION, Fields
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors
-from flashpte.export.weights.stored_codes import SECTION, HeldCodes, Linears
+from flashpte.export.weights.stored_codes import HeldCodes, Linears
 from flashpte.kernels.linear.format import Groupwise
 
 METHODS: dict[str, Callable[[Linears], dict[str, HeldCodes]]] = {
     "awq": awq.find,
     "gptq": gptq.find,
+    "compressed-tensors": compressed_tensors.find,
 }
 """What finds the weights of each ``quant_method``."""
 
@@ -32,7 +34,7 @@ class QuantizedFolder:
 
     Args:
         checkpoint: the opened folder.
-        fields: the fields of ``quantization_config``, with a method of :data:`METHODS`.
+        fields: ``quantization_config``, with a method of :data:`METHODS`.
         model: the model that the config describes, perhaps cut to its first layers.
         total_layers: number of layers that the config describes; tensors of cut layers are ignored.
 
@@ -43,7 +45,7 @@ class QuantizedFolder:
         ExportError: a field is not served, or a tensor is missing, unexpected, of another shape or dtype.
     """
 
-    def __init__(self, checkpoint: Checkpoint, fields: Mapping[str, Any], model: nn.Module, total_layers: int):
+    def __init__(self, checkpoint: Checkpoint, fields: Fields, model: nn.Module, total_layers: int):
         self._checkpoint = checkpoint
         self._names = tuple(model.state_dict())
         shapes = {
@@ -51,7 +53,7 @@ class QuantizedFolder:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        self._held = METHODS[fields["quant_method"]](Linears(checkpoint, fields, shapes, self._names))
+        self._held = METHODS[fields.get("quant_method")](Linears(checkpoint, fields, shapes, self._names))
         check_tensors(checkpoint, model, total_layers, {name: held.tensors for name, held in self._held.items()})
         self.formats = {name: held.format for name, held in self._held.items() if held.format is not None}
 
@@ -80,7 +82,7 @@ class QuantizedFolder:
         )
 
 
-def without_quantization(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+def without_quantization(config: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], Fields | None]:
     """Takes ``quantization_config`` out of a config, from its top level or its ``text_config``.
 
     Args:
@@ -88,7 +90,7 @@ def without_quantization(config: Mapping[str, Any], path: Path) -> tuple[dict[st
         path: its file, for errors.
 
     Returns:
-        The other fields, and the value of ``quantization_config``: ``None`` if the config has none.
+        The other fields, and ``quantization_config``: ``None`` if the config has none.
 
     Raises:
         ExportError: it is not an object, or its method is not served.
@@ -103,7 +105,6 @@ def without_quantization(config: Mapping[str, Any], path: Path) -> tuple[dict[st
         return rest, None
     if not isinstance(found, Mapping):
         raise ExportError(f"{path}: {SECTION} is a {type(found).__name__}, not an object")
-    method = found.get("quant_method")
-    if method not in METHODS:
-        raise ExportError(f"{path}: {SECTION}.quant_method is {method!r}; read are {', '.join(METHODS)}")
-    return rest, found
+    fields = Fields(path, found)
+    fields.choice("quant_method", METHODS)
+    return rest, fields

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 
 from flashpte.export.common.errors import ExportError
-from flashpte.export.weights.checkpoint_folder import CONFIG_FILE
+from flashpte.export.weights.quantization_fields import Fields
 from flashpte.export.weights.quantized import Grouped
 from flashpte.export.weights.safetensors import Checkpoint
 from flashpte.kernels.linear.format import GROUPS, Groupwise
-
-SECTION = "quantization_config"
-"""The config's field that describes how a folder is quantized."""
 
 SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 """The dtypes of scales, by their names in safetensors headers."""
@@ -51,62 +46,19 @@ class Linears:
 
     Attributes:
         checkpoint: the opened folder.
-        fields: the fields of ``quantization_config``.
+        fields: ``quantization_config``.
         shapes: the shape ``(N, K)`` of each linear layer's weight, by the layer's name.
         other: names of the model's other tensors.
     """
 
     checkpoint: Checkpoint
-    fields: Mapping[str, Any]
+    fields: Fields
     shapes: Mapping[str, tuple[int, int]]
     other: Collection[str]
-
-    @property
-    def config(self) -> Path:
-        """The file that holds the fields, for errors."""
-        return self.checkpoint.folder / CONFIG_FILE
-
-    def refuse(self, field: str, why: str) -> NoReturn:
-        """Raises an ExportError about a field of ``quantization_config``."""
-        raise ExportError(f"{self.config}: {SECTION}.{field} {why}")
 
     def holds(self, layer: str, parts: Collection[str]) -> bool:
         """Whether the folder has any of a layer's tensors with these names."""
         return any(f"{layer}.{part}" in self.checkpoint.tensors for part in parts)
-
-    def choice(self, field: str, known: Collection[Any], default: Any = None) -> Any:
-        """A field that must have one of some values.
-
-        Raises:
-            ExportError: it has another one.
-        """
-        value = self.fields.get(field, default)
-        if not any(type(value) is type(one) and value == one for one in known):  # 1 == True
-            self.refuse(field, f"is {value!r}; read are {', '.join(map(str, known))}")
-        return value
-
-    def flag(self, field: str, default: bool) -> bool:
-        """A field that is true or false.
-
-        Raises:
-            ExportError: it is neither.
-        """
-        return bool(self.choice(field, (True, False), default))
-
-    def group(self, field: str = "group_size", within: Mapping[str, Any] | None = None) -> int | None:
-        """A group size; ``None`` for a whole row, which configs write as -1.
-
-        Raises:
-            ExportError: it is no size, or one that no format serves.
-        """
-        value = (self.fields if within is None else within).get(field.rpartition(".")[2])
-        if value == -1 and not isinstance(value, bool):
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(field, f"is {value!r}, must be a number of columns or -1 for a whole row")
-        if value not in GROUPS and value % _ROW_GROUP:
-            self.refuse(field, f"is {value}; served are 32, 64, multiples of 128, and -1 for a whole row")
-        return value
 
 
 def tensor(
@@ -153,6 +105,21 @@ def groups_of(checkpoint: Checkpoint, name: str, columns: int, group: int | None
             f"tensor {stored.name} in {stored.file}: its {columns} columns are no multiple of the group size {group}"
         )
     return 1 if group is None else columns // group
+
+
+def check_order(checkpoint: Checkpoint, name: str, columns: int, group: int | None) -> None:
+    """Checks that a tensor of each column's group is the one without act-order: neighboring columns share a group.
+
+    Raises:
+        ExportError: the tensor does not fit, or the checkpoint has act-order.
+    """
+    tensor(checkpoint, name, (columns,), ("I32", "I64"))
+    expected = torch.arange(columns) // (group or columns)
+    if not torch.equal(checkpoint.read(name).to(torch.int64), expected):
+        raise ExportError(
+            f"tensor {name} of {checkpoint.folder} gives neighboring columns different groups: act-order is not "
+            "served; quantize without it"
+        )
 
 
 def words_of(bits: int) -> int:

@@ -138,3 +138,31 @@ def gptq_layer(bits: int = 4, group: int = 32, symmetric: bool = False, version:
         return tensors, meant.t().contiguous()
 
     return make
+
+
+def compressed_layer(
+    bits: int = 4, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> Layer:
+    """Layers as compressed-tensors packs them (``compressors/pack_quantized``), a row for a group of -1."""
+
+    def make(name: str, shape: tuple[int, int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows, columns = shape
+        size, per_word = columns if group == -1 else group, 32 // bits
+        codes, scales = random_codes(rows, columns, bits), random_scales(rows, columns // size, dtype=dtype)
+        zeros = random_codes(rows, columns // size, bits)
+        if symmetric:
+            zeros = torch.full_like(zeros, 1 << (bits - 1))
+        filled = torch.nn.functional.pad(codes, (0, -columns % per_word))
+        tensors = {
+            "weight_packed": words(filled, bits),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor(shape),
+        }
+        if not symmetric:
+            filled = torch.nn.functional.pad(zeros, (0, 0, 0, -rows % per_word))
+            tensors["weight_zero_point"] = words(filled.t(), bits).t()
+        # (q - zero) * scale of signed numbers, as quantization/lifecycle/forward_helpers.py, but in float32.
+        meant = (codes - zeros.repeat_interleave(size, 1)) * scales.float().repeat_interleave(size, 1)
+        return tensors, meant
+
+    return make
