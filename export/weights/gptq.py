@@ -128,7 +128,7 @@ def _empty_bias(linears: Linears, layer: str) -> list[str]:
         ExportError: it is not zero.
     """
     name = f"{layer}.bias"
-    if name not in linears.checkpoint.tensors or name in linears.other:
+    if name not in linears.checkpoint.tensors or name in linears.tensors:
         return []
     if bool(linears.checkpoint.read(name).any()):
         raise ExportError(f"tensor {name} of {linears.checkpoint.folder} is not zero, but the model has no such bias")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flashpte.export.common.errors import ExportError
-from flashpte.export.weights import awq, compressed_tensors, gptq
+from flashpte.export.weights import awq, compressed_tensors, gptq, torchao_folder
 from flashpte.export.weights.quantization_fields import SECTION, Fields
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors
 from flashpte.export.weights.stored_codes import HeldCodes, Linears
@@ -25,6 +25,7 @@ METHODS: dict[str, Callable[[Linears], dict[str, HeldCodes]]] = {
     "awq": awq.find,
     "gptq": gptq.find,
     "compressed-tensors": compressed_tensors.find,
+    "torchao": torchao_folder.find,
 }
 """What finds the weights of each ``quant_method``."""
 
@@ -47,13 +48,14 @@ class QuantizedFolder:
 
     def __init__(self, checkpoint: Checkpoint, fields: Fields, model: nn.Module, total_layers: int):
         self._checkpoint = checkpoint
-        self._names = tuple(model.state_dict())
+        tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._names = tuple(tensors)
         shapes = {
             name: (module.out_features, module.in_features)
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
         }
-        self._held = METHODS[fields.get("quant_method")](Linears(checkpoint, fields, shapes, self._names))
+        self._held = METHODS[fields.get("quant_method")](Linears(checkpoint, fields, shapes, tensors))
         check_tensors(checkpoint, model, total_layers, {name: held.tensors for name, held in self._held.items()})
         self.formats = {name: held.format for name, held in self._held.items() if held.format is not None}
 

@@ -126,6 +126,12 @@ class Checkpoint:
                 raise ExportError(f"{index.name} puts tensor {absent[0]} into {path.name}, which does not hold it")
         return names
 
+    def metadata(self) -> dict[str, str]:
+        """What the files' metadata says about names of the text-only checkpoint, for writers that describe tensors."""
+        entries = [entry for file in self._files.values() for entry in (file.metadata() or {}).items()]
+        named = [(text_name(stored), text) for stored, text in entries if "." in stored]
+        return {name: text for name, text in named if name is not None}
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor backed by its file, whose bytes are read when they are used.
 

@@ -48,13 +48,13 @@ class Linears:
         checkpoint: the opened folder.
         fields: ``quantization_config``.
         shapes: the shape ``(N, K)`` of each linear layer's weight, by the layer's name.
-        other: names of the model's other tensors.
+        tensors: the shape of each tensor of the model, by its name.
     """
 
     checkpoint: Checkpoint
     fields: Fields
     shapes: Mapping[str, tuple[int, int]]
-    other: Collection[str]
+    tensors: Mapping[str, tuple[int, ...]]
 
     def holds(self, layer: str, parts: Collection[str]) -> bool:
         """Whether the folder has any of a layer's tensors with these names."""
