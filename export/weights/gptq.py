@@ -3,16 +3,15 @@
 A linear layer ``[N, K]`` has ``qweight`` int32 ``[K * bits / 32, N]``, ``qzeros`` int32 ``[K / group, N * bits / 32]``,
 ``scales`` ``[K / group, N]`` and ``g_idx`` ``[K]``, the group of each column. A weight is ``(q - zero) * scale``.
 
-``qzeros`` holds ``zero - 1``, modulo ``2 ** bits``; with ``checkpoint_format: gptq_v2`` it holds ``zero``. Act-order
-gives neighboring columns different groups, which the packed format does not.
+``qzeros`` holds ``zero - 1``; with ``checkpoint_format: gptq_v2`` it holds ``zero``. GPTQModel and auto-round subtract
+from whole words, so a zero point of 0 borrows from the next one in its word, and adding to whole words gives it back.
+Act-order gives neighboring columns different groups, which the packed format does not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-
-import torch
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.weights.quantized import Grouped
@@ -108,8 +107,8 @@ def _reader(checkpoint: Checkpoint, layer: str, format: Grouped, subtracted: int
         scales = checkpoint.read(f"{layer}.scales").t()
         if format.moved is None:
             return natural(codes, (scales, None, None), format)
-        stored = unpack_words(checkpoint.read(f"{layer}.qzeros"), bits).t()
-        zeros = (stored.to(torch.int16) + subtracted) % (1 << bits)
+        words = checkpoint.read(f"{layer}.qzeros") + _repeated(subtracted, bits)  # wraps
+        zeros = unpack_words(words, bits).t()
         return natural(codes, (scales, zeros, None), format)
 
     return read

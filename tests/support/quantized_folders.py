@@ -121,7 +121,10 @@ def awq_layer(group: int = 32, symmetric: bool = False, dtype: torch.dtype = tor
 
 
 def gptq_layer(bits: int = 4, group: int = 32, symmetric: bool = False, version: int = 1, index: bool = True) -> Layer:
-    """Layers as AutoGPTQ (version 1) and GPTQModel (version 2) pack them: ``zero - 1`` or ``zero`` is stored."""
+    """Layers as GPTQModel packs them: version 1 stores ``zero - 1``, version 2 ``zero``.
+
+    GPTQModel (``utils/model.py``, ``convert_gptq_v2_to_v1_format_module``) subtracts ones from whole words.
+    """
 
     def make(name: str, shape: tuple[int, int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rows, columns = shape
@@ -130,8 +133,10 @@ def gptq_layer(bits: int = 4, group: int = 32, symmetric: bool = False, version:
         zeros = random_codes(columns // size, rows, bits)
         if symmetric:
             zeros = torch.full_like(zeros, 1 << (bits - 1))
-        stored = (zeros - 1) % (1 << bits) if version == 1 else zeros
-        tensors = {"qweight": words(codes.t(), bits).t(), "qzeros": words(stored, bits), "scales": scales}
+        packed = words(zeros, bits)
+        if version == 1:
+            packed = packed - (0x11111111 if bits == 4 else 0x01010101)
+        tensors = {"qweight": words(codes.t(), bits).t(), "qzeros": packed, "scales": scales}
         if index:
             tensors["g_idx"] = (torch.arange(columns) // size).to(torch.int32)
         meant = (codes - zeros.repeat_interleave(size, 0)) * scales.float().repeat_interleave(size, 0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_folders import change_config, change_tensors, gptq_layer, write_folder
+from quantized_folders import change_config, change_tensors, gptq_layer, words, write_folder
 from quantized_programs import assert_runs_as_its_weights, formats_of, planned, same_weights
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.weights.stored_codes import unpack_words
+from flashpte.kernels.linear.format import unpack_groups
 
 SECTION = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False, "lm_head": False}
 UP = "model.layers.1.mlp.up_proj"
@@ -43,12 +45,18 @@ def test_a_row_of_no_whole_tiles(tmp_path, bits):
     same_weights(planned(path), meant)
 
 
-def test_a_zero_point_of_0_wraps_around(tmp_path):
-    """Version 1 stores -1 as 15."""
+def test_a_zero_point_of_0_borrows_from_the_next(tmp_path):
+    """Words of version 1 are the words of version 2 minus a word of ones."""
+    zeros = torch.tensor([0, 5, 0, 0, 15, 1, 8, 0]).repeat(4, 32)
     path, meant = folder(tmp_path)
+    held = words(zeros, 4) - 0x11111111
+    assert not torch.equal(unpack_words(held, 4), (zeros - 1) % 16)
+    change_tensors(path, lambda tensors: tensors.update({f"{UP}.qzeros": held}))
+    del meant[f"{UP}.weight"]
     plan = planned(path)
     same_weights(plan, meant)
-    assert (plan.model.get_submodule(UP).zeros == 0).any()
+    layer = plan.model.get_submodule(UP)
+    assert torch.equal(unpack_groups(layer.zeros, layer.fmt), zeros.t().half())
 
 
 def test_zero_points_decide_where_the_config_says_nothing(tmp_path):
