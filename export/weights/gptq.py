@@ -3,9 +3,9 @@
 A linear layer ``[N, K]`` has ``qweight`` int32 ``[K * bits / 32, N]``, ``qzeros`` int32 ``[K / group, N * bits / 32]``,
 ``scales`` ``[K / group, N]`` and ``g_idx`` ``[K]``, the group of each column. A weight is ``(q - zero) * scale``.
 
-``qzeros`` holds ``zero - 1``; with ``checkpoint_format: gptq_v2`` it holds ``zero``. GPTQModel and auto-round subtract
-from whole words, so a zero point of 0 borrows from the next one in its word, and adding to whole words gives it back.
-Act-order gives neighboring columns different groups, which the packed format does not.
+``qzeros`` holds ``zero - 1``; with ``checkpoint_format: gptq_v2`` it holds ``zero``. GPTQModel subtracts from whole
+words: a zero point of 0 borrows from the next one in its word, and adding to whole words gives it back. Act-order gives
+neighboring columns different groups, which the packed format does not.
 """
 
 from __future__ import annotations
