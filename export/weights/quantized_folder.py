@@ -103,7 +103,7 @@ def without_quantization(config: Mapping[str, Any], path: Path) -> tuple[dict[st
     if isinstance(text, Mapping) and SECTION in text:
         rest["text_config"] = {name: value for name, value in text.items() if name != SECTION}
         found = text[SECTION] if found is None else found
-    if found is None:
+    if found is None or found == {}:
         return rest, None
     if not isinstance(found, Mapping):
         raise ExportError(f"{path}: {SECTION} is a {type(found).__name__}, not an object")

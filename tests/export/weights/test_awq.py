@@ -8,6 +8,8 @@ from quantized_folders import awq_layer, change_config, change_tensors, write_fo
 from quantized_programs import assert_runs_as_its_weights, formats_of, planned, same_weights
 
 from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.pipeline import plan_export
 
 SECTION = {
     "quant_method": "awq",
@@ -124,6 +126,20 @@ def test_a_section_that_is_no_object(tmp_path):
     change_config(path, lambda config: config.update(quantization_config="awq"))
     with pytest.raises(ExportError, match=r"config\.json: quantization_config is a str, not an object"):
         planned(path)
+
+
+def test_a_config_without_its_folder(tmp_path):
+    path, _ = folder(tmp_path)
+    message = r"names a quantized checkpoint \(awq\), which is read as a whole folder: give it to checkpoint"
+    with pytest.raises(ExportError, match=message):
+        plan_export(ExportOptions("hf", config=path / "config.json", random_seed=0))
+
+
+@pytest.mark.parametrize("section", [None, {}])
+def test_an_empty_section_is_none(tmp_path, section):
+    path, meant = folder(tmp_path, dense=("proj", "lm_head"))
+    change_config(path, lambda config: config.update(quantization_config=section))
+    same_weights(planned(path), meant)
 
 
 def replaced(part, change):
