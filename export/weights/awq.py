@@ -39,7 +39,9 @@ def find(linears: Linears) -> dict[str, HeldCodes]:
     """
     checkpoint, fields = linears.checkpoint, linears.fields
     fields.choice("bits", (BITS,), BITS)
-    fields.choice("version", ("gemm", "GEMM"), "gemm")
+    fields.either(("version", "format"), ("gemm",), "gemm")
+    fields.choice("pack_dtype", ("int32",), "int32")
+    fields.nothing("dynamic", "gives layers different numbers, which is not read")
     group, has_zeros = fields.group(), fields.flag("zero_point", True)
     kept = fields.names("modules_to_not_convert")
     found = {}

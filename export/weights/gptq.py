@@ -55,11 +55,12 @@ def find(linears: Linears) -> dict[str, HeldCodes]:
     numbers = _Numbers(
         fields.choice("bits", (4, 8)),
         fields.group(),
-        _SUBTRACTED[fields.choice("checkpoint_format", tuple(_SUBTRACTED), "gptq")],
+        _SUBTRACTED[fields.either(("checkpoint_format", "format"), tuple(_SUBTRACTED), "gptq")],
         None if fields.get("sym") is None else fields.flag("sym", True),
         fields.flag("desc_act", False),
     )
     fields.choice("is_marlin_format", (False,), False)
+    fields.choice("pack_dtype", ("int32",), "int32")
     fields.nothing("dynamic", "gives layers different numbers, which is not read")
     found = {}
     for layer, shape in linears.shapes.items():

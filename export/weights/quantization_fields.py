@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,6 +78,21 @@ class Fields:
         if not any(type(value) is type(one) and value == one for one in known):  # 1 == True
             self.refuse(name, f"is {value!r}; read are {', '.join(map(str, known))}")
         return value
+
+    def either(self, names: Sequence[str], known: Collection[str], default: str) -> str:
+        """A word that writers give under one of some names, in any case.
+
+        Raises:
+            ExportError: it is another word, or two names give different ones.
+        """
+        given = {name: value for name in names if (value := self.get(name)) is not None}
+        for name, value in given.items():
+            if not isinstance(value, str) or value.lower() not in known:
+                self.refuse(name, f"is {value!r}; read are {', '.join(known)}")
+        words = {value.lower() for value in given.values()}
+        if len(words) > 1:
+            self.refuse(names[0], f"is {given[names[0]]!r}, but {names[1]} is {given[names[1]]!r}")
+        return words.pop() if words else default
 
     def flag(self, name: str, default: bool) -> bool:
         """A field that is true or false.

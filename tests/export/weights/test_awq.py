@@ -101,6 +101,9 @@ def test_it_is_not_quantized_again(tmp_path):
     [
         ({"bits": 3}, "quantization_config.bits is 3; read are 4"),
         ({"version": "gemv"}, "quantization_config.version is 'gemv'; read are gemm"),
+        ({"version": None, "format": "gemv"}, "quantization_config.format is 'gemv'; read are gemm"),
+        ({"pack_dtype": "int64"}, "quantization_config.pack_dtype is 'int64'; read are int32"),
+        ({"dynamic": {"-:.*down": {}}}, "quantization_config.dynamic gives layers different numbers"),
         ({"group_size": 48}, "quantization_config.group_size is 48; served are 32, 64, multiples of 128"),
         ({"group_size": None}, "quantization_config.group_size is None, must be a number of columns"),
         ({"group_size": True}, "quantization_config.group_size is True, must be a number of columns"),

@@ -59,6 +59,12 @@ def test_a_zero_point_of_0_borrows_from_the_next(tmp_path):
     assert torch.equal(unpack_groups(layer.zeros, layer.fmt), zeros.t().half())
 
 
+@pytest.mark.parametrize("fields", [{"format": "gptq_v2"}, {"format": "GPTQ_V2", "checkpoint_format": "gptq_v2"}])
+def test_the_format_has_two_names(tmp_path, fields):
+    path, meant = folder(tmp_path, layer=gptq_layer(version=2), **fields)
+    same_weights(planned(path), meant)
+
+
 def test_zero_points_decide_where_the_config_says_nothing(tmp_path):
     path, meant = folder(tmp_path, sym=None, layer=gptq_layer(symmetric=True))
     plan = planned(path)
@@ -115,6 +121,9 @@ def test_the_program_computes_with_the_codes(tmp_path):
         ({"bits": None}, "quantization_config.bits is None; read are 4, 8"),
         ({"group_size": 16}, "quantization_config.group_size is 16; served are 32"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; read are gptq, gptq_v2"),
+        ({"format": "marlin"}, "quantization_config.format is 'marlin'; read are gptq, gptq_v2"),
+        ({"checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format is 'gptq', but format is 'gptq_v2'"),
+        ({"pack_dtype": "int16"}, "quantization_config.pack_dtype is 'int16'; read are int32"),
         ({"is_marlin_format": True}, "is_marlin_format is True; read are False"),
         ({"dynamic": {"-:.*down": {}}}, "quantization_config.dynamic gives layers different numbers"),
         ({"sym": True}, r"tensor \S+qzeros of .* other than 8, but quantization_config.sym is true; is checkpoint_fo"),
