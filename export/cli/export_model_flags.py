@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=nonempty_path,
         metavar="DIR",
-        help="Hugging Face folder: config.json and safetensors; its tokenizer files are copied to the output",
+        help="Hugging Face folder: config.json and safetensors, also quantized by AWQ, GPTQ, compressed-tensors or "
+        "torchao; its tokenizer files are copied to the output",
     )
     weights.add_argument(
         "--gguf-file",

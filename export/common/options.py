@@ -139,7 +139,9 @@ def check_options(options: ExportOptions) -> None:
 def check_has_weights(options: ExportOptions) -> None:
     """Raises a UsageError unless there is a checkpoint, a GGUF file or a seed of random weights."""
     if options.checkpoint is None and options.gguf_file is None and options.random_seed is None:
-        raise UsageError("no weights: give ", wanted("checkpoint"), " or ", wanted("random_seed"))
+        raise UsageError(
+            "no weights: give ", wanted("checkpoint"), ", ", wanted("gguf_file"), " or ", wanted("random_seed")
+        )
 
 
 def _check_quantization(options: ExportOptions) -> None:

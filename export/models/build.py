@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from flashpte.export.common.errors import ExportError, Option, UsageError
+from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
 from flashpte.export.models.attention_interface import ATTENTION_NAME
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
@@ -100,7 +100,10 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         raise ExportError(f"transformers {transformers.__version__} has no {model_class}; install a newer one")
     if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise ExportError(f"config.json names a quantized checkpoint ({method}); give the unquantized one")
+        raise ExportError(
+            f"config.json names a quantized checkpoint ({method}), which is read as a whole folder: give it to ",
+            wanted("checkpoint"),
+        )
     if problem := wrong_size(fields):
         raise ExportError(f"not a valid {config_class}: {problem}")
     try:

@@ -21,6 +21,7 @@ from flashpte.export.weights.gguf_config import config_fields
 from flashpte.export.weights.gguf_file import FLOATS, GgufFile
 from flashpte.export.weights.gguf_tokenizer import write_tokenizer
 from flashpte.export.weights.gguf_weights import GgufWeights
+from flashpte.export.weights.quantized_folder import QuantizedFolder, without_quantization
 from flashpte.export.weights.recipe import WeightSource
 from flashpte.export.weights.safetensors import Checkpoint, check_tensors
 
@@ -62,7 +63,7 @@ class Folder:
     """A Hugging Face folder: ``config.json``, safetensors and tokenizer files.
 
     Raises:
-        ExportError: it is no folder.
+        ExportError: it is no folder, or its config cannot be read or names a quantization method that is not served.
     """
 
     option, quantized = "checkpoint", False
@@ -71,10 +72,11 @@ class Folder:
         if not path.is_dir():
             raise ExportError(Option(self.option, path), " is not an existing folder")
         self.given, self.described_by = path, path / CONFIG_FILE
+        self._config, self._quantization = without_quantization(read_config(path), self.described_by)
 
     def config(self) -> Mapping[str, Any]:
-        """The fields of ``config.json``."""
-        return read_config(self.given)
+        """The fields of ``config.json``, which describe the model as if it were not quantized."""
+        return self._config
 
     def token_ids(self) -> Mapping[str, Any]:
         """What ``generation_config.json`` says."""
@@ -85,8 +87,10 @@ class Folder:
         return tokenizer_files(self.given)
 
     def weights(self, model: nn.Module, total_layers: int) -> WeightSource:
-        """The folder's safetensors."""
+        """The folder's safetensors, dense or quantized."""
         checkpoint = Checkpoint(self.given)
+        if self._quantization is not None:
+            return QuantizedFolder(checkpoint, self._quantization, model, total_layers)
         check_tensors(checkpoint, model, total_layers)
         return checkpoint
 

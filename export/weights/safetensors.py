@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -126,6 +126,12 @@ class Checkpoint:
                 raise ExportError(f"{index.name} puts tensor {absent[0]} into {path.name}, which does not hold it")
         return names
 
+    def metadata(self) -> dict[str, str]:
+        """What the files' metadata says about names of the text-only checkpoint, for writers that describe tensors."""
+        entries = [entry for file in self._files.values() for entry in (file.metadata() or {}).items()]
+        named = [(text_name(stored), text) for stored, text in entries if "." in stored]
+        return {name: text for name, text in named if name is not None}
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor backed by its file, whose bytes are read when they are used.
 
@@ -139,18 +145,22 @@ class Checkpoint:
             raise ExportError(f"cannot read tensor {stored.name} from {stored.file}: {error}") from error
 
 
-def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -> None:
+def check_tensors(
+    checkpoint: Checkpoint, model: nn.Module, total_layers: int, held: Mapping[str, Collection[str]] | None = None
+) -> None:
     """Compares a checkpoint's headers with a model and names the first difference.
 
     Args:
         checkpoint: the opened folder.
         model: the model that the folder's config describes, perhaps cut to its first layers.
         total_layers: number of layers that the config describes; tensors of cut layers are ignored.
+        held: weights that are not one dense tensor, each with the names of its tensors, which are not checked here.
 
     Raises:
         ExportError: a tensor is missing, unexpected, of another shape, or of a dtype that is not a plain float.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held = held or {}
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in held}
     _check_head(checkpoint, model, wanted)
     for name, shape in wanted.items():
         stored = checkpoint.tensors.get(name)
@@ -167,11 +177,12 @@ def check_tensors(checkpoint: Checkpoint, model: nn.Module, total_layers: int) -
             raise ExportError(
                 f"tensor {stored.name} in {stored.file} has dtype {stored.dtype}; only float checkpoints are read"
             )
-    kept_layers = 1 + max((int(m[1]) for name in wanted if (m := _LAYER.match(name))), default=-1)
+    kept_layers = 1 + max((int(m[1]) for name in model.state_dict() if (m := _LAYER.match(name))), default=-1)
+    used = {*wanted, *(name for names in held.values() for name in names)}
     for name, stored in checkpoint.tensors.items():
         layer = _LAYER.match(name)
         cut = layer is not None and kept_layers <= int(layer[1]) < total_layers
-        if name not in wanted and not cut and not (name == HEAD and is_tied(model)):
+        if name not in used and not cut and not (name == HEAD and is_tied(model)):
             raise ExportError(
                 f"tensor {stored.name} in {stored.file} has no place in the model that config.json describes"
             )

@@ -20,7 +20,10 @@ def entries(folder):
         (("--target", "zzz"), "unknown target 'zzz'; known: gemma4-31b, hf"),
         (("--target", "hf", "--random-weights", "--small", "--output-dir", "OUT"), "target hf has no small model"),
         (("--target", "hf", "--dry-run"), "target hf has no default model: give --checkpoint DIR or --config FILE"),
-        (("--target", "gemma4-31b", "--output-dir", "OUT"), "no weights: give --checkpoint DIR or --random-weights"),
+        (
+            ("--target", "gemma4-31b", "--output-dir", "OUT"),
+            "no weights: give --checkpoint DIR, --gguf-file FILE or --random-weights",
+        ),
         ((*GEMMA,), "no output: give --output-dir DIR"),
         ((*GEMMA, "--output-dir", "OUT", "--arch", "sm_91"), "unknown arch 'sm_91'; did you mean sm_"),
         ((*GEMMA, "--output-dir", "OUT", "--verify-window", "40"), "--verify-window 40: must be 2..16"),

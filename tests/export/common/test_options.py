@@ -61,8 +61,8 @@ def test_one_check_two_spellings(options, python, flags):
 def test_weights_are_asked_for():
     with pytest.raises(UsageError) as caught:
         check_has_weights(of())
-    assert str(caught.value) == "no weights: give checkpoint or random_seed"
-    assert caught.value.spelled(spell_flag) == "no weights: give --checkpoint DIR or --random-weights"
+    assert str(caught.value) == "no weights: give checkpoint, gguf_file or random_seed"
+    assert caught.value.spelled(spell_flag) == "no weights: give --checkpoint DIR, --gguf-file FILE or --random-weights"
 
 
 def test_an_option_without_a_value_in_a_plain_line():
