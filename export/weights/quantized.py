@@ -28,6 +28,9 @@ from flashpte.kernels.linear.format import GROUPS, TILE_ROWS, Groupwise, PackedF
 _ROWS = 256 * TILE_ROWS
 """Rows that are quantized at a time, so that only these exist in float32."""
 
+Moved = Literal["zeros", "offsets"] | None
+"""What moves a group's codes: zero points, offsets, or neither."""
+
 
 class QuantizedLinear(PackedModule):
     """A linear layer with a packed weight.
@@ -63,7 +66,7 @@ class Grouped:
 
     bits: int
     group: int | None
-    moved: Literal["zeros", "offsets"] | None = None
+    moved: Moved = None
     scale_dtype: torch.dtype = torch.bfloat16
     hqq: bool = False
 
@@ -162,7 +165,7 @@ class Grouped:
 
 
 _SCALE_NAMES = {torch.bfloat16: (), torch.float16: ("f16",), torch.float32: ("f32",)}
-_MOVED: tuple[Literal["zeros", "offsets"] | None, ...] = (None, "zeros", "offsets")
+_MOVED: tuple[Moved, ...] = (None, "zeros", "offsets")
 
 QUANTIZED = {
     format.name: format

@@ -12,7 +12,7 @@ import torch
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.weights.quantization_fields import Fields
-from flashpte.export.weights.quantized import Grouped
+from flashpte.export.weights.quantized import Grouped, Moved
 from flashpte.export.weights.safetensors import Checkpoint
 from flashpte.kernels.linear.format import GROUPS, Groupwise
 
@@ -138,7 +138,7 @@ def nibbles(octets: torch.Tensor) -> torch.Tensor:
     return torch.stack((octets & 15, octets >> 4), -1).flatten(1)
 
 
-def format_of(bits: int, group: int | None, columns: int, moved: str | None, dtype: torch.dtype) -> Grouped:
+def format_of(bits: int, group: int | None, columns: int, moved: Moved, dtype: torch.dtype) -> Grouped:
     """The format of a weight with scales per ``group`` columns.
 
     With 4 bits, a row's scale is repeated for groups of 128 columns, and so is that of a group larger than 128. Both
