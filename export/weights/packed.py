@@ -18,19 +18,18 @@ TENSORS = ("packed", "scales", "zeros", "offsets")
 
 def tensors_of(fmt: PackedFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the tensors that a format has, by their names in the module."""
-    of_groups = (fmt.scales_shape, fmt.scale_dtype)
-    optional = {"zeros": fmt.has_zeros, "offsets": fmt.has_offsets}
-    return {
-        "packed": (fmt.weight_shape, fmt.weight_dtype),
-        "scales": of_groups,
-        **{name: of_groups for name, held in optional.items() if held},
-    }
+    held = {"packed": (fmt.weight_shape, fmt.weight_dtype), "scales": (fmt.scales_shape, fmt.scale_dtype)}
+    if fmt.has_zeros:
+        held["zeros"] = (fmt.scales_shape, fmt.zeros_dtype)
+    if fmt.has_offsets:
+        held["offsets"] = (fmt.scales_shape, fmt.scale_dtype)
+    return held
 
 
 def read_packed(packed: PackedWeight, fmt: PackedFormat) -> torch.Tensor:
     """The weight that codes stand for, float32 ``[N, K]``; scales may have another dtype than the format's."""
     weight, *groups = packed
-    wide = (None if tensor is None else tensor.to(torch.float32) for tensor in groups)
+    wide = (tensor if tensor is None or tensor.dtype == torch.int16 else tensor.to(torch.float32) for tensor in groups)
     natural = unpack(PackedWeight(weight, *wide), dataclasses.replace(fmt, scale_dtype=torch.float32))  # type: ignore[arg-type]
     return dequantize(*natural, fmt.bits, fmt.group)
 

@@ -6,7 +6,7 @@ so that both ends of the range lose half a step. Zero points cover the range of 
 :mod:`flashpte.export.weights.hqq`. Offsets only come from sources.
 
 Names of formats say all of it: ``int4-g32-o-f16`` has 4 bits, groups of 32 columns, offsets and float16 scales.
-``int4-g32-hqq`` holds the same tensors as ``int4-g32-z``.
+``int4-g32-hqq`` is like ``int4-g32-z``, but its zero points are not whole numbers.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Grouped:
         group: 32, 64 or 128 columns; with 8 bits, ``None`` for a whole row.
         moved: ``"zeros"`` if groups have zero points, ``"offsets"`` if they have offsets, ``None`` if codes are
             symmetric.
-        scale_dtype: bfloat16, float16 or float32, also of zero points and offsets.
-        hqq: whether zero points of a dense weight are chosen by half-quadratic quantization.
+        scale_dtype: bfloat16, float16 or float32, also of offsets. Zero points are whole numbers.
+        hqq: whether zero points of a dense weight are chosen by half-quadratic quantization. They are not whole then.
     """
 
     bits: int
@@ -82,7 +82,8 @@ class Grouped:
         """The packed format of a weight ``[N, K]``."""
         rows, columns = shape
         zeros, offsets = self.moved == "zeros", self.moved == "offsets"
-        return PackedFormat(self.bits, self.group or columns, rows, columns, zeros, self.scale_dtype, offsets)
+        whole = zeros and not self.hqq
+        return PackedFormat(self.bits, self.group or columns, rows, columns, zeros, self.scale_dtype, offsets, whole)
 
     def adapt(self, module: nn.Module, name: str) -> None:
         """Replaces the layer that owns the weight ``name`` by a :class:`QuantizedLinear` or ``QuantizedEmbedding``.
@@ -155,9 +156,11 @@ class Grouped:
             scales, zeros = choose_zeros(grouped, levels, dtype, columns - (fmt.groups - 1) * fmt.group)
         elif self.moved == "zeros":
             scales, zeros = choose_range(grouped, levels, dtype)
+            # A whole zero point keeps the weight 0, and its kernel is faster.
+            zeros = zeros.float().round().clamp(0, levels).to(fmt.zeros_dtype)
         else:
             scales = (grouped.abs().amax(2) / (levels / 2 - 0.5)).to(dtype)
-        center = torch.full_like(scales, levels / 2) if zeros is None else zeros
+        center = torch.full_like(scales, levels / 2) if zeros is None else zeros.to(torch.float32)
         steps = torch.where(scales == 0, 1.0, scales.float())[..., None]
         codes = to_codes(grouped / steps, center, levels).to(torch.uint8)
         codes = codes.flatten(1)[:, :columns].contiguous()

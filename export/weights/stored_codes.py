@@ -168,13 +168,14 @@ def natural(codes: torch.Tensor, groups: tuple[torch.Tensor | None, ...], format
     """
     fmt = format.format_of(codes.shape)
 
-    def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+    def spread(values: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
         if values is None:
             return None
         # A last group of fewer columns belongs to a scale that serves the whole row.
         times = -(-fmt.groups // values.shape[1])
-        return values.to(fmt.scale_dtype).repeat_interleave(times, 1)[:, : fmt.groups].contiguous()
+        return values.to(dtype).repeat_interleave(times, 1)[:, : fmt.groups].contiguous()
 
-    scales, zeros, offsets = (spread(values) for values in groups)
+    dtypes = (fmt.scale_dtype, fmt.zeros_dtype, fmt.scale_dtype)
+    scales, zeros, offsets = map(spread, groups, dtypes)
     assert scales is not None
     return Groupwise(codes.contiguous(), scales, zeros, offsets)

@@ -28,6 +28,7 @@ import torch
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.weights.quantization_fields import Fields
+from flashpte.export.weights.quantized import Moved
 from flashpte.export.weights.safetensors import Checkpoint
 from flashpte.export.weights.stored_codes import SCALES, HeldCodes, Linears, format_of, natural, nibbles, tensor
 from flashpte.kernels.linear.format import GROUPS, TILE_COLUMNS, Groupwise
@@ -173,7 +174,8 @@ def _held(checkpoint: Checkpoint, stored: _Stored, linear: bool) -> HeldCodes:
     tensor(checkpoint, qdata, (rows, columns // 2 if nibbled else columns), ("I8", "U8") if nibbled else ("I8",))
     dtype = tensor(checkpoint, scale, stored.groups_shape, SCALES, f", which {qdata} needs")
     assert dtype is not None
-    names, moved = [qdata, scale], None
+    names = [qdata, scale]
+    moved: Moved = None
     if zero in checkpoint.tensors or stored.type != "Int8Tensor":
         tensor(checkpoint, zero, stored.groups_shape, SCALES if nibbled else ("I8", *SCALES), f", which {qdata} needs")
         names.append(zero)

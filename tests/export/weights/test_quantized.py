@@ -120,6 +120,8 @@ def held(format, rows=N, columns=K):
     codes = torch.randint(1 << format.bits, (rows, columns), generator=generator, dtype=torch.uint8)
     groups = -(-columns // (format.group or columns))
     scales, moved = (torch.rand(rows, groups, generator=generator).to(format.scale_dtype) for _ in range(2))
+    if format.format_of((rows, columns)).whole_zeros:
+        moved = torch.randint((1 << format.bits) + 1, moved.shape, generator=generator, dtype=torch.int16)
     return Groupwise(codes, scales, **{} if format.moved is None else {format.moved: moved})
 
 
@@ -154,7 +156,8 @@ def test_names_say_what_a_format_is():
     assert QUANTIZED["int4-g32"].scale_dtype == torch.bfloat16
     format = QUANTIZED["int8-g128-o-f32"]
     assert (format.bits, format.group, format.moved, format.scale_dtype) == (8, 128, "offsets", torch.float32)
-    assert QUANTIZED["int4-g32-hqq"].format_of((N, K)) == QUANTIZED["int4-g32-z"].format_of((N, K))
+    whole, real = (QUANTIZED[f"int4-g32-{name}"].format_of((N, K)).zeros_dtype for name in ("z", "hqq"))
+    assert (whole, real) == (torch.int16, torch.bfloat16)
 
 
 def test_codes_that_do_not_fit_their_format():
@@ -163,8 +166,11 @@ def test_codes_that_do_not_fit_their_format():
         FORMATS["int4-g32-o"].pack("a.weight", natural)
     with pytest.raises(ExportError, match=r"a.weight does not fit the format int4-g64-z: .*\[40, 5\]"):
         FORMATS["int4-g64-z"].pack("a.weight", natural)
-    natural.zeros[3, 2] = float("inf")
-    with pytest.raises(ExportError, match=r"a\.weight has zero points that are infinite or NaN"):
+    natural.zeros[3, 2] = 17
+    with pytest.raises(ExportError, match=r"int4-g32-z: a whole zero point of 4 bits is from 0 to 16"):
+        FORMATS["int4-g32-z"].pack("a.weight", natural)
+    natural.scales[3, 2] = float("inf")
+    with pytest.raises(ExportError, match=r"a\.weight has scales that are infinite or NaN"):
         FORMATS["int4-g32-z"].pack("a.weight", natural)
     with pytest.raises(ExportError, match=r"a\.weight: int4-g32-o is for codes of quantized files"):
         FORMATS["int4-g32-o"].encode("a.weight", dense())
