@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 
 from harness.linear_peers import LARGEST_ERROR, OURS, RUNNERS, VLLM_VARIABLE, Problem
+from harness.linear_table import table
 from harness.options import add_result_flags, read_suite
 from harness.schema import Row, flat_row, new_file, write
-from harness.tables import markdown, number
 from harness.timing import ceilings, graph_times, require_gpu
 
 GEMMA = {"qkv": (5376, 16384), "o": (8192, 5376), "gate up": (5376, 43008), "down": (21504, 5376)}
@@ -94,25 +94,6 @@ def measure(case: tuple, ceiling: dict[str, float], runners: dict, tell) -> list
         shown = ", ".join(f"{r} {t:.1f}" for r, t in times.items() if isinstance(t, float))
         tell(f"{same['case']} group {group} M={m}: floor {floor:.1f}, {shown}")
     return rows
-
-
-def table(rows: list[Row], summary: bool) -> list[str]:
-    """Our times beside the best peer's, or beside everybody's."""
-    by_product: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        by_product.setdefault((row["case"], row["group"], row["m"]), {})[row["runner"]] = row
-    peers = [runner for runner in RUNNERS if runner != OURS and any(row["runner"] == runner for row in rows)]
-    body = []
-    for (case, group, m), found in by_product.items():
-        times = {runner: row.get("graph_us") for runner, row in found.items()}
-        floor = found[next(iter(found))]["floor_us"]
-        best = min((time, peer) for peer in peers if (time := times.get(peer)) is not None)
-        own = times.get(OURS)
-        cells = [case, str(group), str(m), number(floor), number(own)]
-        cells += [number(best[0]), best[1]] if summary else [number(times.get(peer)) for peer in peers]
-        body.append([*cells, number(None if own is None else own / best[0])])
-    shown = ["best peer", ""] if summary else peers
-    return markdown(["product", "group", "M", "floor", OURS, *shown, "of best peer"], body)
 
 
 def draw(rows: list[Row], header: dict, path: Path) -> None:

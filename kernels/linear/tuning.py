@@ -126,6 +126,8 @@ def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsCo
     if rows > 8:
         if tiles % 8 == 0 and wide:
             return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=3, num_programs=4 * sm_count)
+        if tiles % 8 == 0 and not short:
+            return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_programs=2 * sm_count)
         return HopperFewRowsConfig(64, column_warps=1, row_warps=4, num_stages=4, num_programs=3 * sm_count)
     if 1.8 * sm_count <= tiles // 4 <= 2 * sm_count:
         return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3)

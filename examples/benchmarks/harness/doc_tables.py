@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from harness import models, report, results, schema, targets
+from harness import linear_table, models, report, results, schema, targets
 from harness.results import OURS, Document, best_peer, time_of
 from harness.tables import markdown, number
 
@@ -193,6 +193,7 @@ TABLES: dict[str, Table] = {
     "h100 head-dims": head_dims,
     "h200 reads": reads,
     **{f"h200 masks {part}": functools.partial(masks, part) for part in MASK_COLUMNS},
+    "h200 linear": lambda: linear_table.table(suite_file("h200", "linear")["rows"], summary=True),
     "h200 whole-model": lambda: models.whole_model(suite_file("h200", "whole-model")["rows"]),
     "h200 speculative": lambda: models.speculative(suite_file("h200", "speculative")["rows"]),
 }
