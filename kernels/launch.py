@@ -103,9 +103,14 @@ def copies_in_16_bytes(tensor: torch.Tensor) -> bool:
     strides = [broadcast_stride(tensor, d) for d in range(tensor.dim() - 1)]
     if not multiple(tensor.shape[-1], 8) or not all(multiple(stride, 16) for stride in strides):
         return False
+    return starts_at_16_bytes(tensor)
+
+
+def starts_at_16_bytes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is known to start at a multiple of 16 bytes. (Memory of lowered programs is aligned.)"""
     if _is_data(tensor):
         return tensor.data_ptr() % 16 == 0
-    return multiple(tensor.storage_offset(), 8)
+    return statically_known_true(tensor.storage_offset() * tensor.itemsize % 16 == 0)
 
 
 def empty_output(query: torch.Tensor, v_head_dim: int, dim_order: Sequence[int]) -> torch.Tensor:

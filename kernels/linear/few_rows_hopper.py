@@ -25,7 +25,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from flashpte.kernels.facts import register
-from flashpte.kernels.launch import all_of_triton, cdiv, copies_in_16_bytes, dependent_launch, static_int
+from flashpte.kernels.launch import (
+    all_of_triton,
+    cdiv,
+    copies_in_16_bytes,
+    dependent_launch,
+    starts_at_16_bytes,
+    static_int,
+)
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.operands import (
     groups_of_lanes,
@@ -303,7 +310,11 @@ def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
         return False
     if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
         return False
-    return fmt.row_tiles % (config.block_n // 16) == 0 and copies_in_16_bytes(call.rows_of_x)
+    return (
+        fmt.row_tiles % (config.block_n // 16) == 0
+        and copies_in_16_bytes(call.rows_of_x)
+        and all(map(starts_at_16_bytes, call.tensors[:3]))
+    )
 
 
 def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: Destination) -> None:

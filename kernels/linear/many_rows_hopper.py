@@ -29,7 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.produce import async_load
-from flashpte.kernels.launch import all_of_triton, cdiv, copies_in_16_bytes, dependent_launch
+from flashpte.kernels.launch import (
+    all_of_triton,
+    cdiv,
+    copies_in_16_bytes,
+    dependent_launch,
+    starts_at_16_bytes,
+)
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dequantize import dequantize, of_planes
 from flashpte.kernels.linear.few_rows_hopper import index
@@ -321,7 +327,7 @@ def serves(call: LinearCall) -> bool:
         return False
     if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
         return False
-    return copies_in_16_bytes(call.rows_of_x)
+    return copies_in_16_bytes(call.rows_of_x) and all(map(starts_at_16_bytes, call.tensors[:3]))
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
