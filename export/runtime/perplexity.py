@@ -109,7 +109,7 @@ def program_logits(model: LanguageModel) -> Logits:
     """
     size = model.limits.verify
     if size is None and not model.limits.decode:
-        raise ProgramError("perplexity needs target_verify (export-model --verify-window) or decode")
+        raise ProgramError("perplexity needs the method target_verify or decode; export one of them")
 
     def logits(tokens: Sequence[int]) -> torch.Tensor:
         model.reset()
