@@ -85,5 +85,5 @@ def test_programs_that_cannot_be_measured(plan):
         program_window(LanguageModel(program), 21)
     for name in ("target_verify", "decode"):
         program.signatures.pop(name)
-    with pytest.raises(ProgramError, match="perplexity needs target_verify"):
+    with pytest.raises(ProgramError, match="perplexity needs the method target_verify or decode"):
         program_logits(LanguageModel(program))
