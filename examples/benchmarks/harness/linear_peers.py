@@ -99,7 +99,8 @@ def _by_eight(codes: torch.Tensor) -> torch.Tensor:
     """Codes ``[N, K]`` as GPTQ packs them: int32 ``[K / 8, N]``."""
     n, k = codes.shape
     columns = codes.t().reshape(k // 8, 8, n).int()
-    return sum((columns[:, i] << (4 * i) for i in range(1, 8)), columns[:, 0])
+    # Views of a transposed tensor: their sum has its strides.
+    return sum((columns[:, i] << (4 * i) for i in range(1, 8)), columns[:, 0]).contiguous()
 
 
 def marlin(problem: Problem) -> Callable[[], Call]:
