@@ -12,7 +12,7 @@ from flashpte.export.lowering import inspect_pte, lower
 from flashpte.export.pipeline.plan import plan_export
 from flashpte.export.pipeline.programs import export_programs, replace_attention
 
-LAYERS = 2
+LAYERS = 1
 
 
 @pytest.mark.lowering
