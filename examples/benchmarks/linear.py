@@ -15,7 +15,6 @@ Peers are cuBLAS with bfloat16 weights, PyTorch's tinygemm, Humming where it is 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import os
 import random
@@ -23,9 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-from harness.linear_peers import LARGEST_ERROR, OURS, RUNNERS, VLLM_VARIABLE, Problem
+from harness.linear_peers import LARGEST_ERROR, RUNNERS, VLLM_VARIABLE, Problem
 from harness.linear_table import table
 from harness.options import add_result_flags, read_suite
+from harness.results import OURS, here
 from harness.schema import Row, flat_row, new_file, write
 from harness.timing import ceilings, graph_times, require_gpu
 
@@ -139,7 +139,6 @@ def parse() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> dict:
     """Measures; what is measured is written after each product."""
     import torch
-    import triton
 
     if args.vllm is not None:
         os.environ[VLLM_VARIABLE] = str(args.vllm.resolve())
@@ -152,16 +151,13 @@ def run(args: argparse.Namespace) -> dict:
     wanted = tuple(args.peers) if args.peers is not None else ("",)
     runners = {name: make for name, make in RUNNERS.items() if name == OURS or name.startswith(wanted)}
     ceiling, rows, left_out = ceilings(), [], []
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
     for case in cases(args.suite):
         if args.time_limit is not None and time.monotonic() - start > args.time_limit:
             left_out.append(f"{case[0]} group {case[3]}")
-            continue
-        rows += measure(case, ceiling, runners, tell)
-        header = dict(
-            versions=versions, ceilings=ceiling, left_out=left_out, seconds=round(time.monotonic() - start, 1)
-        )
-        data = new_file("linear", torch.cuda.get_device_name(), datetime.date.today().isoformat(), rows, **header)
+        else:
+            rows += measure(case, ceiling, runners, tell)
+        seconds = round(time.monotonic() - start, 1)
+        data = new_file("linear", rows=rows, ceilings=ceiling, left_out=left_out, seconds=seconds, **here())
         if args.results is not None:
             write(data, args.results / "linear.json")
     return data

@@ -17,7 +17,6 @@ columns, a step is ``KW`` units.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch.library import wrap_triton
 from triton.experimental import gluon
@@ -43,7 +42,7 @@ from flashpte.kernels.linear.operands import (
     x_of_lanes,
     zero_sums,
 )
-from flashpte.kernels.linear.shares import Shares, launch_sum_shares, share_of
+from flashpte.kernels.linear.shares import Shares, launch_sum_shares, reads_and_writes, share_of
 from flashpte.kernels.linear.tuning import MAX_FEW_ROWS, HopperFewRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
 
@@ -289,32 +288,24 @@ def _linear_few_rows_hopper_kernel(
     async_copy.wait_group(0)
 
 
-@triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
-    """The twin: it reads and writes the same tensors."""
-    total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    tl.store(y_ptr, total)
-    if not WHOLE:
-        tl.store(partial_ptr, total)
-
-
-register(_linear_few_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin=_reads_and_writes)
+register(_linear_few_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin=reads_and_writes)
 
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
-def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
-    """Whether the kernel takes this call: Gluon can be launched, the weight's format fits, and so do rows of x."""
+def unpacks_in_registers(call: LinearCall) -> bool:
+    """Whether kernels in Gluon take this call: they can be launched, and x and the weight fit."""
     fmt = call.fmt
     if call.x.dtype not in _16_BITS or fmt.scale_dtype not in _16_BITS or not all_of_triton(call.x):
         return False
     if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
         return False
-    return (
-        fmt.row_tiles % (config.block_n // 16) == 0
-        and copies_in_16_bytes(call.rows_of_x)
-        and all(map(starts_at_16_bytes, call.tensors[:3]))
-    )
+    return copies_in_16_bytes(call.rows_of_x) and all(map(starts_at_16_bytes, call.tensors[:3]))
+
+
+def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
+    """Whether the kernel takes this call: blocks divide the weight's rows, and :func:`unpacks_in_registers`."""
+    return call.fmt.row_tiles % (config.block_n // 16) == 0 and unpacks_in_registers(call)
 
 
 def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: Destination) -> None:

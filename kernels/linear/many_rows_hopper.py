@@ -14,7 +14,6 @@ Shape legend: ``R`` rows of the weight of one warp group, half of a program's; `
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch.library import wrap_triton
 from triton.experimental import gluon
@@ -30,16 +29,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.produce import async_load
 from flashpte.kernels.launch import (
-    all_of_triton,
     cdiv,
-    copies_in_16_bytes,
     dependent_launch,
-    starts_at_16_bytes,
 )
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dequantize import dequantize, of_planes
-from flashpte.kernels.linear.few_rows_hopper import index
-from flashpte.kernels.linear.shares import Shares, launch_sum_shares, share_of
+from flashpte.kernels.linear.few_rows_hopper import index, unpacks_in_registers
+from flashpte.kernels.linear.shares import Shares, full_waves, launch_sum_shares, reads_and_writes, share_of
 from flashpte.kernels.linear.tuning import HopperManyRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
 
@@ -91,14 +87,13 @@ def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
 def _segments(blocks, units):
     """How a program's work is made up: full waves of blocks, then its share of the blocks that are left.
 
-    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2. Blocks that
-    fill nine tenths of a wave are one.
+    In a wave all programs are at the same columns at a time, so that they share x and the weight in L2.
 
     Returns:
         ``(waves, first, last)``: the program's blocks in waves, and its steps of the blocks left.
     """
     programs = gl.num_programs(0)
-    waves = (blocks + programs // 10) // programs
+    waves = full_waves(blocks, programs)
     left = gl.maximum(blocks - waves * programs, 0)
     first, last = share_of(gl.program_id(0), left * units, programs)
     # The last wave may lack blocks.
@@ -117,7 +112,7 @@ def _segment(i, segments, blocks, units):
         end = units + begin
     else:
         left = first // units + i - waves
-        block = (blocks + programs // 10) // programs * programs + left
+        block = full_waves(blocks, programs) * programs + left
         begin = gl.maximum(first - left * units, 0)
         end = gl.minimum(last - left * units, units)
     return block, begin, end
@@ -308,26 +303,12 @@ def _linear_many_rows_hopper_kernel(
     let_dependents_start(DEPENDENT)
 
 
-@triton.jit
-def _reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
-    """The twin: it reads and writes the same tensors."""
-    total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
-    tl.store(y_ptr, total)
-    if not WHOLE:
-        tl.store(partial_ptr, total)
-
-
-register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin=_reads_and_writes)
+register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin=reads_and_writes)
 
 
 def serves(call: LinearCall) -> bool:
-    """Whether the kernel takes this call: Gluon can be launched, the weight's format fits, and so do rows of x."""
-    fmt = call.fmt
-    if call.x.dtype not in (torch.bfloat16, torch.float16) or not all_of_triton(call.x):
-        return False
-    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
-        return False
-    return copies_in_16_bytes(call.rows_of_x) and all(map(starts_at_16_bytes, call.tensors[:3]))
+    """Whether the kernel takes this call: scales have the dtype of x, and :func:`unpacks_in_registers`."""
+    return call.fmt.scale_dtype == call.x.dtype and unpacks_in_registers(call)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
@@ -344,7 +325,7 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
     blocks = m_blocks * cdiv(fmt.out_features, config.block_n)
     whole = config.num_programs == 0
     programs = config.num_programs or blocks
-    first = 0 if whole else (blocks + programs // 10) // programs * programs
+    first = 0 if whole else full_waves.fn(blocks, programs) * programs
     left = 0 if whole else torch.sym_max(blocks - first, 0)
     shares = Shares(config.block_m, config.block_n, m_blocks, first, left, fmt.column_tiles, programs)
     partial = into.out if whole else shares.empty_sums(x)

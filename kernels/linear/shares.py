@@ -81,6 +81,24 @@ def _linear_sum_shares_kernel(
 register(_linear_sum_shares_kernel, "matmul", early_start="DEPENDENT")
 
 
+@triton.jit
+def full_waves(blocks, programs):
+    """How many waves whole blocks fill, one per program. Blocks that fill nine tenths of a wave are one.
+
+    (The host calls ``full_waves.fn`` with integers, so that it agrees with the kernel.)
+    """
+    return (blocks + programs // 10) // programs
+
+
+@triton.jit
+def reads_and_writes(x_ptr, w_ptr, s_ptr, z_ptr, bias_ptr, y_ptr, partial_ptr, WHOLE: tl.constexpr):
+    """The twin of kernels that share steps: it reads and writes the same tensors."""
+    total = tl.load(x_ptr).to(tl.float32) + tl.load(w_ptr) + tl.load(s_ptr) + tl.load(z_ptr) + tl.load(bias_ptr)
+    tl.store(y_ptr, total)
+    if not WHOLE:
+        tl.store(partial_ptr, total)
+
+
 @dataclasses.dataclass(frozen=True)
 class Shares:
     """How the work of a launch is shared.

@@ -95,11 +95,9 @@ class FuseLinears(Rewrite):
         wanted = _format(node)
         if wanted is None or not isinstance(node.args[0], Node):
             return None
-        order = {other: place for place, other in enumerate(scope.graph.nodes)}
-        users = sorted((user for user in node.args[0].users if user in order), key=order.__getitem__)
         siblings = [
             user
-            for user in users
+            for user in sorted(node.args[0].users)  # in the order of the graph
             if user.target is node.target and user.args[0] is node.args[0] and _format(user) == wanted
         ]
         return Siblings(tuple(siblings)) if len(siblings) > 1 and siblings[0] is node else None

@@ -15,6 +15,7 @@ import torch
 
 from flashpte.kernels import quantized_linear
 from flashpte.kernels.linear.format import Groupwise, PackedFormat, pack
+from harness.results import OURS
 
 VLLM_VARIABLE = "FLASHPTE_BENCH_VLLM"
 
@@ -61,7 +62,7 @@ def flashpte(problem: Problem) -> Callable[[], Call]:
 
 
 def cublas(problem: Problem) -> Callable[[], Call]:
-    """CuBLAS with the weight in bfloat16."""
+    """The product of cuBLAS, with the weight in bfloat16."""
     dense = problem.dense.bfloat16()
 
     def copy() -> Call:
@@ -151,7 +152,6 @@ def humming(problem: Problem) -> Callable[[], Call]:
     return copy
 
 
-OURS = "flashpte"
 RUNNERS: dict[str, Callable[[Problem], Callable[[], Call]]] = {
     OURS: flashpte,
     "humming": humming,

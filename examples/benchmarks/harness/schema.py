@@ -68,9 +68,10 @@ KEYS: dict[str, type] = {
     "met": bool,
 }
 
+_OF_ATTENTION = ("decode", "verify", "prefill", "chunk", "other", "random", "grids", "head-dims")
 _ATTENTION = ("case", "shape", "length", "query_rows", "layers", "floor_us")
 REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("decode", "verify", "prefill", "chunk", "other", "random", "grids", "head-dims"), ("case",)),
+    **dict.fromkeys(_OF_ATTENTION, ("case",)),
     "variants": ("topic", "case", "variant", "graph_us"),
     "masks": ("part", "case"),
     "linear": ("case", "k", "n", "m", "group", "runner", "floor_us"),
@@ -93,7 +94,7 @@ def _row_problems(suite: str, row: Mapping[str, Any]) -> list[str]:
     found = [f"the key {key!r} is not of this schema" for key in row if key not in KEYS]
     found += [f"{key} is {row[key]!r}" for key in row if key in KEYS and not _fits(row[key], KEYS[key])]
     needed = REQUIRED_KEYS[suite]
-    if suite != "linear" and ("runner" in row or "table_us" in row):
+    if suite in _OF_ATTENTION and ("runner" in row or "table_us" in row):
         needed = _ATTENTION
     return found + [f"{key} is missing" for key in needed if key not in row]
 
