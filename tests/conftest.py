@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(config, items):
     needs_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1 in the environment (make test runs it so)")
     not_interpreted = pytest.mark.skip(reason="this process interprets Triton kernels, which breaks compiling")
     for item in items:
+        _refuse_sets_in_names(item)
         if is_swept(*item.nodeid.partition("[")[::2]):
             item.add_marker(pytest.mark.sweep)
         if item.nodeid.startswith(SLOW):
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(not_interpreted)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+def _refuse_sets_in_names(item):
+    """Refuses a set in a test's name: the order of its members varies, so workers would collect different tests."""
+    for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
+        if isinstance(value, set | frozenset) and str(value) in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: the parameter {name} is a set; use a tuple")
 
 
 def _put_groups_into_ids(items):

@@ -131,9 +131,9 @@ def replaced_weights(model, make):
 @pytest.mark.parametrize(
     ("granularity", "mapping", "formats"),
     [
-        (PerTensor(), MappingType.SYMMETRIC, {"int8-f32"}),
-        (PerTensor(), MappingType.ASYMMETRIC, {"int8-f32", "int8-z-f32"}),  # some of these zero points are 0
-        (PerGroup(32), MappingType.ASYMMETRIC, {"int8-g32-z-f32"}),
+        (PerTensor(), MappingType.SYMMETRIC, ("int8-f32",)),
+        (PerTensor(), MappingType.ASYMMETRIC, ("int8-f32", "int8-z-f32")),  # some of these zero points are 0
+        (PerGroup(32), MappingType.ASYMMETRIC, ("int8-g32-z-f32",)),
     ],
     ids=str,
 )
