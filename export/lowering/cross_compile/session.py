@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import sys
@@ -160,6 +161,18 @@ def _environment(cuda_home: Path, work_dir: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _changed_settings(config: Any) -> dict[str, Any]:
+    """Inductor's options that the process has changed, with their defaults.
+
+    A library may change them for everybody: torchao's GPTQ asks for exact division, its ``quantize_`` for more tuning.
+    """
+    return {
+        name: copy.deepcopy(entry.default)
+        for name, entry in config._config.items()
+        if entry.alias is None and not config._is_default(name)
+    }
+
+
 @contextlib.contextmanager
 def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
     """Sets Inductor's configuration, clears its caches and installs the chooser of matrix-multiply tiles."""
@@ -167,7 +180,7 @@ def _inductor(arch: GpuArch, package: str) -> Iterator[None]:
     from torch._inductor import select_algorithm
     from torch._inductor.utils import clear_caches
 
-    settings = {setting.name: setting.value for setting in SETTINGS}
+    settings = _changed_settings(config) | {setting.name: setting.value for setting in SETTINGS}
     settings["cuda.arch"] = str(arch.number)
     settings["cpp.cxx"] = (compiler_program(),)
     # ExecuTorch has no matrix multiply, so each one must become a Triton template. A plain AOTInductor package calls

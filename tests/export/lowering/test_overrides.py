@@ -55,6 +55,17 @@ def test_everything_is_replaced_inside_and_restored_outside(tmp_path, package):
     assert torch._inductor.config.get_config_copy() == settings
 
 
+def test_options_of_inductor_that_the_process_changed_do_not_count(tmp_path):
+    config = torch._inductor.config
+    with cross_compile(find_arch("sm_90"), tmp_path / "before"):
+        expected = config.get_config_copy()
+    changed = {"eager_numerics.division_rounding": True, "triton.unique_kernel_names": False, "max_fusion_size": 2}
+    with config.patch(changed):
+        with cross_compile(find_arch("sm_90"), tmp_path / "after"):
+            assert config.get_config_copy() == expected
+        assert changed.items() <= config.get_config_copy().items()
+
+
 def test_availability_is_hidden_outside_code_generation(tmp_path, monkeypatch):
     """The result must be the same with and without a GPU in the machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -47,8 +47,9 @@ def read(folder):
 @pytest.mark.host_code
 def test_second_arch_in_one_process_equals_a_fresh_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONHASHSEED", "12345")
-    hopper = lower({"forward": program()}, output_dir=tmp_path / "hopper", arch="sm_90")
-    ampere = lower({"forward": program()}, output_dir=tmp_path / "a" / "deeper" / "ampere", arch="sm_80")
+    with torch._inductor.config.patch({"eager_numerics.division_rounding": True}):  # as torchao's GPTQ leaves it
+        hopper = lower({"forward": program()}, output_dir=tmp_path / "hopper", arch="sm_90")
+        ampere = lower({"forward": program()}, output_dir=tmp_path / "a" / "deeper" / "ampere", arch="sm_80")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.setenv("TMPDIR", str(elsewhere))
