@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import os
 import re
 import shlex
 import subprocess
@@ -29,6 +31,7 @@ _ENTRY_POINTS = ("CreateWithDevice", "Delete", "GetNumInputs", "GetNumOutputs", 
 def checked_host_code() -> Iterator[None]:
     """Inside, lowering in this process checks each method's host code and links a stub in its place."""
     rewrite = ReproducibleFlags.rewrite
+    _folder()  # made here, because lowering compiles methods in processes of their own
 
     def check_only(self: ReproducibleFlags, command_line: str) -> str:
         return _check_only(rewrite(self, command_line))
@@ -59,24 +62,18 @@ def _includes(source: str) -> str:
     return "".join(f"{line}\n" for line in lines if line.startswith("#include"))
 
 
-class _Headers(dict[tuple[str, tuple[str, ...]], str]):
-    """Precompiled headers by their text and the flags that matter: all but the folders of one lowering."""
-
-    def __missing__(self, key: tuple[str, tuple[str, ...]]) -> str:
-        self[key] = str(_folder() / f"headers-{len(self)}.h")
-        return self[key]
-
-
-_HEADERS = _Headers()
-
-
 def _precompiled(text: str, flags: tuple[str, ...]) -> str:
-    header = _HEADERS[text, tuple(flag for flag in flags if not flag.startswith(("-I", "-L", "-ffile-prefix-map")))]
-    if not Path(header).exists():
-        Path(header).write_text(text)
-        command = [*find_compiler(), *flags, "-x", "c++-header", header, "-o", f"{header}.gch"]
-        subprocess.run(command, check=True, capture_output=True)
-    return header
+    """A header that includes ``text``'s headers, precompiled once per set of flags; processes share it."""
+    matter = [flag for flag in flags if not flag.startswith(("-I", "-L", "-ffile-prefix-map"))]
+    key = hashlib.sha256("\0".join([text, *matter]).encode()).hexdigest()[:16]
+    header = _folder() / f"headers-{key}.h"
+    if not Path(f"{header}.gch").exists():
+        header.write_text(text)
+        with tempfile.TemporaryDirectory(dir=_folder()) as own:  # another process may compile the same
+            command = [*find_compiler(), *flags, "-x", "c++-header", str(header), "-o", f"{own}/headers.gch"]
+            subprocess.run(command, check=True, capture_output=True)
+            os.replace(f"{own}/headers.gch", f"{header}.gch")
+    return str(header)
 
 
 def _stub(source: str) -> str:

@@ -8,19 +8,16 @@ cache. It compiles the kernels that a worker failed on or did not get to itself,
 from __future__ import annotations
 
 import contextlib
-import gc
-import multiprocessing
 import os
 import select
-import signal
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-from flashpte.export.common.signals import ENDING, deferred_signals
+from flashpte.export.lowering.cross_compile import forked
 from flashpte.export.lowering.cross_compile.override_table import Target
 
 _FEW = 2  # fewest kernels per process: a process costs 0.1 s, a kernel 0.5 s and more
-_MOST = 8  # processes: a container may have fewer cores and less memory than it reports
 
 
 def hold_back(target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,8 +33,11 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
     """Replaces Inductor's compile-time tuning: compiles every kernel and saves it, launches none."""
 
     def generate_and_run_autotune_block(wrapper: Any) -> None:
+        from torch._inductor.codecache import CudaKernelParamCache
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
+        # A kernel of the same name in an earlier program would keep its place, and libraries embed kernels in order.
+        CudaKernelParamCache.cache.clear()
         scope: dict[str, Any] = {}
         wait = "\nasync_compile.wait(globals())\ndel async_compile\n"
         target.defining = True
@@ -46,7 +46,7 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
         finally:
             target.defining = False
         kernels = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-        fill_cache(kernels, min(_MOST, len(os.sched_getaffinity(0))))
+        fill_cache(kernels, target.processes)
         for kernel in kernels:
             if not kernel.launchers:
                 kernel.precompile()
@@ -71,7 +71,7 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
         patience: seconds without a finished kernel after which the processes are killed.
     """
     processes = min(processes, len(kernels) // _FEW)
-    if processes < 2 or multiprocessing.current_process().daemon:  # a daemon cannot start processes
+    if processes < 2 or not forked.can_fork():
         return
     with contextlib.ExitStack() as stack:
         # A pipe gives each number to one reader, even if other readers die. It buffers 64 KiB.
@@ -83,7 +83,7 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
         done, write_done = os.pipe()
         stack.callback(os.close, done)
         try:
-            stack.enter_context(_forked(processes, _work, (kernels, numbers, done, write_done)))
+            stack.enter_context(_forked(processes, (kernels, numbers, done, write_done)))
         finally:
             os.close(write_done)
         # An empty read means that the last process, which held the other end open, has ended.
@@ -94,45 +94,20 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
 
 
 @contextlib.contextmanager
-def _forked(count: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Runs ``work`` in up to ``count`` processes, each in its own group; the end of the block kills them all."""
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=work, args=arguments, daemon=True) for _ in range(count)]
+def _forked(count: int, arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Runs :func:`_work` in up to ``count`` processes; the end of the block kills them all."""
+    workers: list[BaseProcess] = []
     try:
-        for worker in workers:
-            # No signal may arrive between starting a process and recording it.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            try:
-                worker.start()
-            except OSError:  # no memory for another process
-                break
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while len(workers) < count and forked.start(workers, _work, arguments, daemon=True):
+            pass
         yield
     finally:
-        with deferred_signals():
-            started = {worker.pid: worker for worker in workers if worker.pid is not None}
-            for group, worker in started.items():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)  # also kills an assembler that it started
-                worker.kill()  # it may not have joined its group yet
-            for worker in started.values():
-                worker.join()
+        forked.end(workers)
 
 
 def _work(kernels: Sequence[Any], numbers: int, done: int, write_done: int) -> None:
-    os.setpgid(0, 0)
-    for number in ENDING:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    # If the parent died, no reader is left and the next write ends this process.
-    os.close(done)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    # Never free the parent's objects: a compiler context waits for its threads when freed, and a fork has none.
-    gc.freeze()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the parent meets the same errors and reports them
-        os.dup2(nowhere, stream)
+    forked.become_worker()
+    os.close(done)  # if the parent died, no reader is left and the next write ends this process
     while taken := os.read(numbers, 2):
         with contextlib.suppress(Exception):
             kernels[int.from_bytes(taken, "big")].precompile(warm_cache_only=True)

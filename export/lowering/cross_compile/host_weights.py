@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,18 @@ def host_backed(tensor: torch.Tensor) -> HostBackedCuda:
     if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != needed:
         tensor = tensor.clone(memory_format=torch.preserve_format)
     return torch.Tensor._make_subclass(HostBackedCuda, tensor)
+
+
+def host_storages(programs: Iterable[ExportedProgram]) -> dict[int, torch.UntypedStorage]:
+    """The storages of all parameters, buffers and constants of programs, by address."""
+    storages = (
+        tensor.untyped_storage()
+        for program in programs
+        for pool in (program.state_dict, program.constants)
+        for tensor in pool.values()
+        if isinstance(tensor, torch.Tensor)
+    )
+    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
 def _fake_cuda(mode: FakeTensorMode, host: torch.Tensor) -> torch.Tensor:

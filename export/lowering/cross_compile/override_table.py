@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flashpte.export.lowering.cross_compile import forked
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags
 from flashpte.kernels.tuning import GpuArch
 
@@ -31,6 +32,7 @@ class Target:
         flags: rewrites host compiler command lines.
         compiling: number of Inductor's code generators on the stack.
         defining: whether a program's kernels are being defined; they are compiled when all of them are known.
+        processes: how many processes may compile the kernels of one program.
         restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
         on_wrapper: called with the C++ source of each method's wrapper.
     """
@@ -40,6 +42,7 @@ class Target:
     cuda_home: str
     flags: ReproducibleFlags
     restore_views: bool = True
+    processes: int = dataclasses.field(default_factory=lambda: forked.cpus())
     compiling: int = 0
     defining: bool = False
     on_wrapper: Callable[[str], None] | None = None

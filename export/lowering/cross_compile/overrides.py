@@ -7,7 +7,10 @@ stops the lowering with a message that names it. Every name is restored on exit.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +23,7 @@ from flashpte.export.lowering.cross_compile import (
     host_weights,
     kernel_code,
     lifted_constants,
+    methods,
     plain_products,
     scratch,
 )
@@ -105,6 +109,15 @@ def _package(target: Target, original: Callable[..., Any]) -> Callable[..., Any]
 def _write_storage(target: Target, original: Callable[[torch.Tensor, str], bytes]) -> Callable[..., bytes]:
     files = host_weights.StorageFiles(target.work_dir)
     return lambda tensor, path: files.write(original, tensor, path)
+
+
+def _return_freed_memory(target: Target, original: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(original)
+    def trim_host_memory() -> None:
+        with contextlib.suppress(AttributeError):  # not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+    return trim_host_memory
 
 
 _QUESTION = "asked for by Inductor, by templates and by our own kernels' tile choice"
@@ -269,6 +282,11 @@ TABLE: tuple[Override, ...] = (
         "probes the build machine's vector instructions and compiles host code with them",
         _answer(lambda t: []),
     ),
+    Override(
+        "torch._dynamo.repro.after_aot:save_graph_repro",
+        "writes every program out as text for TORCH_TRACE, which is rarely set: 6 s for a method of 60 layers",
+        lambda target, original: original if os.environ.get("TORCH_TRACE") else lambda *args, **kwargs: None,
+    ),
     Override("torch._inductor.codecache:AotCodeCompiler.compile", "draws a random number", _compile_wrapper),
     Override(
         "torch._inductor.codecache:convert_cubin_to_obj",
@@ -312,6 +330,18 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
         "asks for fat binaries when PyTorch was built with CUDA 12.9 or newer; they need nvcc, and a build "
         "must not depend on how PyTorch was built",
         _answer(lambda t: False),
+    ),
+    Override(
+        "executorch.backends.cuda.cuda_backend:CudaBackend.preprocess_multimethod",
+        "compiles one method after the other on one core",
+        methods.compile_beside,
+        checked=("2.11", "2.13"),
+    ),
+    Override(
+        "executorch.backends.cuda.cuda_weight_collector:trim_host_memory",
+        "collects garbage twice per method among all objects of all programs: 7 s each time for 60 layers",
+        _return_freed_memory,
+        checked=("2.11", "2.13"),
     ),
     Override(
         "executorch.backends.cuda.cuda_weight_collector:_write_tensor_storage",
