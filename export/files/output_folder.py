@@ -122,13 +122,7 @@ def atomic_folder(output: Path) -> Iterator[tuple[Path, Path]]:
         OutputError: ``output`` cannot be written, or :func:`check_output_folder` now refuses it.
     """
     named, output = output, resolve_output(output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # The name has a fixed length; one derived from the output's could be too long.
-        staging = Path(tempfile.mkdtemp(prefix=".flashpte-", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write into {output.parent}: {error.strerror}") from error
-    try:
+    with folder_beside(output) as staging:
         result, scratch = staging / "result", staging / "scratch"
         result.mkdir()
         scratch.mkdir()
@@ -136,9 +130,27 @@ def atomic_folder(output: Path) -> Iterator[tuple[Path, Path]]:
         with deferred_signals():
             _commit(result, named, output, staging / "replaced")
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """Yields an empty folder on ``output``'s file system, and deletes it when the block ends.
+
+    Raises:
+        OutputError: ``output``'s parent folder cannot be written.
+    """
+    parent = resolve_output(output).parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        # The name has a fixed length; one derived from the output's could be too long.
+        folder = Path(tempfile.mkdtemp(prefix=".flashpte-", dir=parent))
+    except OSError as error:
+        raise OutputError(f"cannot write into {parent}: {error.strerror}") from error
+    try:
+        yield folder
     finally:
         with deferred_signals():
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _commit(result: Path, named: Path, output: Path, replaced: Path) -> None:

@@ -21,6 +21,7 @@ from flashpte.export.common.errors import ExportError
 from flashpte.export.common.gc_tuning import fewer_collections
 from flashpte.export.common.options import Attention, Format
 from flashpte.export.files.manifest import build_manifest, describe_files, write_manifest
+from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.files.names import MANIFEST_NAME, PT2_NAME
 from flashpte.export.files.output_folder import OutputError, atomic_folder, check_free_space
 from flashpte.export.lowering.aot_inductor import write_pt2
@@ -109,7 +110,7 @@ def lower(
     check_surroundings(output, extra_files)
     programs = {name: unwrap_weights(program) for name, program in programs.items()}
     check_programs(programs, format)
-    check_free_space(output, 2 * _weight_bytes(programs) + _SPARE_BYTES)  # intermediate files, then the result
+    check_free_space(output, _needed_bytes(programs) + _SPARE_BYTES)
     if format == "pte":
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
 
@@ -226,11 +227,15 @@ def _summary(message: str) -> str:
     return " ".join((errors or lines)[:3])[:400]
 
 
-def _weight_bytes(programs: Mapping[str, ExportedProgram]) -> int:
-    """Bytes of all parameters, buffers and constants; those that methods share count once."""
+def _needed_bytes(programs: Mapping[str, ExportedProgram]) -> int:
+    """Bytes that lowering writes for all parameters, buffers and constants; those that methods share count once.
+
+    Each is in an intermediate file and in the result. One that is mapped from a file needs no intermediate file.
+    """
     sizes: dict[str, int] = {}
     for program in programs.values():
         for name, value in {**program.state_dict, **program.constants}.items():
             if isinstance(value, torch.Tensor):
-                sizes[name] = value.numel() * value.element_size()
+                copies = 1 if mapped_file(value.untyped_storage()) is not None else 2
+                sizes[name] = copies * value.numel() * value.element_size()
     return sum(sizes.values())

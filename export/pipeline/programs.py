@@ -16,11 +16,13 @@ from torch.export import ExportedProgram
 
 from flashpte.export.common.gc_tuning import fewer_collections
 from flashpte.export.common.options import Format, check_has_weights
+from flashpte.export.files.mapped_tensors import MappedZeros
+from flashpte.export.files.output_folder import check_free_space, folder_beside
 from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
 from flashpte.export.pipeline.plan import ExportPlan
 from flashpte.export.state.model_state import ModelState
-from flashpte.export.weights.recipe import fill_weights
+from flashpte.export.weights.recipe import fill_weights, weight_bytes
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
@@ -29,22 +31,30 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 
-def load_weights(plan: ExportPlan) -> None:
-    """Gives the plan's model its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory."""
-    fill_weights(plan.model, plan.weights, plan.source)
+def load_weights(plan: ExportPlan, folder: Path | None = None) -> None:
+    """Gives the plan's model its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory.
+
+    With a ``folder``, the weights' bytes are in its files and not in memory (:func:`.fill_weights`).
+    """
+    fill_weights(plan.model, plan.weights, plan.source, folder)
     if plan.draft is not None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 
 
 @fewer_collections()
 def export_programs(
-    plan: ExportPlan, *, trace_only: bool = False, progress: Progress | None = None
+    plan: ExportPlan,
+    *,
+    trace_only: bool = False,
+    weights_folder: Path | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, ExportedProgram]:
     """Exports the plan's methods; programs share weights and caches by name and by memory.
 
     Args:
         plan: from :func:`plan_export`.
         trace_only: leave the weights uninitialized; the graphs are right, but their results are not.
+        weights_folder: an empty folder for the bytes of weights and states, which must stay as long as the programs.
         progress: called with the name of each stage.
 
     Returns:
@@ -57,8 +67,9 @@ def export_programs(
             plan.draft.fill_uninitialised(plan.dtype)
     else:
         report("load weights")
-        load_weights(plan)
-    cache = ModelState(plan.facts.states, plan.max_seq_len, plan.dtype)
+        load_weights(plan, weights_folder)
+    zeros = MappedZeros(weights_folder) if weights_folder is not None else None
+    cache = ModelState(plan.facts.states, plan.max_seq_len, plan.dtype, zeros)
     export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)
     if plan.draft is not None:
         draft_cache = ModelState([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
@@ -136,21 +147,23 @@ def export_model(
 
     check_has_weights(plan.options)
     check_surroundings(output_dir, plan.extra_files)  # ``lower`` checks again, but only minutes later
-    programs = export_programs(plan, progress=progress)
-    reports: dict[str, RoutingReport] = {}
-    if plan.options.attention == "flashpte":
-        programs, reports = replace_attention(programs, progress, plan.kept_attention)
-    manifest = plan.manifest()
-    manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
-    lowered = lower(
-        programs,
-        output_dir=output_dir,
-        arch=arch,
-        format=format,
-        attention=plan.options.attention,
-        constant_methods=plan.constant_methods,
-        manifest=manifest,
-        extra_files=plan.extra_files,
-        progress=progress,
-    )
+    check_free_space(output_dir, 2 * weight_bytes(plan.weights))  # the weights' files, then the result
+    with folder_beside(output_dir) as folder:
+        programs = export_programs(plan, weights_folder=folder, progress=progress)
+        reports: dict[str, RoutingReport] = {}
+        if plan.options.attention == "flashpte":
+            programs, reports = replace_attention(programs, progress, plan.kept_attention)
+        manifest = plan.manifest()
+        manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
+        lowered = lower(
+            programs,
+            output_dir=output_dir,
+            arch=arch,
+            format=format,
+            attention=plan.options.attention,
+            constant_methods=plan.constant_methods,
+            manifest=manifest,
+            extra_files=plan.extra_files,
+            progress=progress,
+        )
     return ExportResult(lowered, reports)

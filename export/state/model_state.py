@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ from flashpte.export.state.layer_state import TARGET_PART, LayerState, StateRule
 
 TARGET_STATE, DRAFT_STATE = "kv_cache", "draft_cache"
 """Names in the programs of the modules that hold the states."""
+
+
+MakeZeros = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
 
 
 def state_bytes(layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype) -> int:
@@ -34,12 +41,21 @@ def state_rules(layers: Sequence[LayerState], cache: str, part: str = TARGET_PAR
 class ModelState(nn.Module):
     """The buffers of all layers, named ``<short name>_<layer>``; they are not persistent, so checkpoints lack them.
 
+    Args:
+        layers: the layers.
+        max_seq_len: positions that the buffers hold.
+        dtype: dtype of keys and values.
+        zeros: makes a buffer from its shape and dtype.
+
     Raises:
         ExportError: the sliding layers do not share one window.
     """
 
-    def __init__(self, layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype):
+    def __init__(
+        self, layers: Sequence[LayerState], max_seq_len: int, dtype: torch.dtype, zeros: MakeZeros | None = None
+    ):
         super().__init__()
+        zeros = zeros or _zeros
         windows = sorted({layer.window for layer in layers if getattr(layer, "window", None) is not None})  # type: ignore[attr-defined]
         if len(windows) > 1:
             raise ExportError(f"layers with different sliding windows ({windows}) are not supported")
@@ -47,7 +63,7 @@ class ModelState(nn.Module):
         self.layers = tuple(layers)
         for index, layer in enumerate(layers):
             for name, (shape, held) in layer.buffers(max_seq_len, dtype).items():
-                self.register_buffer(f"{name}_{index}", torch.zeros(shape, dtype=held), persistent=False)
+                self.register_buffer(f"{name}_{index}", zeros(shape, held), persistent=False)
         self._names = [tuple(layer.buffers(max_seq_len, dtype)) for layer in layers]
 
     def masks(self, input_pos: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -25,8 +25,8 @@ from flashpte.export.weights.packed import TENSORS, PackedModule, tensors_of
 from flashpte.export.weights.quantized_embedding import QuantizedEmbedding
 from flashpte.kernels.linear.format import GROUPS, TILE_ROWS, Groupwise, PackedFormat, pack
 
-_ROWS = 256 * TILE_ROWS
-"""Rows that are quantized at a time, so that only these exist in float32."""
+_ELEMENTS = 1 << 18
+"""Weights that are quantized at a time, so that a dozen passes over their float32 values stay in the cache."""
 
 Moved = Literal["zeros", "offsets"] | None
 """What moves a group's codes: zero points, offsets, or neither."""
@@ -141,15 +141,16 @@ class Grouped:
         if self.moved == "offsets":
             raise ExportError(f"{name}: {self.name} is for codes of quantized files; a dense weight gets no offsets")
         fmt = self.format_of(weight.shape)
-        parts = zip(*(self._quantized(name, rows, fmt) for rows in weight.split(_ROWS)), strict=True)
-        codes, scales, *zeros = (torch.cat(tensors) for tensors in parts)
-        return self.pack(name, Groupwise(codes, scales, *zeros))
+        tiles = max(1, _ELEMENTS // (TILE_ROWS * fmt.in_features))  # packed tensors hold one row of tiles after another
+        parts = [self.pack(name, self._quantized(name, rows, fmt)) for rows in weight.split(tiles * TILE_ROWS)]
+        return {part: torch.cat([tensors[part] for tensors in parts]) for part in parts[0]}
 
-    def _quantized(self, name: str, rows: torch.Tensor, fmt: PackedFormat) -> tuple[torch.Tensor, ...]:
-        """Codes uint8 ``[R, K]``, scales ``[R, K / group]`` and zero points, if any, of some rows."""
+    def _quantized(self, name: str, rows: torch.Tensor, fmt: PackedFormat) -> Groupwise:
+        """Quantizes some rows."""
         columns, levels, dtype = fmt.in_features, 2**fmt.bits, fmt.scale_dtype
         grouped = F.pad(rows.float(), (0, fmt.groups * fmt.group - columns)).unflatten(1, (fmt.groups, fmt.group))
-        if not bool(grouped.isfinite().all()):
+        largest = grouped.abs().amax(2)
+        if not bool(largest.isfinite().all()):
             raise ExportError(f"{name} holds infinities or NaN, which codes cannot")
         zeros = None
         if self.hqq:
@@ -159,12 +160,12 @@ class Grouped:
             # A whole zero point keeps the weight 0, and its kernel is faster.
             zeros = zeros.float().round().clamp(0, levels).to(fmt.zeros_dtype)
         else:
-            scales = (grouped.abs().amax(2) / (levels / 2 - 0.5)).to(dtype)
+            scales = (largest / (levels / 2 - 0.5)).to(dtype)
         center = torch.full_like(scales, levels / 2) if zeros is None else zeros.to(torch.float32)
         steps = torch.where(scales == 0, 1.0, scales.float())[..., None]
         codes = to_codes(grouped / steps, center, levels).to(torch.uint8)
         codes = codes.flatten(1)[:, :columns].contiguous()
-        return (codes, scales) if zeros is None else (codes, scales, zeros)
+        return Groupwise(codes, scales, zeros)
 
 
 _SCALE_NAMES = {torch.bfloat16: (), torch.float16: ("f16",), torch.float32: ("f32",)}

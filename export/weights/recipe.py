@@ -6,15 +6,21 @@ format. Planning runs once on the dense module and pairs names with formats; fil
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.common.gc_tuning import return_freed_memory
+from flashpte.export.files.mapped_tensors import write_mapped
 from flashpte.export.models.build import is_tied
 from flashpte.export.weights.formats import FORMATS, Dense
 from flashpte.export.weights.quantized import QUANTIZED, QUANTIZED_NAMES, Grouped
@@ -30,6 +36,9 @@ class WeightSource(Protocol):
         """Reads a weight by its name in the module: dense, or as the codes that the source holds."""
 
 
+_MAPPED_BYTES = 1 << 16
+"""Smaller tensors stay in memory: a file takes a page, and two calls of the system."""
+_MOST_WORKERS = 8
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -142,27 +151,64 @@ def plan_weights(module: nn.Module, recipe: Recipe) -> tuple[PlannedWeight, ...]
     return weights
 
 
-def fill_weights(module: nn.Module, weights: Sequence[PlannedWeight], source: WeightSource | None) -> None:
-    """Gives a planned module its weights, one at a time.
+def weight_bytes(weights: Sequence[PlannedWeight]) -> int:
+    """Bytes of the weights in their formats."""
+    return sum(
+        math.prod(shape) * dtype.itemsize
+        for weight in weights
+        for shape, dtype in FORMATS[weight.format].stored(weight.name, weight.shape).values()
+    )
+
+
+def fill_weights(
+    module: nn.Module, weights: Sequence[PlannedWeight], source: WeightSource | None, folder: Path | None = None
+) -> None:
+    """Gives a planned module its weights. Each processor reads and quantizes one at a time.
 
     Args:
         module: the module given to :func:`plan_weights`.
         weights: the result of :func:`plan_weights`.
         source: the source of the weights; ``None`` for untouched memory, which is enough to trace a model of any size
             but not to run it.
+        folder: an empty folder for the weights' bytes, which must stay as long as the module; nobody may write to its
+            weights then. ``None`` to keep them in memory.
 
     Raises:
         ExportError: a weight cannot be read, or does not fit its format.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for weight in weights:
-        format = FORMATS[weight.format]
-        if source is None:
-            stored = format.stored(weight.name, weight.shape)
+    if source is None:
+        for weight in weights:
+            stored = FORMATS[weight.format].stored(weight.name, weight.shape)
             tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.items()}
-        else:
-            tensors |= _encoded(weight, source.read(weight.source))
+    else:
+        for encoded in _each_encoded(weights, source, folder):
+            tensors |= encoded
+        return_freed_memory()
     module.load_state_dict(tensors, assign=True)
+
+
+def _each_encoded(
+    weights: Sequence[PlannedWeight], source: WeightSource, folder: Path | None
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    def encode(number: int) -> Mapping[str, torch.Tensor]:
+        tensors = _encoded(weights[number], source.read(weights[number].source))
+        if folder is None:
+            return tensors
+        return {
+            name: write_mapped(tensor, folder / f"{number}-{part}") if tensor.nbytes >= _MAPPED_BYTES else tensor
+            for part, (name, tensor) in enumerate(tensors.items())
+        }
+
+    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    # Operators of several threads that use several threads each would wait for each other.
+    threads = torch.get_num_threads()
+    pool = concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(encode, range(len(weights)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _encoded(weight: PlannedWeight, held: torch.Tensor | Groupwise) -> Mapping[str, torch.Tensor]:

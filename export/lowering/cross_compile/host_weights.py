@@ -20,6 +20,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
+from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
 from flashpte.passes.graph.insert import keep_names
 
@@ -158,7 +159,7 @@ class StorageFiles:
     """Writes each tensor's storage to disk once, no matter how many methods use it.
 
     ExecuTorch writes all weights of every method to files before it drops duplicates. For a storage that was already
-    written, this makes a hard link to the first file.
+    written, or is mapped from a file, this makes a hard link to that file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -169,6 +170,12 @@ class StorageFiles:
     def write(self, stock: Callable[[torch.Tensor, str], bytes], tensor: torch.Tensor, path: str) -> bytes:
         """``_write_tensor_storage``: writes the storage to ``path``, returns its SHA-256."""
         storage = tensor.untyped_storage()
+        if (mapped := mapped_file(storage)) is not None:
+            first, digest = mapped
+            with contextlib.suppress(OSError):  # another file system, or one without hard links
+                os.unlink(path)
+                os.link(first, path)
+                return digest
         key = (storage.data_ptr(), storage.nbytes())
         if key in self._written:
             _, first, digest = self._written[key]

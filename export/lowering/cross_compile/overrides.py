@@ -7,8 +7,6 @@ stops the lowering with a message that names it. Every name is restored on exit.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flashpte.export.common.gc_tuning import return_freed_memory
 from flashpte.export.lowering.cross_compile import (
     compile_kernels,
     dependent_launch,
@@ -109,15 +108,6 @@ def _package(target: Target, original: Callable[..., Any]) -> Callable[..., Any]
 def _write_storage(target: Target, original: Callable[[torch.Tensor, str], bytes]) -> Callable[..., bytes]:
     files = host_weights.StorageFiles(target.work_dir)
     return lambda tensor, path: files.write(original, tensor, path)
-
-
-def _return_freed_memory(target: Target, original: Callable[[], None]) -> Callable[[], None]:
-    @functools.wraps(original)
-    def trim_host_memory() -> None:
-        with contextlib.suppress(AttributeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)
-
-    return trim_host_memory
 
 
 _QUESTION = "asked for by Inductor, by templates and by our own kernels' tile choice"
@@ -340,7 +330,7 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
     Override(
         "executorch.backends.cuda.cuda_weight_collector:trim_host_memory",
         "collects garbage twice per method among all objects of all programs: 7 s each time for 60 layers",
-        _return_freed_memory,
+        lambda target, original: return_freed_memory,
         checked=("2.11", "2.13"),
     ),
     Override(

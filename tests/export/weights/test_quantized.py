@@ -66,7 +66,7 @@ def test_codes_are_rounded_to_nearest_of_all_16():
 def test_rows_are_quantized_in_parts(monkeypatch, name):
     weight = dense()
     whole = FORMATS[name].encode("0.weight", weight)
-    monkeypatch.setattr(quantized, "_ROWS", 16)
+    monkeypatch.setattr(quantized, "_ELEMENTS", 1)
     parts = FORMATS[name].encode("0.weight", weight)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

@@ -16,12 +16,14 @@ from flashpte.export.check.check_program import check_program, named_weights
 from flashpte.export.check.eager_model import eager_pair, rebuild
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.options import ExportOptions
+from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.models import registry
 from flashpte.export.models.gemma4 import TARGET as GEMMA4
 from flashpte.export.pipeline import export_programs, load_weights, plan_export
+from flashpte.export.weights import recipe as recipe_module
 from flashpte.export.weights.formats import FORMATS, Dense
 from flashpte.export.weights.random import RandomWeights
-from flashpte.export.weights.recipe import PlannedWeight, Recipe, fill_weights, read_recipe, rules_of
+from flashpte.export.weights.recipe import PlannedWeight, Recipe, fill_weights, read_recipe, rules_of, weight_bytes
 from flashpte.kernels.linear.format import Groupwise
 
 NORMS = r".*norm\.weight"
@@ -191,3 +193,40 @@ def test_a_recipe_that_contradicts_the_source_is_refused():
 
     with pytest.raises(ExportError, match=r"a\.weight is quantized in its checkpoint, the recipe makes it bfloat16"):
         fill_weights(torch.nn.Module(), [PlannedWeight("a.weight", (16, 32), "bfloat16", "a.weight")], Source())
+
+
+def test_weights_in_a_folder_are_those_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe_module, "_MAPPED_BYTES", 1 << 10)
+    in_memory, planned_again = loaded().model.state_dict(), planned()
+    threads = torch.get_num_threads()
+    load_weights(planned_again, tmp_path)
+    assert torch.get_num_threads() == threads
+    in_files = planned_again.model.state_dict()
+    assert in_files.keys() == in_memory.keys()
+    mapped = {name for name, tensor in in_files.items() if mapped_file(tensor.untyped_storage())}
+    assert mapped == {name for name, tensor in in_memory.items() if tensor.nbytes >= 1 << 10}
+    assert len(mapped) > 10
+    for name, tensor in in_memory.items():
+        assert torch.equal(in_files[name], tensor), name
+
+
+def test_the_first_weight_that_cannot_be_read_is_named():
+    class Broken:
+        def read(self, name):
+            if "layers.1" in name:
+                raise ExportError(f"cannot read {name}")
+            return source.read(name)
+
+    plan = planned()
+    source, threads = plan.source, torch.get_num_threads()
+    first = next(weight.name for weight in plan.weights if "layers.1" in weight.name)
+    with pytest.raises(ExportError, match=f"cannot read {re.escape(first)}$"):
+        fill_weights(plan.model, plan.weights, Broken())
+    assert torch.get_num_threads() == threads
+
+
+def test_bytes_of_a_plan():
+    plan = planned()
+    load_weights(plan)
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in plan.model.state_dict().values()}
+    assert weight_bytes(plan.weights) == sum(tensors.values())
