@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from flashpte.export.common.options import ExportOptions
 from flashpte.export.common.signals import raise_on_termination
 from flashpte.export.common.tables import table_lines
 from flashpte.export.models.registry import list_targets
+
+_COLUMNS = 100
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
@@ -78,7 +81,11 @@ def _watch(output: Path | None) -> Callable[[], str]:
 
 
 def _print_targets() -> None:
-    print(*table_lines([(spec.name, spec.description) for spec in list_targets()], ragged=True), sep="\n")
+    specs = list_targets()
+    print(*table_lines([(spec.name, spec.description) for spec in specs], ragged=True), sep="\n")
+    for spec in specs:
+        if spec.tested:
+            print(*textwrap.wrap(f"{spec.name} was tested with {', '.join(spec.tested)}", _COLUMNS), sep="\n")
 
 
 def _export(args: argparse.Namespace, options: ExportOptions) -> int:

@@ -49,7 +49,7 @@ examples:
   # a GGUF file; its weights keep their codes
   export-model --target hf --gguf-file Qwen3-8B-Q4_K_M.gguf --output-dir out
 
-  # any dense Llama or Qwen3 folder
+  # the folder of any decoder of transformers with plain attention (docs/models.md)
   export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
 
   # which kernel would each attention node get? writes nothing

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +14,26 @@ from transformers import AttentionInterface
 
 from flashpte.export.common.errors import ExportError
 
-ATTENTION_NAME = "fpte_sdpa"
-"""Hugging Face name of :func:`attend`; it must not contain "flash", because transformers takes that for flash-attn."""
+ATTENTION_NAME = "fpte_attention"
+"""Hugging Face name of :func:`attend`; transformers takes names with "flash", "sdpa" or "flex" in them
+for its own implementations."""
+
+
+_NOT_SERVED = {"softcap": "softcapped scores", "s_aux": "learned sinks", "position_bias": "a bias on the scores"}
+"""Options of transformers' attention functions that change the result, and what they mean."""
+
+Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]], None]
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observed(observe: Observer) -> Iterator[None]:
+    """Inside, :func:`attend` first calls ``observe(module, query, key, value, other options)``."""
+    token = _observer.set(observe)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def attend(
@@ -23,7 +44,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face attention implementation: one SDPA call with grouped heads and a bool mask.
 
@@ -35,15 +56,21 @@ def attend(
         attention_mask: bool [1, 1, T, S], true where a row attends.
         dropout: must be 0.
         scaling: factor on the scores; ``None`` means 1 / sqrt(D).
+        kwargs: other options of the layer. A sliding window is in the mask already.
 
     Returns:
         The result [1, T, H_q, D], and ``None`` instead of attention weights.
 
     Raises:
-        ExportError: there is no mask, or dropout is not 0.
+        ExportError: there is no mask, dropout is not 0, or the layer asks for something else than softmax attention.
     """
     if attention_mask is None or dropout != 0.0:
         raise ExportError(f"{type(module).__name__}: exported attention needs a mask and no dropout")
+    for name, meaning in _NOT_SERVED.items():
+        if kwargs.get(name) is not None:
+            raise ExportError(f"{type(module).__name__} has {meaning} ({name}), which exports do not serve yet")
+    if (observe := _observer.get()) is not None:
+        observe(module, query, key, value, kwargs)
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )

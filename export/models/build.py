@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
 from flashpte.export.models.attention_interface import ATTENTION_NAME
+from flashpte.export.models.probe import attention_shape, probe_attention
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
 
@@ -84,13 +85,16 @@ def text_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: fields[name] for name in shared if name in fields}, **text}
 
 
-def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, Any]) -> nn.Module:
+def build_causal_lm(
+    config_class: str, model_class: str, fields: Mapping[str, Any], check: Callable[[Any], None] | None = None
+) -> nn.Module:
     """Builds a transformers causal language model for inference, with its weights on the meta device.
 
     Args:
         config_class: name of the config class in transformers.
         model_class: name of the model class in transformers.
         fields: fields of the config.
+        check: called with the config before the model is built; it raises :class:`ExportError` to refuse it.
 
     Raises:
         ExportError: transformers is too old for the model, a field is invalid, or the model has a feature that cannot
@@ -111,6 +115,8 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         # attention layers look up this name on every call
         config._attn_implementation = ATTENTION_NAME
         _check_rope(config)
+        if check is not None:
+            check(config)
         with EmptyTensorsOnMeta():
             model = getattr(transformers, model_class)(config)
     except KeyError as error:  # a name that transformers looks up in one of its tables
@@ -122,7 +128,9 @@ def build_causal_lm(config_class: str, model_class: str, fields: Mapping[str, An
         raise ExportError(f"not a valid {config_class}: {reason}") from error
     share_tied_head(model)
     _order_sets(model)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    probe_attention(model, decoder_layers(model))
+    return model
 
 
 def _order_sets(model: nn.Module) -> None:
@@ -150,7 +158,7 @@ def wrong_size(fields: Mapping[str, Any]) -> str | None:
 
 
 def _check_rope(config: Any) -> None:
-    parameters = config.rope_parameters or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     per_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
     for rope in per_layer_type or [parameters]:
         if rope.get("rope_type") in _UNSUPPORTED_ROPE:
@@ -160,8 +168,26 @@ def _check_rope(config: Any) -> None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The layers of a Hugging Face causal language model."""
-    return _untyped(model).base_model.layers
+    """The layers of a Hugging Face causal language model.
+
+    Raises:
+        ExportError: the model does not keep as many modules in one list as its config has layers.
+    """
+    owner, name = _layers_place(model)
+    return getattr(owner, name)
+
+
+def _layers_place(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the list of decoder layers, and the list's name there."""
+    base = _untyped(model).base_model
+    if isinstance(getattr(base, "layers", None), nn.ModuleList):
+        return base, "layers"
+    count = _untyped(model).config.num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            owner, _, name = path.rpartition(".")
+            return model.get_submodule(owner), name
+    raise ExportError(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
 def _untyped(module: nn.Module) -> Any:
@@ -181,20 +207,22 @@ def cut_layers(model: nn.Module, count: int) -> None:
     layers = decoder_layers(model)
     if not 1 <= count <= len(layers):
         raise UsageError(Option("layers", count), f": the model has {len(layers)} layers")
-    _untyped(model).base_model.layers = layers[:count]
+    owner, name = _layers_place(model)
+    setattr(owner, name, layers[:count])
 
 
 def attention_of(layer: nn.Module) -> LayerState:
     """The cache of a Hugging Face layer with attention.
 
     Raises:
-        ExportError: the number of query heads is not a multiple of the number of key heads.
+        ExportError: the layer called no attention function.
     """
-    attn = _untyped(layer).self_attn
-    heads, kv_heads = (linear.out_features // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
-    if heads % kv_heads:
-        raise ExportError(f"the config has {heads} attention heads, must be a multiple of its {kv_heads} key heads")
-    return attention_state(kv_heads, attn.head_dim, getattr(attn, "sliding_window", None))
+    shape = attention_shape(layer)
+    if shape is None:
+        raise ExportError(
+            f"a layer of type {type(layer).__name__} has no attention that transformers lets others serve"
+        )
+    return attention_state(shape.kv_heads, shape.head_dim, shape.window)
 
 
 def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = attention_of) -> ModelFacts:
@@ -205,7 +233,7 @@ def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = 
         layer_state: returns a layer's state; targets with layers other than Hugging Face attention provide their own.
 
     Raises:
-        ExportError: the number of query heads is not a multiple of the number of key heads.
+        ExportError: a layer has no state that the target knows.
     """
     states = tuple(layer_state(layer) for layer in decoder_layers(model))
     windows = [window for state in states if (window := getattr(state, "window", None)) is not None]

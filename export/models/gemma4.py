@@ -69,15 +69,15 @@ def build(fields: Mapping[str, Any]) -> nn.Module:
     """
     from flashpte.export.models.build import build_causal_lm, text_fields
 
-    fields = text_fields(fields)
-    model = build_causal_lm("Gemma4TextConfig", "Gemma4ForCausalLM", fields)
-    config: Any = model.config
+    return build_causal_lm("Gemma4TextConfig", "Gemma4ForCausalLM", text_fields(fields), _check)
+
+
+def _check(config: Any) -> None:
     for field, meaning in _UNSUPPORTED.items():
         if getattr(config, field, None):
             raise ExportError(f"this Gemma 4 config has {meaning} ({field}), which target gemma4-31b does not export")
     if config.use_bidirectional_attention == "all":
         raise ExportError("this Gemma 4 config has bidirectional attention, which target gemma4-31b does not export")
-    return model
 
 
 TARGET = TargetSpec(

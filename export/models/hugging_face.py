@@ -1,37 +1,47 @@
-"""Target ``hf``: a Hugging Face folder of a dense Llama or Qwen3 model."""
+"""Target ``hf``: any decoder-only model of transformers whose attention others may serve."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flashpte.export.common.errors import ExportError
 from flashpte.export.models.registry import TargetSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-# model_type -> names of the config class and the model class in transformers
-_CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-}
+TESTED = (
+    *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text"),
+    *("glm", "glm4", "gpt2", "gpt_bigcode", "granite", "helium", "hunyuan_v1_dense", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "nanochat", "nemotron", "olmo", "olmo2"),
+    *("olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+)
+"""Values of ``model_type`` that tests/export/models/test_families.py compares with transformers."""
 
 
 def build(fields: Mapping[str, Any]) -> nn.Module:
-    """Builds the causal language model that a Llama or Qwen3 config describes, with parameters on meta.
+    """Builds the causal language model of a config's ``model_type``, with parameters on meta.
 
     Raises:
-        ExportError: the config is not valid or cannot be exported.
+        ExportError: transformers has no such model, or the config is not valid or cannot be exported.
     """
-    from flashpte.export.models.build import build_causal_lm
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config_class, model_class = _CLASSES[fields["model_type"]]
-    return build_causal_lm(config_class, model_class, fields)
+    from flashpte.export.models.build import build_causal_lm, text_fields
+
+    fields = text_fields(fields)
+    model_type = str(fields.get("model_type"))
+    if model_type not in CONFIG_MAPPING_NAMES or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ExportError(f"transformers has no causal language model of model_type {model_type!r}")
+    return build_causal_lm(CONFIG_MAPPING_NAMES[model_type], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], fields)
 
 
 TARGET = TargetSpec(
     name="hf",
-    description="a dense Llama or Qwen3 model, from a checkpoint or a config",
-    model_types=tuple(_CLASSES),
+    description="any decoder of transformers with plain attention, from a checkpoint or a config",
+    model_types=None,
     build=build,
+    tested=TESTED,
 )

@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 
 from flashpte.export.common.errors import Option, UsageError, wanted
 from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
-from flashpte.export.state.kv_cache import SLIDING
+from flashpte.export.models.probe import takes_mask_per_type
+from flashpte.export.state.kv_cache import FULL
 from flashpte.export.state.model_state import ModelState
 
 MIN_PREFILL_CHUNK = 2
@@ -105,6 +106,8 @@ class CausalLMMethod(nn.Module):
         self.model = model
         self.kv_cache = kv_cache
         self.all_logits = all_logits
+        untyped: Any = model
+        self.mask_per_type = takes_mask_per_type(untyped.config)
 
     def forward(self, tokens: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
         """Maps tokens int64 [1, T] at ``input_pos`` int64 [T] to logits [1, 1, V], or [1, T, V] with ``all_logits``."""
@@ -112,8 +115,7 @@ class CausalLMMethod(nn.Module):
         output = self.model(
             input_ids=tokens,
             position_ids=input_pos[None],
-            # a model without sliding layers may not support a mask per layer type (Llama does not)
-            attention_mask=masks if SLIDING in masks else next(iter(masks.values())),
+            attention_mask=masks if self.mask_per_type else masks[self.kv_cache.layers[0].mask_name or FULL],
             past_key_values=self.kv_cache.view(input_pos),
             use_cache=True,
             # run the head, with its large vocabulary, only for the last row; 0 means all rows

@@ -49,7 +49,9 @@ class TargetSpec:
     Attributes:
         name: value of ``--target``.
         description: one line for ``--list-targets``.
-        model_types: values of ``model_type`` in a ``config.json`` that this target accepts.
+        model_types: values of ``model_type`` in a ``config.json`` that this target accepts; ``None`` for all that its
+            ``build`` accepts.
+        tested: values of ``model_type`` that tests compare with transformers, for ``--list-targets``.
         build: takes the fields of a ``config.json`` and makes the causal language model that they describe, with
             parameters on the meta device and the attention implementation
             :data:`flashpte.export.models.attention_interface.ATTENTION_NAME`; see
@@ -70,8 +72,9 @@ class TargetSpec:
 
     name: str
     description: str
-    model_types: tuple[str, ...]
+    model_types: tuple[str, ...] | None
     build: Callable[[Mapping[str, Any]], nn.Module]
+    tested: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
     small_config: Mapping[str, Any] | None = None
     max_seq_len: int = 4096
@@ -128,8 +131,8 @@ def get_target(name: str) -> TargetSpec:
 
 
 def targets_for(model_type: str) -> tuple[str, ...]:
-    """Names of the built-in targets that accept a ``model_type``."""
-    return tuple(spec.name for spec in _builtin_targets().values() if model_type in spec.model_types)
+    """Names of the built-in targets that accept a ``model_type`` by name."""
+    return tuple(spec.name for spec in _builtin_targets().values() if model_type in (spec.model_types or ()))
 
 
 def suggest(name: str, known: list[str]) -> str:

@@ -223,7 +223,7 @@ def _config_fields(spec: TargetSpec, options: ExportOptions, origin: Origin | No
         return chosen
     check_token_ids(fields, described_by)
     model_type = fields.get("model_type")
-    if model_type not in spec.model_types:
+    if spec.model_types is not None and model_type not in spec.model_types:
         others = targets_for(str(model_type))
         hint = ("; use ", Option("target", others[0])) if others else ()
         raise ExportError(

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pickle
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -30,6 +32,8 @@ from torch.export import ExportedProgram
 from flashpte.export.lowering.cross_compile import forked
 from flashpte.export.lowering.cross_compile.host_weights import HostBackedCuda, host_storages
 from flashpte.export.lowering.cross_compile.override_table import Target
+
+_logger = logging.getLogger("flashpte.lowering")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,13 @@ class _Compiled:
 
     library: str
     weights: dict[str, _Weight]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """What the process of a method sends instead if an error ends it: the error with its traceback."""
+
+    text: str
 
 
 class _Done(Exception):
@@ -115,6 +126,8 @@ def _compile_all(target: Target, jobs: Sequence[tuple[ExportedProgram, Any]], co
                     continue
                 if isinstance(message, _Compiled):
                     compiled[running[ready]] = message
+                elif isinstance(message, _Failed):
+                    _logger.info("the process of a method failed, so it is compiled in this one:\n%s", message.text)
                 elif target.on_wrapper is not None:
                     target.on_wrapper(message)
     finally:
@@ -137,6 +150,9 @@ def _work(
     from torch.export.pt2_archive._package_weights import Weights
 
     forked.become_worker()
+    # Inductor names a folder after a part of the host code that methods may share, and writes all cubins to one file in
+    # it.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(library.with_suffix(""))
     target.processes = max(1, target.processes // count)
     target.on_wrapper = results.send
     found: dict[str, _Weight] = {}
@@ -153,15 +169,16 @@ def _work(
         """Replaces ``codesign_so``, the first call after the check for missing kernels."""
         raise _Done
 
-    with (
-        contextlib.suppress(Exception),
-        mock.patch.object(CudaBackend, "materialize_weights_blob", record),
-        mock.patch.object(CudaBackend, "codesign_so", finish),
-    ):
-        try:
+    try:
+        with (
+            mock.patch.object(CudaBackend, "materialize_weights_blob", record),
+            mock.patch.object(CudaBackend, "codesign_so", finish),
+        ):
             CudaBackend._preprocess_with_weight_collector(program, specs, CudaWeightCollector())
-        except _Done:
-            results.send(_Compiled(str(library), found))
+    except _Done:
+        results.send(_Compiled(str(library), found))
+    except Exception:
+        results.send(_Failed(traceback.format_exc()))
 
 
 def _describe(tensor: torch.Tensor, properties: Any, known: Mapping[int, torch.UntypedStorage]) -> _Weight:

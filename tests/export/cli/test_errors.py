@@ -111,7 +111,7 @@ def break_config(folder):
 
 def other_model(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
 
 
 def truncate(folder):
@@ -143,7 +143,7 @@ def become_a_file(folder):
         (become_a_file, "--checkpoint {} is not a folder"),
         (lose_config, "--checkpoint {} has no config.json"),
         (break_config, "model config {}/config.json is not valid JSON"),
-        (other_model, "{}/config.json has model_type 'mistral', target hf exports llama, qwen3"),
+        (other_model, "transformers has no causal language model of model_type 't5'"),
         (truncate, "{}/model.safetensors is truncated or not a safetensors file"),
         (wrong_shape, "tensor model.norm.weight in {}/model.safetensors has shape [8], the config asks for [16]"),
     ],

@@ -69,9 +69,10 @@ def alone(tmp_path_factory):
     return files
 
 
-def test_the_bytes_are_those_of_one_process(alone, tmp_path):
+def test_the_bytes_are_those_of_one_process(alone, tmp_path, caplog):
+    caplog.set_level("INFO", "flashpte.lowering")
     files, elsewhere = lowered(tmp_path / "out", processes=2)
-    assert elsewhere == 2
+    assert elsewhere == 2, caplog.text
     assert files == alone
 
 

@@ -1,0 +1,118 @@
+"""Every family that target ``hf`` names as tested gives transformers' own logits, whatever its layers are like."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from sessions import LENGTH, TOLERANCE, VERIFY, run_session
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flashpte.export.common.errors import ExportError
+from flashpte.export.common.options import ExportOptions
+from flashpte.export.models import hugging_face
+from flashpte.export.pipeline import export_programs, plan_export, replace_attention
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WIDE, WINDOW = {"head_dim": 16}, {"sliding_window": 8}  # a head dim that is not hidden_size / heads
+OWN = {
+    "cohere2": {**WIDE, **WINDOW},
+    "cwm": {**WIDE, **WINDOW},
+    "ernie4_5": WIDE,
+    "exaone4": {**WIDE, **WINDOW, "sliding_window_pattern": 4},
+    "gemma": WIDE,
+    "gemma3_text": {**WIDE, **WINDOW, "sliding_window_pattern": 2},
+    "glm": WIDE,
+    "glm4": WIDE,
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 2.0},
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": WIDE,
+    "internlm3": WIDE,
+    "iquestcoder": WIDE,
+    "ministral": {**WIDE, **WINDOW},
+    "ministral3": WIDE,
+    "mistral": WINDOW,
+    "olmo3": {**WIDE, **WINDOW},
+    "phi3": WINDOW,
+    "qwen2": {**WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": WIDE,
+    "seed_oss": WIDE,
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "starcoder2": WINDOW,
+}
+"""Fields of a small config of each family besides those that all share."""
+
+
+def tiny(model_type):
+    return {**COMMON, **OWN.get(model_type, {}), "model_type": model_type}
+
+
+def reference(fields):
+    """The model with its own attention and large random weights; norms and scalars differ from 1."""
+    config = getattr(transformers, CONFIG_MAPPING_NAMES[fields["model_type"]]).from_dict(dict(fields))
+    config._attn_implementation = "sdpa"
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["model_type"]])(config)
+    generator = torch.Generator().manual_seed(7)
+    for tensor in model.requires_grad_(False).state_dict().values():
+        if tensor.ndim >= 2:
+            tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", hugging_face.TESTED)
+def test_a_session_gives_the_logits_of_transformers(tmp_path, model_type):
+    model = reference(tiny(model_type))
+    model.save_pretrained(tmp_path)
+    options = ExportOptions("hf", checkpoint=tmp_path, dtype="float32", max_seq_len=64, verify_window=VERIFY)
+    plan = plan_export(options)
+    if plan.facts.window is None:  # several prefill calls, as with a window
+        plan = plan_export(ExportOptions(**{**vars(options), "max_prefill_chunk": 8}))
+    tokens = torch.randint(3, 96, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    assert expected.std() > 0.05  # the logits differ enough for an error to show (Cohere's are scaled by 1/16)
+    replaced, reports = replace_attention(export_programs(plan))
+    assert run_session(replaced, tokens, expected) < TOLERANCE * min(1.0, float(expected.std()))
+    for report in reports.values():
+        assert len(report.replaced) == len(plan.facts.states)
+        assert not report.declined
+        assert {route.mask_form for route in report.replaced} == {"positions"}
+        windows = {"causal" if state.window is None else "window" for state in plan.facts.states}
+        assert {route.mask for route in report.replaced} == windows
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_type": "no_such"}, "no causal language model of model_type 'no_such'"),
+        ({"model_type": "bert"}, r"bert.*self \(BertSelfAttention\) is not causal"),
+        ({"model_type": "mixtral"}, r"layers\.0\.mlp\.experts \(MixtralExperts\) is a mixture of experts"),
+        ({"model_type": "qwen3_next"}, "layers of type linear_attention"),
+        ({"model_type": "llama4_text"}, "layers of type chunked_attention"),
+        ({"model_type": "gemma2", **WIDE}, r"Gemma2Attention has softcapped scores \(softcap\)"),
+        ({"model_type": "deepseek_v3", "first_k_dense_replace": 4}, "values of 128 elements and keys of 192"),
+        ({"model_type": "diffllama"}, "second attention of its layer"),
+        ({"model_type": "bloom"}, "Bloom"),
+        ({"model_type": "mamba"}, "Mamba"),
+        ({"model_type": "t5"}, "no causal language model of model_type 't5'"),
+    ],
+)
+def test_what_cannot_be_served_is_named(tmp_path, fields, reason):
+    (tmp_path / "config.json").write_text(json.dumps({**COMMON, **fields}))
+    with pytest.raises(ExportError, match=reason) as error:
+        plan_export(ExportOptions("hf", config=tmp_path / "config.json", random_seed=0))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,39 @@
+"""A session of a model's exported programs, compared with the model's logits for the whole sequence."""
+
+from shared_programs import SharedPrograms
+
+TOLERANCE = 1e-4
+VERIFY = 4
+LENGTH = 44  # past a window of 8 and more than twice around the ring of 16
+
+
+def run_session(programs, tokens, expected):
+    """Chunked prefill, decode, verify with rejected drafts, and decode again; returns the largest error of any row."""
+    run = SharedPrograms(programs)
+    vocab = expected.shape[-1]
+    worst = 0.0
+
+    def check(got, first, count):
+        nonlocal worst
+        assert got.shape == (1, count, vocab)
+        worst = max(worst, (got - expected[:, first : first + count]).abs().max().item())
+
+    position = 0
+    for chunk in (8, 3, 8, 2):
+        logits = run("prefill", tokens[:, position : position + chunk], position)
+        position += chunk
+        check(logits, position - 1, 1)
+    for _ in range(5):
+        check(run("decode", tokens[:, position : position + 1], position), position, 1)
+        position += 1
+    while position + VERIFY <= LENGTH - 4:
+        draft = tokens[:, position : position + VERIFY].clone()
+        draft[:, 2:] = (draft[:, 2:] + 1) % vocab  # the last two are rejected, so only two rows can be compared
+        check(run("target_verify", draft, position)[:, :2], position, 2)
+        position += 2
+        check(run("target_verify", tokens[:, position : position + VERIFY], position), position, VERIFY)
+        position += VERIFY
+    while position < LENGTH:
+        check(run("decode", tokens[:, position : position + 1], position), position, 1)
+        position += 1
+    return worst
