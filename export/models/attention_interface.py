@@ -19,7 +19,7 @@ ATTENTION_NAME = "fpte_attention"
 for its own implementations."""
 
 
-_NOT_SERVED = {"softcap": "softcapped scores", "s_aux": "learned sinks", "position_bias": "a bias on the scores"}
+_NOT_SERVED = {"position_bias": "a bias on the scores"}
 """Options of transformers' attention functions that change the result, and what they mean."""
 
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]], None]
@@ -71,10 +71,56 @@ def attend(
             raise ExportError(f"{type(module).__name__} has {meaning} ({name}), which exports do not serve yet")
     if (observe := _observer.get()) is not None:
         observe(module, query, key, value, kwargs)
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is not None or sinks is not None:
+        return written_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return result.transpose(1, 2), None
+
+
+def written_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention by plain products, for scores that SDPA has no argument for. Heads share their keys without copies.
+
+    Args:
+        query: [1, H_q, T, D], any float dtype.
+        key: [1, H_kv, S, D], same dtype.
+        value: [1, H_kv, S, D], same dtype.
+        mask: bool [1, 1, T, S], true where a row attends; each row attends to something.
+        scaling: factor on the scores; ``None`` means 1 / sqrt(D).
+        softcap: c, which makes a score s ``c tanh(s / c)`` (Gemma 2, https://arxiv.org/abs/2408.00118).
+        sinks: [H_q], a score of each head that takes part in the softmax and has no value (gpt-oss).
+
+    Returns:
+        [1, T, H_q, D].
+    """
+    heads, rows, head_dim = query.shape[1:]
+    kv_heads = key.shape[1]
+    # Reshaping a transposed query would compare strides and guard on the number of rows; a copy knows its strides.
+    query = query.clone(memory_format=torch.contiguous_format)
+    grouped = query.view(1, kv_heads, heads // kv_heads * rows, head_dim)
+    scores = (grouped @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.unflatten(2, (heads // kv_heads, rows)).masked_fill(~mask[:, :, None], -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(1, kv_heads, heads // kv_heads, 1, 1).expand(-1, -1, -1, rows, 1)
+        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+        weights = weights.clone(memory_format=torch.contiguous_format)  # as for the query
+    else:
+        weights = torch.softmax(scores, -1)
+    weights = weights.to(value.dtype).flatten(2, 3)
+    attended = (weights @ value).unflatten(2, (heads // kv_heads, rows)).permute(0, 3, 1, 2, 4)
+    return attended.clone(memory_format=torch.contiguous_format).view(1, rows, heads, head_dim)
 
 
 AttentionInterface.register(ATTENTION_NAME, attend)
