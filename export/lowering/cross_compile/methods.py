@@ -41,16 +41,15 @@ class _Weight:
     """One weight of a compiled method.
 
     Attributes:
-        storage: address of its storage if the parent has it, else ``None``.
-        value: the tensor if the parent does not have it.
+        storage: the address of its storage if the parent has it too, else the storage's bytes. (A tensor would be sent
+            as a handle to memory of this process, which may end before the parent asks for it.)
         layout: size, strides and offset in the storage, in elements.
         dtype: element type.
         on_gpu: whether it is a :class:`HostBackedCuda`.
         properties: AOTInductor's ``TensorProperties``.
     """
 
-    storage: int | None
-    value: torch.Tensor | None
+    storage: int | bytes
     layout: tuple[Sequence[int], Sequence[int], int]
     dtype: torch.dtype
     on_gpu: bool
@@ -182,17 +181,19 @@ def _work(
 
 
 def _describe(tensor: torch.Tensor, properties: Any, known: Mapping[int, torch.UntypedStorage]) -> _Weight:
-    address = tensor.untyped_storage().data_ptr()
-    on_gpu = isinstance(tensor, HostBackedCuda)
-    plain = tensor.detach().as_subclass(torch.Tensor)
+    storage = tensor.untyped_storage()
+    address = storage.data_ptr()
     return _Weight(
-        storage=address if address in known else None,
-        value=None if address in known else plain,
+        storage=address if address in known else _octets(storage).numpy().tobytes(),
         layout=(tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset())),
         dtype=tensor.dtype,
-        on_gpu=on_gpu,
+        on_gpu=isinstance(tensor, HostBackedCuda),
         properties=properties,
     )
+
+
+def _octets(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 @contextlib.contextmanager
@@ -233,10 +234,12 @@ def _paths(answer: _Compiled, storages: Mapping[int, torch.UntypedStorage]) -> l
 
 
 def _tensor(weight: _Weight, storages: Mapping[int, torch.UntypedStorage]) -> torch.Tensor:
-    if weight.value is not None:
-        tensor = weight.value
+    size, strides, offset = weight.layout
+    if isinstance(weight.storage, int):
+        storage = storages[weight.storage]
     else:
-        assert weight.storage is not None
-        size, strides, offset = weight.layout
-        tensor = torch.empty(0, dtype=weight.dtype).set_(storages[weight.storage], offset, size, strides)
+        storage = torch.UntypedStorage(len(weight.storage))
+        if weight.storage:
+            _octets(storage).copy_(torch.frombuffer(bytearray(weight.storage), dtype=torch.uint8))
+    tensor = torch.empty(0, dtype=weight.dtype).set_(storage, offset, size, strides)
     return torch.Tensor._make_subclass(HostBackedCuda, tensor) if weight.on_gpu else tensor
