@@ -123,11 +123,14 @@ def _flags(work_dir: Path, package: str) -> ReproducibleFlags:
 
 
 def _libtorch_cuda(work_dir: Path) -> list[str]:
-    """Link arguments that make a package depend on libtorch_cuda.so, which a CPU build of PyTorch does not have."""
-    if torch.version.cuda is not None:
-        return []
-    folder = work_dir / "libtorch"
-    make_stub_library(folder / "libtorch_cuda.so", "libtorch_cuda.so", ("flashpte_stub_of_libtorch_cuda",))
+    """Link arguments that make a package depend on libtorch_cuda.so, even if it calls nothing in it.
+
+    A CPU build of PyTorch does not have the library, so a stub stands for it.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    if torch.version.cuda is None:
+        folder = work_dir / "libtorch"
+        make_stub_library(folder / "libtorch_cuda.so", "libtorch_cuda.so", ("flashpte_stub_of_libtorch_cuda",))
     return [f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cuda"]
 
 
