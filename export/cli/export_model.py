@@ -108,7 +108,8 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
             lowered, reports = result.lowered, result.reports
     with stdout_may_close():
         _print_result(options, lowered, reports)
-        print(*(f"weights: {note}" for note in plan.weight_notes), sep="\n", end="\n" if plan.weight_notes else "")
+        for note in (*plan.model_notes, *(f"weights: {note}" for note in plan.weight_notes)):
+            print(note)
     if args.report is not None:
         write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
     return EXIT_OK

@@ -33,8 +33,8 @@ def build(fields: Mapping[str, Any]) -> nn.Module:
     from flashpte.export.models.build import build_causal_lm, text_fields
 
     fields = text_fields(fields)
-    model_type = str(fields.get("model_type"))
-    if model_type not in CONFIG_MAPPING_NAMES or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    model_type: Any = fields.get("model_type")
+    if not {model_type} <= CONFIG_MAPPING_NAMES.keys() & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         raise ExportError(f"transformers has no causal language model of model_type {model_type!r}")
     return build_causal_lm(CONFIG_MAPPING_NAMES[model_type], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], fields)
 

@@ -99,8 +99,9 @@ def probe_attention(model: nn.Module, layers: nn.ModuleList) -> None:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ExportError(f"{type(model).__name__} cannot be called with a cache and masks: {reason}") from error
-    for layer in layers:
+    for index, layer in enumerate(layers):
         if id(layer) in found:
+            _check_window(model, index, found[id(layer)].window)
             setattr(layer, _RECORD, found[id(layer)])
 
 
@@ -115,6 +116,17 @@ def _check_kinds(model: nn.Module) -> None:
             raise ExportError(
                 f"{name} ({type(module).__name__}) is a mixture of experts, which this target does not export"
             )
+
+
+def _check_window(model: nn.Module, index: int, window: int | None) -> None:
+    """Refuses a layer whose mask, which its type names, would not fit the cache that its window gives it."""
+    untyped: Any = model
+    kinds = getattr(untyped.config, "layer_types", None)
+    if kinds and takes_mask_per_type(untyped.config) and (kinds[index] == SLIDING) != (window is not None):
+        raise ExportError(
+            f"layer {index} of {type(model).__name__} is of type {kinds[index]}, and its attention has a window of "
+            f"{window}"
+        )
 
 
 def takes_mask_per_type(config: Any) -> bool:

@@ -131,8 +131,10 @@ def get_target(name: str) -> TargetSpec:
 
 
 def targets_for(model_type: str) -> tuple[str, ...]:
-    """Names of the built-in targets that accept a ``model_type`` by name."""
-    return tuple(spec.name for spec in _builtin_targets().values() if model_type in (spec.model_types or ()))
+    """Names of the built-in targets for a ``model_type``: those that name it, or else those that name none."""
+    specs = _builtin_targets().values()
+    named = tuple(spec.name for spec in specs if spec.model_types is not None and model_type in spec.model_types)
+    return named or tuple(spec.name for spec in specs if spec.model_types is None)
 
 
 def suggest(name: str, known: list[str]) -> str:

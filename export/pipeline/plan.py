@@ -111,6 +111,14 @@ class ExportPlan:
         notes = getattr(self.source, "notes", None)
         return () if notes is None else notes()
 
+    @property
+    def model_notes(self) -> tuple[str, ...]:
+        """What is not known about the model, in lines for people."""
+        tested, model_type = get_target(self.options.target).tested, self.config.get("model_type")
+        if not tested or model_type in tested:
+            return ()
+        return (f"no test compares {model_type} with transformers; run-model --check compares this export on a GPU",)
+
     def manifest(self) -> dict[str, Any]:
         """The model's entries in ``manifest.json``; they hold no path, so equal exports have equal manifests."""
         options = self.options
@@ -223,14 +231,14 @@ def _config_fields(spec: TargetSpec, options: ExportOptions, origin: Origin | No
         return chosen
     check_token_ids(fields, described_by)
     model_type = fields.get("model_type")
-    if spec.model_types is not None and model_type not in spec.model_types:
-        others = targets_for(str(model_type))
-        hint = ("; use ", Option("target", others[0])) if others else ()
-        raise ExportError(
-            f"{described_by} has model_type {model_type!r}, target {spec.name} exports {', '.join(spec.model_types)}",
-            *hint,
-        )
-    return fields
+    others = targets_for(str(model_type))
+    if (spec.name in others) if spec.model_types is None else (model_type in spec.model_types):
+        return fields
+    served = "other models" if spec.model_types is None else ", ".join(spec.model_types)
+    raise ExportError(
+        f"{described_by} has model_type {model_type!r}, target {spec.name} exports {served}",
+        *(("; use ", Option("target", others[0])) if others else ()),
+    )
 
 
 def _with_token_ids(facts: ModelFacts, ids: Mapping[str, Any]) -> ModelFacts:

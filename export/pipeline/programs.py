@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +31,26 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
+_PROGRESS_SECONDS = 10.0
 
-def load_weights(plan: ExportPlan, folder: Path | None = None) -> None:
+
+def load_weights(plan: ExportPlan, folder: Path | None = None, progress: Progress | None = None) -> None:
     """Gives the plan's model its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory.
 
-    With a ``folder``, the weights' bytes are in its files and not in memory (:func:`.fill_weights`).
+    Args:
+        plan: from :func:`plan_export`.
+        folder: an empty folder for the weights' bytes, which are then not in memory (:func:`.fill_weights`).
+        progress: called every few seconds with a line that says how far it is.
     """
-    fill_weights(plan.model, plan.weights, plan.source, folder)
+    shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if progress is not None and time.monotonic() - shown >= _PROGRESS_SECONDS:
+            shown = time.monotonic()
+            progress(f"load weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    fill_weights(plan.model, plan.weights, plan.source, folder, show)
     if plan.draft is not None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 
@@ -67,7 +81,7 @@ def export_programs(
             plan.draft.fill_uninitialised(plan.dtype)
     else:
         report("load weights")
-        load_weights(plan, weights_folder)
+        load_weights(plan, weights_folder, report)
     zeros = MappedZeros(weights_folder) if weights_folder is not None else None
     cache = ModelState(plan.facts.states, plan.max_seq_len, plan.dtype, zeros)
     export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,7 +161,11 @@ def weight_bytes(weights: Sequence[PlannedWeight]) -> int:
 
 
 def fill_weights(
-    module: nn.Module, weights: Sequence[PlannedWeight], source: WeightSource | None, folder: Path | None = None
+    module: nn.Module,
+    weights: Sequence[PlannedWeight],
+    source: WeightSource | None,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Gives a planned module its weights. Each processor reads and quantizes one at a time.
 
@@ -172,6 +176,7 @@ def fill_weights(
             but not to run it.
         folder: an empty folder for the weights' bytes, which must stay as long as the module; nobody may write to its
             weights then. ``None`` to keep them in memory.
+        progress: called after each weight with the bytes that are done, and all bytes.
 
     Raises:
         ExportError: a weight cannot be read, or does not fit its format.
@@ -182,8 +187,12 @@ def fill_weights(
             stored = FORMATS[weight.format].stored(weight.name, weight.shape)
             tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.items()}
     else:
+        done, total = 0, weight_bytes(weights)
         for encoded in _each_encoded(weights, source, folder):
             tensors |= encoded
+            done += sum(tensor.nbytes for tensor in encoded.values())
+            if progress is not None:
+                progress(done, total)
         return_freed_memory()
     module.load_state_dict(tensors, assign=True)
 

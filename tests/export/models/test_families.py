@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.options import ExportOptions
 from flashpte.export.models import hugging_face
+from flashpte.export.models.build import decoder_layers
+from flashpte.export.models.probe import probe_attention
 from flashpte.export.pipeline import export_programs, plan_export, replace_attention
 
 COMMON = {
@@ -126,3 +128,21 @@ def test_what_cannot_be_served_is_named(tmp_path, fields, reason):
     with pytest.raises(ExportError, match=reason) as error:
         plan_export(ExportOptions("hf", config=tmp_path / "config.json", random_seed=0))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_no_test_compares_is_said_to_be_one(tmp_path):
+    def notes(model_type):
+        (tmp_path / "config.json").write_text(json.dumps(tiny(model_type)))
+        return plan_export(ExportOptions("hf", config=tmp_path / "config.json", random_seed=0)).model_notes
+
+    assert notes("llama") == ()
+    assert notes("moshi") == (
+        "no test compares moshi with transformers; run-model --check compares this export on a GPU",
+    )
+
+
+def test_a_type_of_layer_that_its_window_contradicts():
+    model = hugging_face.build({**tiny("cohere2")})
+    model.config.layer_types = ["full_attention", *["sliding_attention"] * 3]
+    with pytest.raises(ExportError, match=r"layer 0 of Cohere2ForCausalLM is of type full_attention, .* window of 8"):
+        probe_attention(model, decoder_layers(model))

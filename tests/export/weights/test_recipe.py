@@ -230,3 +230,11 @@ def test_bytes_of_a_plan():
     load_weights(plan)
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in plan.model.state_dict().values()}
     assert weight_bytes(plan.weights) == sum(tensors.values())
+
+
+def test_progress_ends_with_all_bytes(tmp_path):
+    plan, told = planned(), []
+    fill_weights(plan.model, plan.weights, plan.source, tmp_path, lambda *numbers: told.append(numbers))
+    assert len(told) == len(plan.weights)
+    assert told == sorted(told)
+    assert told[-1] == (weight_bytes(plan.weights), weight_bytes(plan.weights))

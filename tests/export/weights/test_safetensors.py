@@ -253,7 +253,7 @@ def test_broken_folders_are_named(tmp_path, damage, named):
 @pytest.mark.parametrize(
     ("target", "model_type", "named"),
     [
-        ("hf", "mistral", "model_type 'mistral', target hf exports llama, qwen3$"),
+        ("hf", "t5", "no causal language model of model_type 't5'$"),
         ("hf", "gemma4", "use target=gemma4-31b"),
         ("gemma4-31b", "llama", "use target=hf"),
         ("hf", None, "model_type None"),
