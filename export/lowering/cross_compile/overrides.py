@@ -276,6 +276,7 @@ TABLE: tuple[Override, ...] = (
         "torch._dynamo.repro.after_aot:save_graph_repro",
         "writes every program out as text for TORCH_TRACE, which is rarely set: 6 s for a method of 60 layers",
         lambda target, original: original if os.environ.get("TORCH_TRACE") else lambda *args, **kwargs: None,
+        checked=("2.11", "2.13"),
     ),
     Override("torch._inductor.codecache:AotCodeCompiler.compile", "draws a random number", _compile_wrapper),
     Override(
