@@ -19,11 +19,11 @@ from flashpte.export.common.signals import raise_on_termination
 from flashpte.export.common.tables import table_lines
 from flashpte.export.models.registry import list_targets
 
-_COLUMNS = 100
-
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
     from flashpte.passes import RoutingReport
+
+_COLUMNS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:

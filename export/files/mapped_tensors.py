@@ -18,7 +18,6 @@ import numpy
 import torch
 
 _CHUNK_BYTES = 8 << 20
-_DIGEST = ".sha256"
 
 
 def write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
@@ -31,18 +30,25 @@ def write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     Raises:
         OSError: the file cannot be written.
     """
-    flat = tensor.detach().contiguous().reshape(-1)
-    octets = flat.view(torch.uint8).numpy() if flat.numel() else flat.new_empty(0, dtype=torch.uint8).numpy()
+    if tensor.numel() == 0:  # an empty file cannot be mapped
+        return tensor
+    octets = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     digest = hashlib.sha256()
     with path.open("xb") as file:
         for start in range(0, octets.size, _CHUNK_BYTES):
             chunk = octets[start : start + _CHUNK_BYTES].data
             digest.update(chunk)
             file.write(chunk)
-    Path(f"{path}{_DIGEST}").write_bytes(digest.digest())
-    if flat.numel() == 0:
-        return tensor
-    return torch.from_file(str(path), shared=True, size=flat.numel(), dtype=tensor.dtype).view(tensor.shape)
+    _digest_file(path).write_bytes(digest.digest())
+    return _mapped(path, tensor.shape, tensor.dtype)
+
+
+def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(tuple(shape))
+
+
+def _digest_file(path: Path) -> Path:
+    return Path(f"{path}.sha256")
 
 
 class MappedZeros:
@@ -58,8 +64,7 @@ class MappedZeros:
 
     def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Zeros of a shape and dtype."""
-        elements = math.prod(shape)
-        size = elements * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if size == 0:
             return torch.zeros(shape, dtype=dtype)
         path = self._folder / f"zeros-{self._count}"
@@ -71,17 +76,17 @@ class MappedZeros:
             self._digests[size] = digest.digest()
         with path.open("xb") as file:
             file.truncate(size)
-        Path(f"{path}{_DIGEST}").write_bytes(self._digests[size])
-        return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).view(*shape)
+        _digest_file(path).write_bytes(self._digests[size])
+        return _mapped(path, shape, dtype)
 
 
 def mapped_file(storage: torch.UntypedStorage) -> tuple[Path, bytes] | None:
-    """The file that holds a whole storage and its SHA-256, if :func:`write_mapped` wrote it."""
+    """The file that holds a whole storage and its SHA-256, if this module made it."""
     if storage.filename is None:
         return None
     path = Path(storage.filename)
     try:
-        digest = Path(f"{path}{_DIGEST}").read_bytes()
+        digest = _digest_file(path).read_bytes()
     except OSError:
         return None
     return (path, digest) if path.stat().st_size == storage.nbytes() else None

@@ -1,4 +1,4 @@
-"""The attention that Hugging Face layers call during tracing: one SDPA node per layer."""
+"""The attention that Hugging Face layers call during tracing: one SDPA node per layer, or else written-out products."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from transformers import AttentionInterface
 from flashpte.export.common.errors import ExportError
 
 ATTENTION_NAME = "fpte_attention"
-"""Hugging Face name of :func:`attend`; transformers takes names with "flash", "sdpa" or "flex" in them
-for its own implementations."""
-
+"""Hugging Face name of :func:`attend`; transformers takes names with "flash", "sdpa" or "flex" for its own."""
 
 _NOT_SERVED = {"position_bias": "a bias on the scores"}
 """Options of transformers' attention functions that change the result, and what they mean."""
@@ -48,8 +46,10 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face attention implementation: one SDPA call with grouped heads and a bool mask.
 
+    Softcapped scores and sinks, which SDPA does not have, become :func:`written_attention`.
+
     Args:
-        module: the attention layer (unused; part of the interface).
+        module: the attention layer, for messages and observers.
         query: [1, H_q, T, D], any float dtype.
         key: [1, H_kv, S, D], same dtype.
         value: [1, H_kv, S, D], same dtype.

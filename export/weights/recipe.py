@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from flashpte.export.common.cpus import usable_cpus
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.gc_tuning import return_freed_memory
 from flashpte.export.files.mapped_tensors import write_mapped
@@ -38,7 +38,6 @@ class WeightSource(Protocol):
 
 _MAPPED_BYTES = 1 << 16
 """Smaller tensors stay in memory: a file takes a page, and two calls of the system."""
-_MOST_WORKERS = 8
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -209,10 +208,9 @@ def _each_encoded(
             for part, (name, tensor) in enumerate(tensors.items())
         }
 
-    workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
     # Operators of several threads that use several threads each would wait for each other.
     threads = torch.get_num_threads()
-    pool = concurrent.futures.ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = concurrent.futures.ThreadPoolExecutor(usable_cpus(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield from pool.map(encode, range(len(weights)))
     finally:

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 from host_code import checked_host_code
+from sessions import reference_model
 
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
@@ -62,12 +61,6 @@ TINY = {
     },
 }
 
-CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
-    "gemma4_text": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
-}
-
 TARGETS = {"llama": "hf", "qwen3": "hf", "qwen3-sliding": "hf", "gemma4": "gemma4-31b"}
 
 
@@ -89,22 +82,8 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def reference():
-    """A Hugging Face model with its own attention and large random weights; norms and scalars differ from 1."""
-
-    def build(fields):
-        config_class, model_class = CLASSES[fields["model_type"]]
-        config = getattr(transformers, config_class).from_dict(dict(fields))
-        config._attn_implementation = "sdpa"
-        model = getattr(transformers, model_class)(config).eval().requires_grad_(False)
-        generator = torch.Generator().manual_seed(7)
-        for tensor in model.state_dict().values():
-            if tensor.ndim >= 2:
-                tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5, generator=generator)
-            else:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-        return model
-
-    return build
+    """:func:`sessions.reference_model`."""
+    return reference_model
 
 
 @pytest.fixture(scope="session")

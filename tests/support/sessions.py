@@ -1,10 +1,29 @@
 """A session of a model's exported programs, compared with the model's logits for the whole sequence."""
 
+import torch
+import transformers
 from shared_programs import SharedPrograms
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 TOLERANCE = 1e-4
 VERIFY = 4
 LENGTH = 44  # past a window of 8 and more than twice around the ring of 16
+
+
+def reference_model(fields, attention="sdpa"):
+    """A Hugging Face model with its own attention and large random weights; norms and scalars differ from 1."""
+    model_type = fields["model_type"]
+    config = getattr(transformers, CONFIG_MAPPING_NAMES[model_type]).from_dict(dict(fields))
+    config._attn_implementation = attention
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(7)
+    for tensor in model.state_dict().values():
+        if tensor.ndim >= 2:
+            tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=generator)
+    return model
 
 
 def run_session(programs, tokens, expected):

@@ -16,13 +16,7 @@ import torch
 
 from flashpte.export.common.signals import ENDING, deferred_signals
 
-MOST = 8  # processes: a container may have fewer cores and less memory than it reports
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-
-
-def cpus() -> int:
-    """How many processes can run at once, at most :data:`MOST`."""
-    return min(MOST, len(os.sched_getaffinity(0)))
 
 
 def can_fork() -> bool:

@@ -30,7 +30,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering.cross_compile import forked
-from flashpte.export.lowering.cross_compile.host_weights import HostBackedCuda, host_storages
+from flashpte.export.lowering.cross_compile.host_weights import HostBackedCuda, host_backed, host_storages
 from flashpte.export.lowering.cross_compile.override_table import Target
 
 _logger = logging.getLogger("flashpte.lowering")
@@ -89,18 +89,22 @@ def compile_beside(target: Target, original: Callable[..., Any]) -> Callable[...
         count = min(target.processes, len(jobs))
         if count < 2 or not forked.can_fork():
             return original(edge_programs, compile_specs)
-        compiled = _compile_all(target, jobs, count)
-        with _answering(compiled, host_storages(program for program, _ in jobs)):
+        storages = host_storages(program for program, _ in jobs)
+        with _answering(_compile_all(target, jobs, storages, count), storages):
             return original(edge_programs, compile_specs)
 
     return preprocess_multimethod
 
 
-def _compile_all(target: Target, jobs: Sequence[tuple[ExportedProgram, Any]], count: int) -> dict[int, _Compiled]:
+def _compile_all(
+    target: Target,
+    jobs: Sequence[tuple[ExportedProgram, Any]],
+    known: Mapping[int, torch.UntypedStorage],
+    count: int,
+) -> dict[int, _Compiled]:
     """Compiles programs in ``count`` processes; returns what they sent by the program's ``id``."""
     folder = target.work_dir / "methods"
     folder.mkdir(exist_ok=True)
-    known = host_storages(program for program, _ in jobs)
     waiting = list(enumerate(jobs))
     running: dict[connection.Connection, int] = {}
     processes: list[BaseProcess] = []
@@ -183,17 +187,14 @@ def _work(
 def _describe(tensor: torch.Tensor, properties: Any, known: Mapping[int, torch.UntypedStorage]) -> _Weight:
     storage = tensor.untyped_storage()
     address = storage.data_ptr()
+    octets = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
     return _Weight(
-        storage=address if address in known else _octets(storage).numpy().tobytes(),
+        storage=address if address in known else octets.numpy().tobytes(),
         layout=(tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset())),
         dtype=tensor.dtype,
         on_gpu=isinstance(tensor, HostBackedCuda),
         properties=properties,
     )
-
-
-def _octets(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
 
 
 @contextlib.contextmanager
@@ -238,8 +239,7 @@ def _tensor(weight: _Weight, storages: Mapping[int, torch.UntypedStorage]) -> to
     if isinstance(weight.storage, int):
         storage = storages[weight.storage]
     else:
-        storage = torch.UntypedStorage(len(weight.storage))
-        if weight.storage:
-            _octets(storage).copy_(torch.frombuffer(bytearray(weight.storage), dtype=torch.uint8))
+        octets = bytearray(weight.storage)
+        storage = torch.frombuffer(octets, dtype=torch.uint8).untyped_storage() if octets else torch.UntypedStorage()
     tensor = torch.empty(0, dtype=weight.dtype).set_(storage, offset, size, strides)
-    return torch.Tensor._make_subclass(HostBackedCuda, tensor) if weight.on_gpu else tensor
+    return host_backed(tensor) if weight.on_gpu else tensor

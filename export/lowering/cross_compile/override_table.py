@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flashpte.export.lowering.cross_compile import forked
+from flashpte.export.common import cpus
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags
 from flashpte.kernels.tuning import GpuArch
 
@@ -42,7 +42,7 @@ class Target:
     cuda_home: str
     flags: ReproducibleFlags
     restore_views: bool = True
-    processes: int = dataclasses.field(default_factory=lambda: forked.cpus())
+    processes: int = dataclasses.field(default_factory=lambda: cpus.usable_cpus())
     compiling: int = 0
     defining: bool = False
     on_wrapper: Callable[[str], None] | None = None

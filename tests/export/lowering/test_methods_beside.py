@@ -8,8 +8,9 @@ import pytest
 import torch
 from host_code import checked_host_code
 
+from flashpte.export.common import cpus
 from flashpte.export.lowering import LoweringError, lower
-from flashpte.export.lowering.cross_compile import forked, methods
+from flashpte.export.lowering.cross_compile import methods
 
 pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("methods beside")]
 
@@ -54,7 +55,7 @@ def lowered(folder, processes, second=None):
         return compiled[-1]
 
     with (
-        mock.patch.object(forked, "cpus", return_value=processes),
+        mock.patch.object(cpus, "usable_cpus", return_value=processes),
         mock.patch.object(methods, "_compile_all", record),
     ):
         done = lower(programs(second), output_dir=folder, arch="sm_90")

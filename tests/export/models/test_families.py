@@ -4,10 +4,7 @@ import json
 
 import pytest
 import torch
-import transformers
-from sessions import LENGTH, TOLERANCE, VERIFY, run_session
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from sessions import LENGTH, TOLERANCE, VERIFY, reference_model, run_session
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.options import ExportOptions
@@ -67,23 +64,9 @@ def tiny(model_type):
     return {**COMMON, **OWN.get(model_type, {}), "model_type": model_type}
 
 
-def reference(fields):
-    """The model with its own attention and large random weights; norms and scalars differ from 1."""
-    config = getattr(transformers, CONFIG_MAPPING_NAMES[fields["model_type"]]).from_dict(dict(fields))
-    config._attn_implementation = "eager" if fields["model_type"] in BY_PRODUCTS else "sdpa"
-    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[fields["model_type"]])(config)
-    generator = torch.Generator().manual_seed(7)
-    for tensor in model.requires_grad_(False).state_dict().values():
-        if tensor.ndim >= 2:
-            tensor.normal_(0.0, 1.5 * tensor.shape[-1] ** -0.5, generator=generator)
-        elif tensor.is_floating_point():
-            tensor.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
-
-
 @pytest.mark.parametrize("model_type", hugging_face.TESTED)
 def test_a_session_gives_the_logits_of_transformers(tmp_path, model_type):
-    model = reference(tiny(model_type))
+    model = reference_model(tiny(model_type), "eager" if model_type in BY_PRODUCTS else "sdpa")
     model.save_pretrained(tmp_path)
     options = ExportOptions("hf", checkpoint=tmp_path, dtype="float32", max_seq_len=64, verify_window=VERIFY)
     plan = plan_export(options)
