@@ -44,10 +44,12 @@ class Weights:
         return _held(self._program)
 
     def name_of(self, node: Node) -> str:
-        """The qualified name of the weight that a placeholder holds."""
+        """The qualified name of what a placeholder holds, or the name of an input."""
+        for name, (added, _) in self._added.items():
+            if added is node:
+                return name
         (spec,) = (s for s in self._program.graph_signature.input_specs if s.arg.name == node.name)
-        assert spec.target is not None
-        return spec.target
+        return spec.target or node.name
 
     def add(self, graph: Graph, name: str, tensor: torch.Tensor, fake: torch.Tensor) -> Node:
         """The placeholder of a new weight, or of an equal one that was added before under the same name.
