@@ -53,6 +53,7 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     from flashpte.export.check.check_program import check_program, computed_buffers, named_weights
     from flashpte.export.check.eager_draft import rebuild_draft
     from flashpte.export.check.eager_model import EagerModel, dense_model, eager_pair, rebuild, why_no_dense_model
+    from flashpte.export.files.fused_weights import parts_of
     from flashpte.export.files.model_folder import read_folder
     from flashpte.export.models.registry import get_target
     from flashpte.export.weights.recipe import read_recipe
@@ -69,11 +70,14 @@ def _check(options: RunOptions, progress: StageLog, out: TextIO) -> int:
         dense = why_no_dense_model(options.checkpoint, options.gguf_file) or (
             lambda: dense_model(folder.manifest, options.checkpoint, options.gguf_file, reference)
         )
+    weights = getattr(program, "weights", None)
+    if weights is not None:
+        weights = parts_of(weights, folder.manifest.get("fused_weights"))
     report = check_program(
         program,
         own,
         reference,
-        weights=getattr(program, "weights", None),
+        weights=weights,
         model_weights=named_weights(model, draft),
         computed=computed_buffers(model, draft),
         dense=dense,

@@ -30,17 +30,34 @@ def write_mapped(tensor: torch.Tensor, path: Path) -> torch.Tensor:
     Raises:
         OSError: the file cannot be written.
     """
-    if tensor.numel() == 0:  # an empty file cannot be mapped
-        return tensor
-    octets = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return tensor if tensor.numel() == 0 else write_mapped_parts([tensor], path)  # an empty file cannot be mapped
+
+
+def write_mapped_parts(parts: Sequence[torch.Tensor], path: Path) -> torch.Tensor:
+    """Writes tensors end to end along their first dimension, and returns the whole mapped from there.
+
+    Args:
+        parts: tensors on the CPU that differ only in their first size; not all empty. Pages that are read of mapped
+            ones leave memory again.
+        path: as for :func:`write_mapped`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        for start in range(0, octets.size, _CHUNK_BYTES):
-            chunk = octets[start : start + _CHUNK_BYTES].data
-            digest.update(chunk)
-            file.write(chunk)
+        for part in parts:
+            octets = part.detach().contiguous().view(-1).view(torch.uint8).numpy()
+            mapped = part.untyped_storage().filename is not None
+            for start in range(0, octets.size, _CHUNK_BYTES):
+                chunk = octets[start : start + _CHUNK_BYTES].data
+                digest.update(chunk)
+                file.write(chunk)
+                if mapped:
+                    _drop_pages(chunk)
     _digest_file(path).write_bytes(digest.digest())
-    return _mapped(path, tensor.shape, tensor.dtype)
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:]) if parts[0].dim() else ()
+    return _mapped(path, shape, parts[0].dtype)
 
 
 def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

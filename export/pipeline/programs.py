@@ -1,6 +1,7 @@
 """Turns a plan into a lowered model, in stages that can be called one by one.
 
-``plan_export`` -> ``export_programs`` -> ``replace_attention`` -> ``flashpte.export.lowering.lower``.
+``plan_export`` -> ``export_programs`` -> ``rewrite_products`` -> ``replace_attention`` ->
+``flashpte.export.lowering.lower``.
 ``export_model`` runs all stages after the plan; ``preview_routing`` reads no weights and generates no code.
 """
 
@@ -21,6 +22,7 @@ from flashpte.export.files.mapped_tensors import MappedZeros
 from flashpte.export.files.output_folder import check_free_space, folder_beside
 from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
+from flashpte.export.pipeline.fused_products import rewrite_products
 from flashpte.export.pipeline.plan import ExportPlan
 from flashpte.export.state.model_state import ModelState
 from flashpte.export.weights.recipe import fill_weights, weight_bytes
@@ -164,10 +166,15 @@ def export_model(
     check_free_space(output_dir, 2 * weight_bytes(plan.weights))  # the weights' files, then the result
     with folder_beside(output_dir) as folder:
         programs = export_programs(plan, weights_folder=folder, progress=progress)
+        manifest = plan.manifest()
         reports: dict[str, RoutingReport] = {}
         if plan.options.attention == "flashpte":
+            programs, products, manifest["fused_weights"] = rewrite_products(programs, folder, progress)
+            manifest["products"] = {
+                method: {rewrite: report.to_dict() for rewrite, report in each.items()}
+                for method, each in products.items()
+            }
             programs, reports = replace_attention(programs, progress, plan.kept_attention)
-        manifest = plan.manifest()
         manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
         lowered = lower(
             programs,
