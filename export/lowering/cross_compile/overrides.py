@@ -219,6 +219,12 @@ TABLE: tuple[Override, ...] = (
     ),
     # Kernels that wait for their predecessors themselves.
     Override(
+        "torch._inductor.codegen.triton:TritonScheduling.define_kernel",
+        "writes kernels that do not wait, so that each starts 0.7 us after the end of the previous one",
+        lambda target, original: dependent_launch.define_kernel(original, target.arch.capability),
+        checked=("2.11", "2.13"),
+    ),
+    Override(
         "torch._inductor.codegen.cuda.device_op_overrides:CUDADeviceOpOverrides.kernel_driver",
         "has no helper that launches a kernel before the previous one ends",
         lambda target, original: dependent_launch.kernel_driver(original),

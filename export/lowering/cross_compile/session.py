@@ -57,6 +57,13 @@ SETTINGS: tuple[Setting, ...] = (
         "without a benchmark to prevent it, a normalization or activation is computed anew for every column of tiles "
         "of the matrix product that reads it: 30% to 140% slower on an H200",
     ),
+    Setting(
+        "combo_kernels",
+        True,
+        "pointwise kernels that do not depend on each other become one: RoPE of q and k and the write to the cache",
+    ),
+    Setting("benchmark_combo_kernel", False, "decides by benchmark"),
+    Setting("combo_kernel_allow_mixed_sizes", 2, "q, k and v differ in size"),
     Setting("coordinate_descent_tuning", False, "decides by benchmark"),
     Setting("aot_inductor.allow_stack_allocation", False, "ExecuTorch's runtime has no shim for it"),
     Setting("aot_inductor.precompile_headers", False, "they go into a shared folder and save nothing here"),
