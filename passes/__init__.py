@@ -5,7 +5,8 @@ other packages. ``replace_linear`` swaps products with quantized weights. ``grap
 needs; ``attention`` and ``linear`` hold the rewrites.
 """
 
-from flashpte.passes.attention.report import NodeRoute, RoutingReport, format_table
+from flashpte.passes.attention.report import NodeRoute, RoutingReport
+from flashpte.passes.attention.table import format_table
 from flashpte.passes.pipeline import (
     ReplaceSdpaPass,
     default_rewrites,

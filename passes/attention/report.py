@@ -1,9 +1,8 @@
-"""The report on every attention node, for people (a table) and for programs (``to_dict``)."""
+"""The report on every attention node of a program; :mod:`.table` shows it to people."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -82,48 +81,3 @@ class RoutingReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready report: ``{"version": 1, "nodes": [...]}``; the keys are stable."""
         return {"version": 1, "nodes": [n.to_dict() for n in self.nodes]}
-
-
-def _shape(sizes: tuple[int | str, ...]) -> str:
-    return "x".join(str(s) for s in sizes)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B" if count else "-"
-
-
-def _mask(route: NodeRoute) -> str:
-    return {"positions": f"{route.mask}, by positions", "tensor": f"{route.mask}, mapped"}.get(
-        route.mask_form, route.mask
-    )
-
-
-def format_table(reports: Mapping[str, RoutingReport]) -> str:
-    """Renders reports (one per method) as a plain text table, one row per attention node."""
-    header = ("method", "attention", "query", "key", "mask", "map for", "saves", "copies", "kernel", "why")
-    rows = [
-        (
-            method,
-            route.module_path or route.node,
-            _shape(route.query),
-            _shape(route.key),
-            _mask(route),
-            str(route.map_users or "-"),
-            _bytes(route.bytes_saved),
-            _bytes(route.bytes_copied),
-            route.op or "(left as it was)",
-            "; ".join(part for part in (route.reason, route.mask_note) if part),
-        )
-        for method, report in reports.items()
-        for route in report.nodes
-    ]
-    if not rows:
-        return "no scaled_dot_product_attention node was found"
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header) - 1)]
-    lines = []
-    for row in [header, tuple("-" * w for w in [*widths, 3]), *rows]:
-        lines.append("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]))
-    return "\n".join(lines)

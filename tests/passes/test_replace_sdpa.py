@@ -244,7 +244,7 @@ def test_report_names_the_module_and_is_json_ready():
         "bytes_copied",
     }
     table = format_table({"forward": report})
-    assert "flashpte::sdpa_decode" in table
+    assert "sdpa_decode" in table
     assert "(left as it was)" in table
     assert format_table({}) == "no scaled_dot_product_attention node was found"
 
