@@ -90,9 +90,9 @@ def format_table(reports: Mapping[str, RoutingReport]) -> str:
     lines = []
     dashes = tuple("-" * width for width in widths)
     for row, (before, after) in zip([header, dashes, *rows], [("", ""), ("", ""), *around], strict=True):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines += [before] if before else []
-        lines.append(("  " + "  ".join(cells)).rstrip())
+        lines.append(("  " + "  ".join(padded)).rstrip())
         lines += [f"    {after}"] if after else []
     for note, number in notes.items():
         lines += textwrap.wrap(f"[{number}] {note}", WIDTH, subsequent_indent=" " * (len(str(number)) + 3))
