@@ -194,6 +194,7 @@ TABLES: dict[str, Table] = {
     "h200 reads": reads,
     **{f"h200 masks {part}": functools.partial(masks, part) for part in MASK_COLUMNS},
     "h200 linear": lambda: linear_table.table(suite_file("h200", "linear")["rows"], summary=True),
+    "h200 dense": lambda: linear_table.table(suite_file("h200", "dense")["rows"], summary=False),
     "h200 whole-model": lambda: models.whole_model(suite_file("h200", "whole-model")["rows"]),
     "h200 speculative": lambda: models.speculative(suite_file("h200", "speculative")["rows"]),
 }

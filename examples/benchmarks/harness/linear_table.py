@@ -1,4 +1,4 @@
-"""The table of 4-bit linear layers, printed by the benchmark and kept in the docs."""
+"""The table of linear layers, printed by the benchmark and kept in the docs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def table(rows: list[Row], summary: bool) -> list[str]:
     """Our times beside the best peer's, or beside everybody's."""
     by_product: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        by_product.setdefault((row["case"], row["group"], row["m"]), {})[row["runner"]] = row
+        by_product.setdefault((row["case"], row.get("group"), row["m"]), {})[row["runner"]] = row
+    grouped = any(group is not None for _, group, _ in by_product)
     peers = [runner for runner in dict.fromkeys(row["runner"] for row in rows) if runner != OURS]
     body = []
     for (case, group, m), found in by_product.items():
@@ -19,8 +20,8 @@ def table(rows: list[Row], summary: bool) -> list[str]:
         floor = found[next(iter(found))]["floor_us"]
         best = min((time, peer) for peer in peers if (time := times.get(peer)) is not None)
         own = times.get(OURS)
-        cells = [case, str(group), str(m), number(floor), number(own)]
+        cells = [case, *([str(group)] if grouped else []), str(m), number(floor), number(own)]
         cells += [number(best[0]), best[1]] if summary else [number(times.get(peer)) for peer in peers]
         body.append([*cells, number(None if own is None else own / best[0])])
     shown = ["best peer", ""] if summary else peers
-    return markdown(["product", "group", "M", "floor", OURS, *shown, "of best peer"], body)
+    return markdown(["product", *(["group"] if grouped else []), "M", "floor", OURS, *shown, "of best peer"], body)
