@@ -10,6 +10,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArg
 from torch.fx import Node
 
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
+from flashpte.export.lowering.top_k import replace_top_k
 
 
 def prepare_pte(program: ExportedProgram) -> ExportedProgram:
@@ -18,6 +19,7 @@ def prepare_pte(program: ExportedProgram) -> ExportedProgram:
     ExecuTorch's passes move constants out of their input program, so they get a copy with its own tables.
     """
     program = deepcopy_sharing_tensors(program, {})
+    replace_top_k(program.graph_module)
     _clone_returned_placeholders(program)
     return program
 

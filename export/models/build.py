@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
 from flashpte.export.models.attention_interface import ATTENTION_NAME
+from flashpte.export.models.experts import EXPERTS_NAME
 from flashpte.export.models.probe import attention_shape, probe_attention
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
@@ -114,6 +115,7 @@ def build_causal_lm(
         config = getattr(transformers, config_class).from_dict(dict(fields))
         # attention layers look up this name on every call
         config._attn_implementation = ATTENTION_NAME
+        config._experts_implementation = EXPERTS_NAME
         _check_rope(config)
         if check is not None:
             check(config)

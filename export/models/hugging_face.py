@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 TESTED = (
-    *("apertus", "arcee", "bitnet", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2"),
-    *("gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "granite", "granite_swa", "helium", "hunyuan_v1_dense"),
-    *("hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral", "ministral3", "mistral", "nanochat"),
-    *("nemotron", "olmo", "olmo2", "olmo3", "opt", "persimmon", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
-    *("smollm3", "stablelm", "starcoder2", "vaultgemma"),
+    *("afmoe", "apertus", "arcee", "aria_text", "bitnet", "cohere", "cohere2", "cohere2_moe", "cwm"),
+    *("dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text"),
+    *("glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_oss", "granite", "granite_swa", "granitemoe"),
+    *("granitemoeshared", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3"),
+    *("iquestcoder", "jais2", "kolibri1", "laguna", "llama", "mellum", "minimax_m2", "ministral", "ministral3"),
+    *("mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi"),
+    *("phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open"),
+    *("stablelm", "starcoder2", "vaultgemma"),
 )
 """Values of ``model_type`` that tests/export/models/test_families.py compares with transformers."""
 

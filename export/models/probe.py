@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.models import attention_interface
+from flashpte.export.models.experts import is_experts, served
 from flashpte.export.state.kv_cache import FULL, SLIDING
 
 _TOKENS = 3
@@ -112,9 +113,9 @@ def _check_kinds(model: nn.Module) -> None:
     if unknown := sorted(kinds - {FULL, SLIDING}):
         raise ExportError(f"{type(model).__name__} has layers of type {unknown[0]}, which this target does not export")
     for name, module in model.named_modules():
-        if "experts" in type(module).__name__.lower():
+        if is_experts(module) and not served(module):
             raise ExportError(
-                f"{name} ({type(module).__name__}) is a mixture of experts, which this target does not export"
+                f"{name} ({type(module).__name__}) is a mixture of experts that transformers lets no others compute"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from flashpte.export.common.errors import ExportError, Option
+from flashpte.export.models.experts import has_experts
 from flashpte.export.weights.checkpoint_folder import (
     CONFIG_FILE,
     read_config,
@@ -89,6 +90,8 @@ class Folder:
     def weights(self, model: nn.Module, total_layers: int) -> WeightSource:
         """The folder's safetensors, dense or quantized."""
         checkpoint = Checkpoint(self.given)
+        if has_experts(model):
+            checkpoint.merge(str(self._config.get("model_type")))
         if self._quantization is not None:
             return QuantizedFolder(checkpoint, self._quantization, model, total_layers)
         check_tensors(checkpoint, model, total_layers)

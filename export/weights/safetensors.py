@@ -19,6 +19,7 @@ from torch import nn
 from flashpte.export.common.errors import ExportError
 from flashpte.export.models.build import is_tied
 from flashpte.export.weights.checkpoint_folder import read_json
+from flashpte.export.weights.merged import Merged, merged_names
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,12 +46,16 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: its file, its name there, and the shape and dtype in the file's header."""
+    """One tensor of a checkpoint: its file, its name there, and the shape and dtype in the file's header.
+
+    One that is made of several has the file, name and dtype of the first, and ``merged``.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    merged: Merged | None = None
 
 
 def text_name(stored: str) -> str | None:
@@ -89,6 +94,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[Path, safe_open] = {}
+        self._pieces: dict[str, StoredTensor] = {}
         self.tensors: dict[str, StoredTensor] = {}
         for path, names in self._stored_names().items():
             file = self._files[path]
@@ -132,13 +138,39 @@ class Checkpoint:
         named = [(text_name(stored), text) for stored, text in entries if "." in stored]
         return {name: text for name, text in named if name is not None}
 
+    def merge(self, model_type: str) -> None:
+        """Gives tensors the names that transformers gives them, and makes one of those that a model holds as one.
+
+        Raises:
+            ExportError: pieces are missing or differ in shape or dtype, or are put together in a way that is not known.
+        """
+        renamed, merged = merged_names(model_type, self.tensors)
+        self._pieces = dict(self.tensors)
+        used = {name for weight in merged.values() for names in weight.parts for name in names}
+        self.tensors = {renamed.get(name, name): t for name, t in self.tensors.items() if name not in used}
+        shapes = {name: stored.shape for name, stored in self._pieces.items()}
+        for name, weight in merged.items():
+            first = self._pieces[weight.parts[0][0]]
+            for piece in (piece for names in weight.parts for piece in names):
+                if self._pieces[piece].dtype != first.dtype:
+                    raise ExportError(
+                        f"tensor {piece} has dtype {self._pieces[piece].dtype}, {first.name} {first.dtype}"
+                    )
+            self.tensors[name] = dataclasses.replace(first, shape=weight.shape(shapes), merged=weight)
+
     def read(self, name: str) -> torch.Tensor:
-        """A tensor backed by its file, whose bytes are read when they are used.
+        """A tensor backed by its file, whose bytes are read when they are used; one that is merged is in memory.
 
         Raises:
             ExportError: the file cannot be read.
         """
         stored = self.tensors[name]
+        if stored.merged is not None:
+            stacks = [torch.stack([self._read(self._pieces[n]) for n in names]) for names in stored.merged.parts]
+            return stacks[0] if len(stacks) == 1 else torch.cat(stacks, stored.merged.dim)
+        return self._read(stored)
+
+    def _read(self, stored: StoredTensor) -> torch.Tensor:
         try:
             return self._files[stored.file].get_tensor(stored.name)
         except SafetensorError as error:

@@ -98,12 +98,10 @@ _FIRST = "    tl.extra.cuda.gdc_wait()\n    tl.extra.cuda.gdc_launch_dependents(
 
 def define_kernel(original: Callable[..., str], capability: tuple[int, int]) -> Callable[..., str]:
     """Makes every kernel that Inductor generates wait for its predecessors, on archs that can launch it before."""
-    if capability < (9, 0):
-        return original
 
     @functools.wraps(original)
     def define(self: Any, source: str, *args: Any, **kwargs: Any) -> str:
-        return original(self, waiting(source), *args, **kwargs)
+        return original(self, waiting(source) if capability >= (9, 0) else source, *args, **kwargs)
 
     return define
 

@@ -7,6 +7,8 @@ import json
 import pytest
 from quantized_folders import awq_layer, change_config, gptq_layer, write_folder
 
+from flashpte.export.files.fused_weights import parts_of
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 
 
@@ -26,7 +28,8 @@ def test_a_folder_goes_to_lower(export_model, lowered, folder, output):
     assert "quantization_config" not in call["manifest"]["model"]["config"]
     assert "weights: AWQ, 4 bits, groups of 32: 7 weights as int4-g32-z-f16 (codes kept)" in result.out
     program = call["programs"]["decode"]
-    assert program.state_dict["model.model.layers.0.mlp.up_proj.zeros"].dtype.itemsize == 2
+    weights = parts_of(program.state_dict, call["manifest"]["fused_weights"])
+    assert weights["model.model.layers.0.mlp.up_proj.zeros"].dtype.itemsize == 2
 
 
 def test_a_dry_run_reads_it(export_model, folder, tmp_path):

@@ -26,7 +26,33 @@ COMMON = {
     "eos_token_id": 2,
 }
 WIDE, WINDOW = {"head_dim": 16}, {"sliding_window": 8}  # a head dim that is not hidden_size / heads
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
 OWN = {
+    "afmoe": {**EXPERTS, **WINDOW},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},
+    "cohere2_moe": {**EXPERTS, **WIDE, **WINDOW},
+    "dots1": {**ROUTED_EXPERTS, **WIDE, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone_moe": {**EXPERTS, **WINDOW},
+    "flex_olmo": EXPERTS,
+    "glm4_moe": {**ROUTED_EXPERTS, "first_k_dense_replace": 1},
+    "gpt_oss": {**LOCAL_EXPERTS, **WIDE, **WINDOW},
+    "granitemoe": LOCAL_EXPERTS,
+    "granitemoeshared": {**LOCAL_EXPERTS, "shared_intermediate_size": 32},
+    "hunyuan_v1_moe": {**WIDE, "num_experts": 4, "moe_topk": 2},
+    "hy_v3": EXPERTS,
+    "kolibri1": {**EXPERTS, **WINDOW},
+    "laguna": EXPERTS,
+    "mellum": EXPERTS,
+    "minimax_m2": LOCAL_EXPERTS,
+    "mixtral": {**LOCAL_EXPERTS, **WINDOW},
+    "olmoe": EXPERTS,
+    "phimoe": LOCAL_EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": {**EXPERTS, **WIDE, "norm_topk_prob": True},
+    "solar_open": ROUTED_EXPERTS,
     "cohere2": {**WIDE, **WINDOW},
     "cwm": {**WIDE, **WINDOW},
     "ernie4_5": WIDE,
@@ -56,7 +82,7 @@ OWN = {
 }
 """Fields of a small config of each family besides those that all share."""
 
-BY_PRODUCTS = {"gemma2": "softcap", "granite_swa": "sink", "vaultgemma": "softcap"}
+BY_PRODUCTS = {"gemma2": "softcap", "gpt_oss": "sink", "granite_swa": "sink", "vaultgemma": "softcap"}
 """Families whose attention stays plain products, and what the report says of it."""
 
 
@@ -96,9 +122,12 @@ def test_a_session_gives_the_logits_of_transformers(tmp_path, model_type):
     [
         ({"model_type": "no_such"}, "no causal language model of model_type 'no_such'"),
         ({"model_type": "bert"}, r"bert.*self \(BertSelfAttention\) is not causal"),
-        ({"model_type": "mixtral"}, r"layers\.0\.mlp\.experts \(MixtralExperts\) is a mixture of experts"),
         ({"model_type": "qwen3_next"}, "layers of type linear_attention"),
         ({"model_type": "llama4_text"}, "layers of type chunked_attention"),
+        (
+            {"model_type": "llama4_text", "layer_types": ["full_attention"] * 4},
+            r"layers\.0\.feed_forward\.experts \(Llama4TextExperts\) is a mixture of experts",
+        ),
         ({"model_type": "deepseek_v3", "first_k_dense_replace": 4}, "values of 128 elements and keys of 192"),
         ({"model_type": "diffllama"}, "second attention of its layer"),
         ({"model_type": "bloom"}, "Bloom"),
