@@ -175,10 +175,11 @@ def test_each_method_is_one_library_of_our_kernels_for_the_arch(exported):
         assert "_split_k_kernel" in kernels
         assert not kernels & foreign
         assert {cubin.arch.rstrip("a") for cubin in method.library.cubins} == {arch}
-        # A product of many rows is one of Inductor's templates; one of few rows has a kernel of ours.
+        # A product of many rows is one of Inductor's templates. One of few rows, such as the head's in every method,
+        # has a kernel of ours.
         many = any("tem" in cubin.symbol for cubin in method.library.cubins)
-        few = any(kernel.startswith("_dense_") for kernel in kernels)
-        assert (many, few) == ((True, False) if name in ("prefill", "draft_decode") else (False, True)), name
+        assert many == (name in ("prefill", "draft_decode"))
+        assert any(kernel.startswith("_dense_") for kernel in kernels)
         assert find_avx512(method.library.data) is None
 
 
