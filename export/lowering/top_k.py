@@ -33,13 +33,15 @@ def replace_top_k(module: GraphModule) -> None:
 
 
 def _replace(node: Node) -> None:
-    x, k, dim, largest = (*node.args, *(-1, True)[len(node.args) - 2 :])[:4]
-    assert isinstance(x, Node) and isinstance(dim, int)  # noqa: PT018
+    given = {**dict(zip(("self", "k", "dim", "largest"), node.args, strict=False)), **node.kwargs}
+    x, k, dim = given["self"], given["k"], given.get("dim", -1)
+    assert isinstance(x, Node)
+    assert isinstance(dim, int)
     value = x.meta["val"]
     count = value.shape[dim] if value.dim() else None
     if not isinstance(k, int) or not isinstance(count, int) or count > MOST_ELEMENTS:
         return
-    results = _sorted(x, count, k, dim % value.dim(), bool(largest))
+    results = _sorted(x, count, k, dim % value.dim(), bool(given.get("largest", True)))
     inserted = Inserted().insert(results, before=node)
     for user in list(node.users):
         assert user.target is operator.getitem

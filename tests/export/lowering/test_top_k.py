@@ -15,7 +15,7 @@ class TopK(torch.nn.Module):
         self.k, self.dim, self.largest, self.only = k, dim, largest, only
 
     def forward(self, x):
-        found = torch.topk(x * 1, self.k, self.dim, self.largest)
+        found = torch.topk(x * 1, self.k, dim=self.dim, largest=self.largest, sorted=False)
         return found if self.only is None else found[self.only] + 1
 
 
