@@ -73,6 +73,14 @@ def dependent_launch(tensor: torch.Tensor) -> dict[str, bool]:
     return {"DEPENDENT": dependent, **({"launch_pdl": True} if dependent and _is_data(tensor) else {})}
 
 
+def may_read_weights_early(dependent: dict[str, bool]) -> bool:
+    """Whether a kernel with the options of :func:`dependent_launch` may read weights before it waits.
+
+    In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
+    """
+    return dependent["DEPENDENT"] and "launch_pdl" not in dependent
+
+
 def launch_with_scratch(launch: Callable[[], None], tensor: torch.Tensor) -> None:
     """Calls ``launch`` for a kernel that needs global scratch memory, and gets that memory from PyTorch.
 

@@ -47,8 +47,9 @@ def write_mapped_parts(parts: Sequence[torch.Tensor], path: Path) -> torch.Tenso
     digest = hashlib.sha256()
     with path.open("xb") as file:
         for part in parts:
-            octets = part.detach().contiguous().view(-1).view(torch.uint8).numpy()
-            mapped = part.untyped_storage().filename is not None
+            whole = part.detach().contiguous()
+            mapped = whole.untyped_storage().filename is not None  # pages of a copy are not its own to drop
+            octets = whole.view(-1).view(torch.uint8).numpy()
             for start in range(0, octets.size, _CHUNK_BYTES):
                 chunk = octets[start : start + _CHUNK_BYTES].data
                 digest.update(chunk)

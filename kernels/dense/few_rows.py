@@ -19,7 +19,7 @@ from torch.library import wrap_triton
 
 from flashpte.kernels.dense.tuning import MAX_ROWS, DenseConfig, choose_dense
 from flashpte.kernels.facts import register
-from flashpte.kernels.launch import cdiv, dependent_launch, with_unit_stride
+from flashpte.kernels.launch import cdiv, dependent_launch, may_read_weights_early, with_unit_stride
 from flashpte.kernels.primitives import INTERPRETED, let_dependents_start, wait_for_earlier_kernels
 
 ACTIVATIONS = ("", "silu", "gelu_tanh")
@@ -181,15 +181,13 @@ def launch_few_rows(
     if config is None:
         config = choose_dense(rows, weight_rows, in_features, parts)
     dependent = {"DEPENDENT": False} if INTERPRETED else dependent_launch(x)
-    # In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
-    early = dependent["DEPENDENT"] and "launch_pdl" not in dependent
     options = {
         "K": in_features,
         "BIAS": bias is not None,
         "ACTIVATION": ACTIVATIONS.index(activation),
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "EARLY_WEIGHTS": early,
+        "EARLY_WEIGHTS": may_read_weights_early(dependent),
         "num_warps": config.num_warps,
         **dependent,
     }

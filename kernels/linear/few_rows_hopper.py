@@ -29,6 +29,7 @@ from flashpte.kernels.launch import (
     cdiv,
     copies_in_16_bytes,
     dependent_launch,
+    may_read_weights_early,
     starts_at_16_bytes,
     static_int,
 )
@@ -348,8 +349,7 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         ROW_WARPS=config.row_warps,
         STAGES=config.num_stages,
         WHOLE=whole,
-        # In a lowered program weights are constants. At a launch now, the kernel before it may have written them.
-        EARLY_WEIGHTS=dependent["DEPENDENT"] and "launch_pdl" not in dependent,
+        EARLY_WEIGHTS=may_read_weights_early(dependent),
         num_warps=config.column_warps * config.row_warps,
         **dependent,
     )

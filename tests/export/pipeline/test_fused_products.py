@@ -27,6 +27,14 @@ def test_the_same_parts_are_joined_once(tmp_path, in_files):
     assert (mapped_file(whole.untyped_storage()) is not None) == in_files
 
 
+def test_a_mapped_part_with_gaps(tmp_path):
+    mapped = write_mapped(torch.arange(4096 * 4, dtype=torch.int32).view(4096, 4), tmp_path / "part")
+    parts = [mapped[:, :3], mapped[::2, 1:]]
+    expected = torch.cat(parts)
+    assert torch.equal(JoinedWeights(tmp_path)(parts), expected)
+    assert torch.equal(torch.cat(parts), expected)
+
+
 def test_parts_of_a_program():
     weights = {"ab": torch.arange(10).view(5, 2), "c": torch.ones(2)}
     parts = parts_of(weights, {"ab": {"a": 2, "b": 3}})
