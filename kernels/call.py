@@ -59,9 +59,11 @@ class AttentionCall:
 
     @property
     def tile_constants(self) -> dict[str, int]:
-        """Constants of the Triton kernels: the columns of their tiles, and whether scores are summed in float64."""
-        widths = [tuning.padded_head_dim(dim) for dim in (self.head_dim, self.v_head_dim)]
-        return {"BLOCK_D": widths[0], "BLOCK_DV": widths[1], "EXACT": self.query.dtype == torch.float32}
+        """Constants of the Triton kernels: columns of their tiles, and whether scores are summed in float64."""
+        block_d, rest = tuning.tile_columns(self.head_dim)
+        block_dv = tuning.padded_head_dim(self.v_head_dim)
+        exact = self.query.dtype == torch.float32
+        return {"BLOCK_D": block_d, "BLOCK_REST": rest, "BLOCK_DV": block_dv, "EXACT": exact}
 
     @property
     def strides(self) -> list[int]:

@@ -20,7 +20,7 @@ from flashpte.kernels.call import AttentionCall, GivenMap
 from flashpte.kernels.launch import cdiv
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM, MAX_V_HEAD_DIM = 576, 512
 MAX_ROWS = 16
 """The most query rows that ``sdpa_verify`` and the split-K launcher take."""
 
@@ -56,9 +56,9 @@ def why_not_tensors(
         return f"query, key and value are on {query.device}, {key.device} and {value.device}"
     if query.shape[3] != key.shape[3]:
         return f"query and key have different head dims, {query.shape[3]} and {key.shape[3]}"
-    if query.shape[3] > MAX_HEAD_DIM or value.shape[3] > MAX_HEAD_DIM:
-        dim = max(query.shape[3], value.shape[3])
-        return f"head dim {dim} is above {MAX_HEAD_DIM}: a program's tiles of it exceed shared memory or registers"
+    for name, dim, most in (("", query.shape[3], MAX_HEAD_DIM), ("value ", value.shape[3], MAX_V_HEAD_DIM)):
+        if dim > most:
+            return f"{name}head dim {dim} is above {most}: a program's tiles of it exceed shared memory or registers"
     batches = [tensor.shape[0] for tensor in tensors]
     if not (equal(batches[0], batches[1], True) and equal(batches[1], batches[2], True)):
         return f"query, key and value have different batch sizes, {', '.join(map(printable, batches))}"

@@ -47,9 +47,9 @@ def operator_call(
     Programs are serialized with these arguments, so their names, order and types must not change.
 
     Args:
-        query: ``[B, H_q, L_q, D]``; bfloat16, float16 or float32; D up to 512.
+        query: ``[B, H_q, L_q, D]``; bfloat16, float16 or float32; D up to 576.
         key: ``[B, H_kv, L_kv, D]``, H_q a multiple of H_kv, same dtype.
-        value: ``[B, H_kv, L_kv, D_v]``, same dtype.
+        value: ``[B, H_kv, L_kv, D_v]``, same dtype; D_v up to 512.
         attn_mask: 4-dimensional, size 1 where it broadcasts; bool (True = attend) or float (added to the scores).
         tiles, tile_counts: the mask's ``flashpte::tile_map`` (or ``interval_map``), or ``None`` to make it at the call.
         is_causal: aligned to the top left: row ``m`` sees keys ``0..m``. Not allowed together with a mask.

@@ -233,12 +233,12 @@ def attend_tile(
 
     Args:
         state: ``(acc [R, DV] float32, row_max [R] float32, row_sum [R] float32)``.
-        rows: ``(q [R, D], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``. Uses ``q_rows`` if
-            ``EXACT``, otherwise ``q``.
+        rows: ``(q [R, D], q_rest [R, REST], q_rows [R] pointers to the query rows, q_pos [R] for CAUSAL, qk_scale)``.
+            Uses ``q_rows`` if ``EXACT``, otherwise ``q``, and ``q_rest`` if ``BLOCK_REST``.
         keys: ``(k_ptr, stride_kn, v_ptr, stride_vn, kv_len)``.
         mask: for a dense mask, ``([R] pointers to its rows, stride_mn, ...)``; for intervals, the argument of
             :func:`visible_in_intervals`; anything if ``MASK`` is ``MASK_NONE``.
-        DIMS: ``(HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)``.
+        DIMS: ``(HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)``; see :func:`tuning.tile_columns`.
         CHECK_KEYS: whether the tile may extend past the end of the keys.
         VISIBLE: ``(CAUSAL, MASK, TERMS, INDEX_TERM)``; :data:`ALL_VISIBLE` for a full tile.
         PRECISION: ``(EXP2_SCALE, EXACT)``.
@@ -246,11 +246,12 @@ def attend_tile(
             pipelined, this waits for memory once instead of twice, but needs more registers.
     """
     acc, row_max, row_sum = state
-    q, q_rows, q_pos, qk_scale = rows
+    q, q_rest, q_rows, q_pos, qk_scale = rows
     HEAD_DIM: tl.constexpr = DIMS[0]
     V_HEAD_DIM: tl.constexpr = DIMS[1]
     BLOCK_D: tl.constexpr = DIMS[2]
-    BLOCK_DV: tl.constexpr = DIMS[3]
+    BLOCK_REST: tl.constexpr = DIMS[3]
+    BLOCK_DV: tl.constexpr = DIMS[4]
     MASK: tl.constexpr = VISIBLE[1]
     EXP2_SCALE: tl.constexpr = PRECISION[0]
     EXACT: tl.constexpr = PRECISION[1]
@@ -268,8 +269,12 @@ def attend_tile(
         scores = exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM)
     else:
         d = tl.arange(0, BLOCK_D)
-        k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D != HEAD_DIM)
+        k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D > HEAD_DIM)
         scores = tl.dot(q, tl.trans(k))
+        if BLOCK_REST > 0:
+            d = BLOCK_D + tl.arange(0, BLOCK_REST)
+            k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D + BLOCK_REST > HEAD_DIM)
+            scores = tl.dot(q_rest, tl.trans(k), scores)
     scores = scores * qk_scale
     # Always mask the scores as well as the load. A key past the end reads as zeros, which would be a score of 0.
     if CHECK_KEYS:

@@ -54,7 +54,8 @@ def _split_k_kernel(
     stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
     heads_kv, q_len, kv_len, scale, short_splits,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     MAP_BLOCK_M: tl.constexpr,  # holds all rows
     MAP_BLOCK_N: tl.constexpr,
@@ -85,6 +86,10 @@ def _split_k_kernel(
     d = tl.arange(0, BLOCK_D)
     q_rows = q_ptr + b * stride_qb + head * stride_qh + m * stride_qm
     q = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    q_rest = q
+    if BLOCK_REST > 0:
+        d = BLOCK_D + tl.arange(0, BLOCK_REST)
+        q_rest = tl.load(q_rows[:, None] + d[None, :], mask=row_ok[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     VISIBLE: tl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
     mask_strides = (stride_mb, stride_mh, stride_mm, stride_mn)
     interval_strides = (stride_bs, stride_ib, stride_it)
@@ -92,7 +97,7 @@ def _split_k_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
-    query_rows = (q, q_rows, m, score_scale(scale, EXP2_SCALE))
+    query_rows = (q, q_rest, q_rows, m, score_scale(scale, EXP2_SCALE))
 
     row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_R], tl.float32)
@@ -111,7 +116,7 @@ def _split_k_kernel(
         if runs[0] < 0:
             edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
         first_key = visited_key(tiles, runs, first, full_steps, MAP_BLOCK_N, BLOCK_N)
-    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)
+    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)
     PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
     EARLY: tl.constexpr = SEPARATE_FULL and BLOCK_R <= 16 and BLOCK_DV <= 256
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):

@@ -52,7 +52,8 @@ def _tiled_kernel(
     stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
     q_len, kv_len, scale,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
     EXACT: tl.constexpr, STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
@@ -67,13 +68,17 @@ def _tiled_kernel(
     m = first_row + tl.arange(0, BLOCK_M)
     q_ptr += b * stride_qb + head * stride_qh + first_row.to(tl.int64) * stride_qm
     r = tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, r, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D != HEAD_DIM)
+    q = load_tile(q_ptr, r, stride_qm, q_len - first_row, tl.arange(0, BLOCK_D), HEAD_DIM, True, BLOCK_D > HEAD_DIM)
+    q_rest = q
+    if BLOCK_REST > 0:
+        d = BLOCK_D + tl.arange(0, BLOCK_REST)
+        q_rest = load_tile(q_ptr, r, stride_qm, q_len - first_row, d, HEAD_DIM, True, BLOCK_D + BLOCK_REST > HEAD_DIM)
     # Rows past the end repeat the last one, so that every pointer made from them is in range.
     q_rows = q_ptr + tl.minimum(r, q_len - 1 - first_row) * stride_qm
     k_ptr += b * stride_kb + (head // GROUP) * stride_kh
     v_ptr += b * stride_vb + (head // GROUP) * stride_vh
     keys = (k_ptr, stride_kn, v_ptr, stride_vn, kv_len)
-    query_rows = (q, q_rows, m, score_scale(scale, EXP2_SCALE))
+    query_rows = (q, q_rest, q_rows, m, score_scale(scale, EXP2_SCALE))
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     state = (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), row_max, row_sum)
@@ -111,7 +116,7 @@ def _tiled_kernel(
         edge_start = full_steps * BLOCK_N
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
-    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV)
+    DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)
     PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N

@@ -80,8 +80,10 @@ def rewrite_program(
             "call torch.export.export(model, example_inputs) first"
         )
     program, reports = exported_program, {}
+    ours = None  # the copy that the rewrites before have made, which may be changed
     for rewrite in default_rewrites() if rewrites is None else rewrites:
-        program = _copy(rewrite.prepare(program))
+        prepared = rewrite.prepare(program)
+        program = ours = prepared if prepared is ours else _copy(prepared)
         # Nodes that the signature of a preserved module names must stay.
         signatures = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
         kept = {argument.name for signature in signatures for argument in (*signature.inputs, *signature.outputs)}

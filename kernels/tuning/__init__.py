@@ -8,6 +8,7 @@ from flashpte.kernels.tuning.choose import choose_combine, choose_split_k, choos
 from flashpte.kernels.tuning.configs import (
     LONG_KEYS,
     SPLIT_K_MAP_BLOCK_N,
+    WIDEST_TILE,
     AttentionShape,
     CombineConfig,
     Config,
@@ -15,6 +16,7 @@ from flashpte.kernels.tuning.configs import (
     SplitKConfig,
     TiledConfig,
     padded_head_dim,
+    tile_columns,
 )
 from flashpte.kernels.tuning.hopper import choose_hopper, choose_hopper_split_k, hopper_registers
 
@@ -22,6 +24,7 @@ __all__ = [
     "ARCHES",
     "LONG_KEYS",
     "SPLIT_K_MAP_BLOCK_N",
+    "WIDEST_TILE",
     "AttentionShape",
     "CombineConfig",
     "Config",
@@ -38,5 +41,6 @@ __all__ = [
     "hopper_registers",
     "limits",
     "padded_head_dim",
+    "tile_columns",
     "tiled_map_block",
 ]

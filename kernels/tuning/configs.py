@@ -14,6 +14,9 @@ LONG_KEYS = 16384
 
 MAX_SPLITS = 512
 
+WIDEST_TILE = 512
+"""The most columns of one tile of keys or of values."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
@@ -163,9 +166,19 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def tile_columns(head_dim: int) -> tuple[int, int]:
+    """Columns of the tile that holds ``head_dim``, and of a second tile for the rest of a wider head (0 for none).
+
+    Each is a power of two, at least 16 (the minimum of a matrix instruction). Above :data:`WIDEST_TILE`, one power of
+    two would nearly double the tile: multi-head latent attention in its absorbed form has D = 576.
+    """
+    rest = head_dim - WIDEST_TILE
+    return max(16, next_power_of_2(min(head_dim, WIDEST_TILE))), max(16, next_power_of_2(rest)) if rest > 0 else 0
+
+
 def padded_head_dim(head_dim: int) -> int:
-    """Columns of a tile that holds ``head_dim``: a power of two, at least 16 (the minimum of a matrix instruction)."""
-    return max(16, next_power_of_2(head_dim))
+    """Columns of all tiles that hold ``head_dim``."""
+    return sum(tile_columns(head_dim))
 
 
 def even(splits: int, tiles: int | None = None) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from flashpte.kernels.tuning.arch import GpuArch
-from flashpte.kernels.tuning.configs import AttentionShape, HopperConfig, even, padded_head_dim
+from flashpte.kernels.tuning.configs import WIDEST_TILE, AttentionShape, HopperConfig, even, padded_head_dim
 
 # With at least this many keys, all splits are active. The limit is above the split-K kernel's, because these splits
 # store more bytes.
@@ -19,8 +17,8 @@ _SHORT_KEYS = 4096
 
 
 def hopper_serves(shape: AttentionShape, arch: GpuArch) -> bool:
-    """Whether the Hopper kernel runs on ``arch`` and takes the dtype."""
-    return arch.capability == (9, 0) and shape.dtype in (torch.bfloat16, torch.float16)
+    """Whether the Hopper kernel runs on ``arch`` and takes the dtype and the head dim."""
+    return arch.capability == (9, 0) and shape.dtype.itemsize == 2 and shape.head_dim <= WIDEST_TILE
 
 
 def hopper_registers(width: int) -> tuple[int, int]:

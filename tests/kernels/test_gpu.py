@@ -122,6 +122,23 @@ def test_shapes_of_real_models(shape, q_len, mask):
     check(*run(Case(q_len, 4100, dtype=torch.bfloat16, mask=mask, **REAL_SHAPES[shape])))
 
 
+@pytest.mark.parametrize("heads_q", [16, 128])
+@pytest.mark.parametrize("q_len", [1, 4, 16, 200])
+@pytest.mark.parametrize("mask", ["none", "is_causal", "bool_context", "float_bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_wider_than_one_tile(heads_q, q_len, mask, dtype):
+    """Multi-head latent attention in its absorbed form."""
+    sizes = dict(heads_kv=1, head_dim=576, v_head_dim=512, scale=0.05)
+    check(*run(Case(q_len, 1100, heads_q=heads_q, dtype=dtype, mask=mask, **sizes)))
+
+
+@pytest.mark.parametrize("q_len", [1, 7, 60])
+@pytest.mark.parametrize("head_dim", [513, 520, 545, 560])
+def test_the_rest_of_wide_keys_has_any_width(q_len, head_dim):
+    for dtype in (torch.bfloat16, torch.float32):
+        check(*run(Case(q_len, 300, head_dim=head_dim, v_head_dim=48, dtype=dtype, mask="bool_dense")))
+
+
 @pytest.mark.parametrize("kv_len", [50, 100, 130])
 @pytest.mark.parametrize("q_len", [1, 5, 60])
 def test_no_mask_and_a_tail_does_not_count_padding_keys(q_len, kv_len):

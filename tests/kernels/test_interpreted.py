@@ -40,6 +40,8 @@ SPLIT_K_CASES = [
     *[Case(1, n, head_dim=32) for n in (1, 7, 50, 63, 64, 100, 130, 1000, 1025)],
     *[Case(2, 77, head_dim=d) for d in (16, 80, 96, 112, 192)],
     Case(1, 90, head_dim=320),
+    *[Case(2, 77, heads_kv=1, head_dim=d, v_head_dim=512, mask="bool_context") for d in (520, 545, 576)],
+    Case(1, 40, head_dim=576, v_head_dim=32, dtype=torch.float32),
     Case(2, 90, head_dim=48, v_head_dim=80),
     Case(16, 70, heads_q=8, heads_kv=1, head_dim=32, mask="bool_context"),
     *[
@@ -61,6 +63,7 @@ TILED_CASES = [
     *[Case(20, n, head_dim=32) for n in (1, 7, 50, 63, 100, 130, 1025)],
     *[Case(20, 77, head_dim=d, mask="is_causal") for d in (16, 80, 96, 112, 192, 320)],
     Case(20, 90, head_dim=48, v_head_dim=80),
+    *[Case(20, 77, heads_kv=1, head_dim=d, v_head_dim=512, mask="is_causal") for d in (545, 576)],
     *[
         Case(33, 120, batch=3, layout=layout, mask="bool_window", head_dim=40)
         for layout in ("blhd", "sliced", "expanded")

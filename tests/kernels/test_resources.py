@@ -14,6 +14,7 @@ from compile_only import Compiled, compiling_for
 
 from flashpte.kernels import tuning
 from flashpte.kernels.call import AttentionCall
+from flashpte.kernels.contract import MAX_V_HEAD_DIM
 from flashpte.kernels.intervals import Intervals
 from flashpte.kernels.split_k import launch_split_k
 from flashpte.kernels.tiled import launch_tiled
@@ -45,6 +46,7 @@ CALLS = {
     "verify of many keys": Call(launch_split_k, 15, 8, 200_000),
 }
 NAMES = tuple(name for name in CALLS if not name.endswith(" keys"))
+LATENT = 576  # keys of two tiles; values are narrower
 RAGGED = (96, 192, 320)  # head dims that leave part of a tile's columns zero
 CASES = [
     *itertools.product(ARCHES, HEAD_DIMS, NAMES, ["positions"]),
@@ -54,6 +56,7 @@ CASES = [
     ("sm_90", 64, "verify of many keys", "positions"),
     ("sm_90", 192, "verify of many keys", "positions"),
     *itertools.product(LIKE_SM_89, HEAD_DIMS[2:], ["decode", "verify 16", "prefill"], ["positions"]),
+    *itertools.product([*ARCHES, *LIKE_SM_89], [LATENT], ["decode", "verify 5", "prefill"], ["positions"]),
 ]
 
 FEW = (64, "a value or two, outside of the loop over full tiles")
@@ -69,9 +72,11 @@ SPILLS = {
     ("_split_k_kernel", 512, "decode"): FEW,
     ("_split_k_kernel", 512, "verify 5"): (384, ONE_READ),
     ("_split_k_kernel", 512, "verify 16"): (384, ONE_READ),
+    ("_split_k_kernel", LATENT, "verify 5"): (320, ONE_READ),
     ("_tiled_kernel", 256, "prefill"): (400, WIDE),
     ("_tiled_kernel", 512, "prefill 33"): (160, WIDE),
     ("_tiled_kernel", 512, "prefill"): (320, WIDE),
+    ("_tiled_kernel", LATENT, "prefill"): (240, WIDE),
     ("_hopper_kernel", 64, "prefill"): FEW,
     ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
     ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
@@ -94,7 +99,8 @@ def masks(q_len: int, keys: int) -> dict[str, tuple[torch.Tensor | None, Interva
 def compiled(arch: str, head_dim: int, call: Call, mask: str) -> list[Compiled]:
     heads = HEADS_KV * call.group
     query = torch.empty(1, call.q_len, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
-    key, value = (torch.empty(1, HEADS_KV, call.keys, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    key = torch.empty(1, HEADS_KV, call.keys, head_dim, dtype=torch.bfloat16)
+    value = torch.empty(1, HEADS_KV, call.keys, min(head_dim, MAX_V_HEAD_DIM), dtype=torch.bfloat16)
     dense, intervals = masks(call.q_len, call.keys)[mask]
     with compiling_for(arch) as kernels:
         call.launch(AttentionCall(query, key, value, 0.1, mask=dense, intervals=intervals))

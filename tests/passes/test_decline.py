@@ -50,9 +50,14 @@ def test_double_mask_on_float_tensors_is_not_silently_rounded():
     assert "float64" in reason
 
 
-@pytest.mark.parametrize("dim", [520, 1024])
+@pytest.mark.parametrize("dim", [577, 1024])
 def test_head_dim(dim):
-    assert f"head dim {dim} is above 512" in declined(Attention(), qkv(4, 8, dim=dim))
+    assert f"head dim {dim} is above 576" in declined(Attention(), qkv(4, 8, dim=dim))
+
+
+def test_value_head_dim():
+    q, k, v = qkv(4, 8, dim=520)
+    assert "value head dim 520 is above 512" in declined(Attention(), (q, k, v))
 
 
 def test_run_time_scale():

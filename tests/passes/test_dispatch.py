@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import Attention, CachedLayers, cached_program, calls, check_maps, exported, qkv
+from programs import Attention, CachedLayers, cached_program, calls, check_maps, exported, fresh_module, qkv
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
 
@@ -42,7 +42,7 @@ def rewrite(module, args, shapes):
 
 def same_results(new, module, cases, tolerance=None):
     for args in cases:
-        out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(module)(*args)
+        out, expected = fresh_module(new)(*args), copy.deepcopy(module)(*args)
         torch.testing.assert_close(out, expected, **(tolerance or dict(atol=2e-6, rtol=2e-5)))
 
 
@@ -305,7 +305,7 @@ def test_a_rewritten_program_can_be_rewritten_copied_saved_and_unflattened():
     assert [n.name for n in copied.graph.nodes] == [n.name for n in new.graph.nodes]
     for n in LENGTHS:
         args = hidden(n, 50)
-        expected = copy.deepcopy(program.module())(*args)
+        expected = fresh_module(program)(*args)
         for module in (new.module(), again.module(), loaded.module()):
             torch.testing.assert_close(copy.deepcopy(module)(*args), expected, **CACHED)
     torch.testing.assert_close(torch.export.unflatten(new)(*args), expected, **CACHED)

@@ -299,9 +299,13 @@ def test_lengths_that_are_known_to_differ():
     assert "key has length" in report.declined[0].reason
 
 
-def test_a_head_dim_of_absorbed_latents_is_named():
-    """MLA with absorbed projections: D = 576, D_v = 512, and the values are a view of the keys."""
-    module = Plain(value=lambda t: t[..., :512])
-    args = (randn(1, 4, 1, 576), randn(1, 1, 64, 576, seed=1), randn(1, 1, 64, 576, seed=1))
-    _, report = replace_sdpa(exported(module, args))
-    assert "head dim 576 is above 512" in report.declined[0].reason
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_absorbed_latents(rows):
+    """Multi-head latent attention with absorbed projections: D = 576, D_v = 512; the values are columns of the keys."""
+
+    class Latent(torch.nn.Module):
+        def forward(self, q, latent):
+            return F.scaled_dot_product_attention(q, latent, latent[..., :512], scale=192**-0.5, enable_gqa=True)
+
+    new, _ = rewrite(Latent(), (randn(1, 4, rows, 576), randn(1, 1, 64, 576, seed=1)))
+    assert operands(new) == [(1, 4, rows, 576), (1, 1, 64, 576), (1, 1, 64, 512)]

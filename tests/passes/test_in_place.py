@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import calls, check_maps, exported, qkv
+from programs import calls, check_maps, exported, fresh_module, qkv
 
 from flashpte.passes import replace_sdpa
 
@@ -66,7 +64,7 @@ def test_maps_follow_their_mask(module, decompose):
     assert len(report.replaced) == 2
     assert len(calls(new, "_map.")) == module.maps
     assert check_maps(new, args) == 2
-    out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(program.module())(*args)
+    out, expected = fresh_module(new)(*args), fresh_module(program)(*args)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
 
 
@@ -112,5 +110,5 @@ def test_grouped_heads_are_recovered_only_from_a_live_copy(module):
     program = exported(module(), args)
     new, report = replace_sdpa(program)
     assert report.nodes[0].key[1] == (2 if module.grouped else 4)
-    out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(program.module())(*args)
+    out, expected = fresh_module(new)(*args), fresh_module(program)(*args)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import calls, check_maps, exported, mask_tensors, qkv
+from programs import calls, check_maps, exported, fresh_module, mask_tensors, qkv
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
@@ -227,7 +225,7 @@ class Rewritten:
         for seed, pos in enumerate(position_sets(length)):
             extra = torch.randperm(KEYS, generator=torch.Generator().manual_seed(seed))
             args = (*qkv(length, KEYS, heads_kv=2, seed=seed), pos, extra if seed else extra * 0)
-            both = [copy.deepcopy(p.module())(*args) for p in (program, self.program)]
+            both = [fresh_module(p)(*args) for p in (program, self.program)]
             for name, expected, out in zip(makes, *both, strict=True):
                 self.results[name].append((expected, out))
         assert check_maps(self.program, args) == len(makes)

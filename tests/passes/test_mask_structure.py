@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import calls, check_maps, exported, mask_tensors, qkv
+from programs import calls, check_maps, exported, fresh_module, mask_tensors, qkv
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
@@ -193,7 +191,7 @@ def equal_results(program, new, q_len: int) -> None:
     for seed, pos in enumerate(position_sets(q_len)):
         extra = torch.randperm(KEYS, generator=torch.Generator().manual_seed(seed))
         args = (*qkv(q_len, KEYS, heads_kv=2, seed=seed), pos, extra)
-        expected, out = copy.deepcopy(program.module())(*args), copy.deepcopy(new.module())(*args)
+        expected, out = fresh_module(program)(*args), fresh_module(new)(*args)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
         assert check_maps(new, args) == 1
 
@@ -349,7 +347,7 @@ def test_positions_written_in_place(when, proven, decompose):
     if decompose:
         program, proven = program.run_decompositions({}), 2
     new, _ = replace_sdpa(program)
-    out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(program.module())(*args)
+    out, expected = fresh_module(new)(*args), fresh_module(program)(*args)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
     assert check_maps(new, args) == 2
     assert sum(node.args[9] is not None for node in calls(new, "sdpa_")) == proven

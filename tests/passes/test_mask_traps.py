@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from executorch.exir import EdgeCompileConfig, to_edge
-from programs import calls, exported, qkv
+from programs import calls, exported, fresh_module, qkv
 
 from flashpte.passes import ReplaceSdpaPass, replace_sdpa
 
@@ -143,7 +141,7 @@ def test_results_are_those_of_the_program(name, decompose):
         program = program.run_decompositions({})
     new, report = replace_sdpa(program)
     assert len(report.replaced) == 1
-    out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(program.module())(*args)
+    out, expected = fresh_module(new)(*args), fresh_module(program)(*args)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
 
 

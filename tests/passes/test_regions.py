@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import qkv
+from programs import fresh_module, qkv
 from torch.export import Dim, export
 from torch.fx import GraphModule
 
@@ -141,7 +139,7 @@ def rewritten(module, dynamic: bool):
     new.validate()
     for positions in (torch.arange(20), torch.arange(20) * 7, torch.arange(20) - 9):
         given = (*args[:3], positions)
-        out, expected = copy.deepcopy(new.module())(*given), copy.deepcopy(program.module())(*given)
+        out, expected = fresh_module(new)(*given), fresh_module(program)(*given)
         torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
     return new, report
 

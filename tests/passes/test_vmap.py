@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import calls, check_maps, exported, qkv
+from programs import calls, check_maps, exported, fresh_module, qkv
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa, rewrite_graph
@@ -38,7 +38,7 @@ class Remainders(torch.nn.Module):
 
 
 def same_results(program, new, args) -> None:
-    out, expected = copy.deepcopy(new.module())(*args), copy.deepcopy(program.module())(*args)
+    out, expected = fresh_module(new)(*args), fresh_module(program)(*args)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
 
 

@@ -13,12 +13,20 @@ ITEM_BYTES = 2  # bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Heads and dims of a model's attention, and how many of its layers share one mask."""
+    """Heads and dims of a model's attention, and how many of its layers share one mask.
+
+    With ``latent_values``, the values are that many first columns of the keys: multi-head latent attention, absorbed.
+    """
 
     heads_q: int
     heads_kv: int
     head_dim: int
     layers: int
+    latent_values: int | None = None
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.latent_values or self.head_dim
 
     @property
     def group(self) -> int:
@@ -38,6 +46,8 @@ SHAPES = {
     # Outside of what the tables were tuned for.
     "head-dim-96": Shape(32, 8, 96, 32),
     "group-3": Shape(24, 8, 128, 28),
+    "latent-16": Shape(16, 1, 576, 27, latent_values=512),
+    "latent-128": Shape(128, 1, 576, 61, latent_values=512),
 }
 TUNED = ("gemma-full", "gemma-sliding", "qwen3.5", "llama-8b")
 
@@ -95,13 +105,14 @@ class Case:
 
     @property
     def flop(self) -> int:
-        return 4 * self.batch * self.visible * self.shape.heads_q * self.shape.head_dim
+        return 2 * self.batch * self.visible * self.shape.heads_q * (self.shape.head_dim + self.shape.v_head_dim)
 
     @property
     def kv_bytes(self) -> int:
         """Keys and values that have to be read once."""
         keys = self.live if self.window is None else min(self.live, self.window + self.rows - 1)
-        return 2 * self.batch * self.shape.heads_kv * keys * self.shape.head_dim * ITEM_BYTES
+        columns = self.shape.head_dim + (0 if self.shape.latent_values else self.shape.v_head_dim)
+        return self.batch * self.shape.heads_kv * keys * columns * ITEM_BYTES
 
     @property
     def input_bytes(self) -> int:
@@ -147,6 +158,11 @@ def _other() -> list[Case]:
     shapes = [("llama-8b", 3000, 1), ("head-dim-96", 4096, 1), ("group-3", 4096, 1), ("llama-8b", 4096, 2)]
     few = [Case("other", name, length, rows, batch=b) for rows in (1, 6) for name, length, b in shapes]
     long = [("llama-8b", 3000, 1), ("head-dim-96", 2048, 1), ("group-3", 2048, 1), ("llama-8b", 2048, 2)]
+    latent = [
+        (name, length, rows) for name in ("latent-16", "latent-128") for length in (4096, 32768) for rows in (1, 4)
+    ]
+    few += [Case("other", name, length, rows) for name, length, rows in latent]
+    long += [("latent-16", 2048, 1)]
     return few + [Case("other", name, length, length, batch=b) for name, length, b in long]
 
 

@@ -39,7 +39,7 @@ def rotations(input_bytes: int) -> int:
 
 @dataclasses.dataclass
 class Inputs:
-    """A case's ``sets`` of query ``[B, H_q, M, D]``, key and value ``[B, H_kv, L, D]``, contiguous."""
+    """A case's ``sets`` of query ``[B, H_q, M, D]``, key ``[B, H_kv, L, D]``, value ``[B, H_kv, L, D_v]``."""
 
     case: Case
     sets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -55,9 +55,12 @@ class Inputs:
         cache = (case.batch, shape.heads_kv, case.length, shape.head_dim)
         query = (case.batch, shape.heads_q, case.rows, shape.head_dim)
         count = rotations(case.input_bytes) if count is None else count
-        return cls(
-            case, [tuple(random(*shape, device=device) for shape in (query, cache, cache)) for _ in range(count)]
-        )
+        sets = []
+        for _ in range(count):
+            q, k = random(*query, device=device), random(*cache, device=device)
+            latent = shape.latent_values
+            sets.append((q, k, random(*cache, device=device) if latent is None else k[..., :latent]))
+        return cls(case, sets)
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -99,6 +102,6 @@ class Inputs:
         return rows, torch.cat(out, 1)
 
     def error(self, call: Callable[[], torch.Tensor]) -> float:
-        """Relative error of a call on the first set, which returns ``[B, H_q, M, D]``."""
+        """Relative error of a call on the first set, which returns ``[B, H_q, M, D_v]``."""
         rows, expected = self.expected
         return float((call()[:, :, rows].float() - expected).norm() / expected.norm())

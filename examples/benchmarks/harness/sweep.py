@@ -28,7 +28,7 @@ Config = tuning.SplitKConfig | tuning.TiledConfig | tuning.HopperConfig
 def attention_shape(case: Case) -> tuning.AttentionShape:
     """What the table is asked for a case."""
     shape = case.shape
-    dims = (shape.head_dim, shape.head_dim)
+    dims = (shape.head_dim, shape.v_head_dim)
     return tuning.AttentionShape(
         case.batch, shape.heads_q, shape.heads_kv, case.rows, case.length, *dims, torch.bfloat16
     )
@@ -42,15 +42,15 @@ def table_choice(case: Case, arch: tuning.GpuArch) -> Config:
     return tuning.choose_hopper(shape, arch) or tuning.choose_tiled(shape, arch)
 
 
-def _fits(block_n: int, stages: int, dim: int, arch: tuning.GpuArch) -> bool:
+def _fits(block_n: int, stages: int, case: Case, arch: tuning.GpuArch) -> bool:
     """Whether keys and values of all stages may fit in shared memory; what does not after all is skipped later."""
-    return stages * block_n * 2 * tuning.padded_head_dim(dim) * 2 <= arch.shared_memory_per_block
+    columns = tuning.padded_head_dim(case.shape.head_dim) + tuning.padded_head_dim(case.shape.v_head_dim)
+    return stages * block_n * columns * 2 <= arch.shared_memory_per_block
 
 
 def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Config]:
-    base, dim = tuning.choose_split_k(attention_shape(case), arch), case.shape.head_dim
-    width = tuning.padded_head_dim(dim)
-    if arch.capability == (9, 0) and width >= 128:
+    base, width = tuning.choose_split_k(attention_shape(case), arch), tuning.padded_head_dim(case.shape.v_head_dim)
+    if arch.capability == (9, 0) and width >= 128 and case.shape.head_dim <= tuning.WIDEST_TILE:
         # Tiles of keys and of values, that is how many of each are in shared memory.
         slots = ((2, 2), (2, 3), (3, 2), (3, 3), (4, 4)) if wide else ((2, 2), (2, 3), (3, 2), (3, 3))
         for block_n, (stages, v_stages) in itertools.product((16, 32, 64) if wide else (32, 64), slots):
@@ -65,26 +65,28 @@ def _split_k_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
     sizes = ((16, 32, 64), (2, 4, 8), (2, 3, 4)) if wide else ((32, 64), (4, 8), (2, 3, 4))
     for block_n, warps, stages in itertools.product(*sizes):
         # 128 registers of a thread for the accumulator.
-        crowded = base.block_rows * tuning.padded_head_dim(dim) > warps * 32 * 128
-        if _fits(block_n, stages, dim, arch) and not crowded:
+        crowded = base.block_rows * width > warps * 32 * 128
+        if _fits(block_n, stages, case, arch) and not crowded:
             yield dataclasses.replace(base, block_n=block_n, num_warps=warps, num_stages=stages)
 
 
 def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Config]:
-    shape, dim = attention_shape(case), case.shape.head_dim
-    map_n = tuning.tiled_map_block(dim, dim)[1]
+    shape, width = attention_shape(case), tuning.padded_head_dim(case.shape.v_head_dim)
+    map_n = tuning.tiled_map_block(shape.head_dim, shape.v_head_dim)[1]
     hopper = tuning.choose_hopper(shape, arch)
     if hopper is not None:
         yield dataclasses.replace(hopper, tma=not hopper.tma)
         for block_n, stages in itertools.product((32, 64, 128) if wide else (64, 128), (2, 3, 4)):
-            if map_n % block_n == 0 and _fits(block_n, stages, dim, arch):
+            if map_n % block_n == 0 and _fits(block_n, stages, case, arch):
                 more = max(hopper.more_v_stages, 2 - stages)
                 yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages, more_v_stages=more)
     base = tuning.choose_tiled(shape, arch)
     sizes = ((64, 128), (32, 64, 128), (4, 8), (2, 3)) if wide else ((128,), (64, 128), (8,), (2, 3))
+    if case.shape.latent_values is not None:
+        sizes = ((32, 64), (16, 32, 64), (4, 8), (2, 3))
     for rows, block_n, warps, stages in itertools.product(*sizes):
-        crowded = rows * tuning.padded_head_dim(dim) > warps * 32 * 128
-        if map_n % block_n == 0 and not crowded and _fits(block_n, stages, dim, arch):
+        crowded = rows * width > warps * 32 * 128
+        if map_n % block_n == 0 and not crowded and _fits(block_n, stages, case, arch):
             edge = min(block_n, base.edge_block_n)
             yield dataclasses.replace(
                 base, block_m=rows, block_n=block_n, num_warps=warps, num_stages=stages, edge_block_n=edge
@@ -94,7 +96,8 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
 def tiles(case: Case, arch: tuning.GpuArch) -> list[Config]:
     """What has to be compiled for a sweep, the table's choice first; less in the benchmark than for tuning."""
     each = _prefill_tiles if case.prefills else _split_k_tiles
-    more = each(case, arch, wide=case.suite != "other")
+    few = case.suite == "other" and case.shape.latent_values is None
+    more = each(case, arch, wide=not few)
     return list(dict.fromkeys([table_choice(case, arch), *more]))
 
 
