@@ -13,6 +13,7 @@ from flashpte.kernels.tuning.arch import GpuArch
 from flashpte.kernels.tuning.configs import (
     LONG_KEYS,
     MAX_SPLITS,
+    WIDEST_TILE,
     AttentionShape,
     CombineConfig,
     HopperConfig,
@@ -166,7 +167,8 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
         tiles = max(1, -(-shape.kv_len // block_n))
         splits = min(even(splits, tiles), tiles)
     # With D = 256, 4 warps are 1% faster for 2 packed rows, and 8 warps are 4% faster for 4 to 16 rows.
-    warps = 8 if rows * width > 32 * 256 or rows >= 64 or (width == 256 and packed_rows >= 4) else 4
+    accumulated = rows * min(width, WIDEST_TILE)
+    warps = 8 if accumulated > 32 * 256 or rows >= 64 or (width == 256 and packed_rows >= 4) else 4
     if little or (hopper and width <= 64 and (rows <= 64 or in_long > 1)):
         # One warp group multiplies 64 rows. 35 rows, 32 heads, D = 64 and 18,116 keys take 58 us instead of 77 us on an
         # H100.

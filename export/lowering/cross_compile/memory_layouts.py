@@ -75,13 +75,22 @@ def _whole(result: Any, taken: set[str]) -> Any:
     realised = ExternKernel.realize_input(result)
     if not is_storage_and_layout(realised):
         return result
-    contiguous = ExternKernel.require_contiguous_strides(realised)
+    # Inductor takes the strides of an empty tensor for those of an expanded one. The runtime does not look at them.
+    contiguous = realised if _is_empty(realised) else ExternKernel.require_contiguous_strides(realised)
     name = contiguous.get_name()
     if name in taken or partial_output(contiguous) is not None:
-        contiguous = ExternKernel.require_contiguous_strides(ExternKernel.copy_input(contiguous))
+        copied = ExternKernel.copy_input(contiguous)
+        contiguous = copied if _is_empty(copied) else ExternKernel.require_contiguous_strides(copied)
         name = contiguous.get_name()
     taken.add(name)
     return contiguous if isinstance(contiguous, TensorBox) else TensorBox(contiguous)
+
+
+def _is_empty(tensor: Any) -> bool:
+    """Whether one of a tensor's sizes is known to be 0."""
+    from torch._inductor.virtualized import V
+
+    return any(V.graph.sizevars.statically_known_equals(size, 0) for size in tensor.get_size())
 
 
 def partial_output(output: Any) -> str | None:
@@ -94,7 +103,7 @@ def partial_output(output: Any) -> str | None:
     same = V.graph.sizevars.statically_known_equals
     if not same(layout.offset, 0):
         return f"begins at element {layout.offset} of its memory"
-    if not all(
+    if not _is_empty(output) and not all(
         same(have, want) or same(length, 1)
         for have, want, length in zip(stride, FlexibleLayout.contiguous_strides(size), size, strict=True)
     ):

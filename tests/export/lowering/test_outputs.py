@@ -37,6 +37,12 @@ def twenty_forms(module, x):
         "sum": y.sum(),
         "bool": (y > 0)[:, 1:],
         "int64": y.long()[..., 0],
+        "no rows": y[:, :0],
+        "no columns": y[..., :0],
+        "no columns, from the end": w[..., 10:],
+        "no columns, transposed": y[..., :0].transpose(0, 1),
+        "no columns of an input": x[..., 3:3],
+        "new and empty": x.new_zeros(4, 0),
     }
 
 

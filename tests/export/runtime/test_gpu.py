@@ -195,6 +195,6 @@ def test_a_profile(model_folder, run_model_process):
         (name, context) for context in (512, 2048) for name in ("prefill", "target_verify", "decode")
     ]
     for row in rows:
-        assert all(row["families_us"][family] > 0 for family in ("attention", "matmul", "rest"))
+        assert all(row["families_us"][family] > 0 for family in ("attention", "matmul", "rest")), row
         assert row["total_us"] > 0
         assert row["kernels"] > 10
