@@ -24,6 +24,7 @@ from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
 from flashpte.export.pipeline.fused_products import rewrite_products
 from flashpte.export.pipeline.plan import ExportPlan
+from flashpte.export.pipeline.work import product_work
 from flashpte.export.state.model_state import ModelState
 from flashpte.export.weights.recipe import fill_weights, weight_bytes
 
@@ -175,6 +176,7 @@ def export_model(
                 for method, each in products.items()
             }
             programs, reports = replace_attention(programs, progress, plan.kept_attention)
+        manifest["work"] = {name: product_work(program) for name, program in programs.items()}
         manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
         lowered = lower(
             programs,

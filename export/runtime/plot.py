@@ -51,8 +51,8 @@ def draw_beside(reports: Mapping[str, ProfileReport], path: Path) -> None:
             if row is None:
                 continue
             bottom = 0.0
-            for name in (*FAMILIES, "idle"):
-                height = (row.idle_us if name == "idle" else row.families_us.get(name, 0.0)) / 1e3
+            for name, time in (*row.families_us.items(), ("idle", row.idle_us)):
+                height = time / 1e3
                 label = name if index == 0 and x == 0 else None
                 axis.bar(x, height, bottom=bottom, color=_COLOURS[name], label=label, width=0.7)
                 bottom += height

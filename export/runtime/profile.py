@@ -13,8 +13,10 @@ import torch
 from flashpte.export.common.errors import Option, ProgramError, UsageError
 from flashpte.export.common.options import DECODE, DEFAULT_CONTEXTS, DEFAULT_PROFILE_PREFILL, PREFILL, TARGET_VERIFY
 from flashpte.export.common.tables import table_lines
+from flashpte.export.runtime.floors import Ceilings, floors, measure_ceilings
 from flashpte.export.runtime.kernel_families import FAMILIES, family
 from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
+from flashpte.kernels.facts import Family
 
 _WARMUP, _TIMED, _PROFILED = 3, 20, 5
 
@@ -44,42 +46,78 @@ class Row:
         families_us: time in kernels of each family.
         kernels: number of kernels launched.
         slowest: names of the 12 kernels that took the most time, with that time.
+        busy_us: time in which at least one kernel ran. Kernels that start before the previous one ends wait for it, and
+            both count in ``families_us``.
+        floors_us: the least time of a family (:mod:`flashpte.export.runtime.floors`), where that is known.
     """
 
     case: Case
     total_us: float
-    families_us: dict[str, float]
+    families_us: dict[Family, float]
     kernels: int
     slowest: tuple[tuple[str, float], ...]
+    busy_us: float
+    floors_us: dict[Family, float] = dataclasses.field(default_factory=dict)
 
     @property
     def idle_us(self) -> float:
         """Time in microseconds in which no kernel ran: gaps between launches."""
-        return max(0.0, self.total_us - sum(self.families_us.values()))
+        return max(0.0, self.total_us - self.busy_us)
+
+    @property
+    def of_floor(self) -> float | None:
+        """The total over the floor of all families; ``None`` if no floor is known."""
+        return self.total_us / sum(self.floors_us.values()) if self.floors_us else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileReport:
-    """Rows in the order of the plan, the GPU's name, and the methods that ran as CUDA graphs (``captured``)."""
+    """Rows in the order of the plan, and what they were measured on.
+
+    Attributes:
+        rows: one per case.
+        gpu: the GPU's name.
+        captured: methods that ran as CUDA graphs.
+        layers: layers of the model, if known.
+        ceilings: the rates behind the floors; ``None`` if no floor is known.
+    """
 
     rows: tuple[Row, ...]
     gpu: str
     captured: tuple[str, ...] = ()
+    layers: int | None = None
+    ceilings: Ceilings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        rows = [{**dataclasses.asdict(row), "idle_us": row.idle_us} for row in self.rows]
-        return {"gpu": self.gpu, "cuda_graphs": list(self.captured), "rows": rows}
+        rows = [{**dataclasses.asdict(row), "idle_us": row.idle_us, "of_floor": row.of_floor} for row in self.rows]
+        ceilings = None if self.ceilings is None else dataclasses.asdict(self.ceilings)
+        graphs = list(self.captured)
+        return {"gpu": self.gpu, "cuda_graphs": graphs, "layers": self.layers, "ceilings": ceilings, "rows": rows}
 
     def lines(self) -> list[str]:
-        """The report for people: a table in microseconds."""
-        rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels")]
+        """The report for people: a table in microseconds, ``(x 1.2)`` being a time over its floor."""
+        rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels", "a layer")]
         for row in self.rows:
-            times = (row.total_us, *(row.families_us.get(name, 0.0) for name in FAMILIES), row.idle_us)
-            tokens = "+".join(map(str, row.case.chunks))
-            rows.append((row.case.name, tokens, str(row.case.context), *(f"{t:.1f}" for t in times), str(row.kernels)))
-        graphs = ", ".join(self.captured) or "none"
-        return [*table_lines(rows), f"{self.gpu}; CUDA graphs: {graphs}"]
+            totals = _beside_floor(row.total_us, row.of_floor)
+            times = [
+                _beside_floor(time, time / row.floors_us[name] if row.floors_us.get(name) else None)
+                for name in FAMILIES
+                for time in [row.families_us.get(name, 0.0)]
+            ]
+            tokens, context, calls = "+".join(map(str, row.case.chunks)), str(row.case.context), len(row.case.chunks)
+            each = "" if not self.layers else f"{row.kernels / calls / self.layers:.1f}"
+            idle = f"{row.idle_us:.1f}"
+            rows.append((row.case.name, tokens, context, totals, *times, idle, str(row.kernels), each))
+        notes = f"{self.gpu}; CUDA graphs: {', '.join(self.captured) or 'none'}"
+        if self.ceilings is not None:
+            read, rate = 1e-6 * self.ceilings.read_bytes_per_us, 1e-6 * self.ceilings.flop_per_us
+            notes += f"; floors: weights, keys and values read at {read:.2f} TB/s, products at {rate:.0f} TFLOP/s"
+        return [*table_lines(rows), notes]
+
+
+def _beside_floor(time: float, ratio: float | None) -> str:
+    return f"{time:.1f}" if ratio is None else f"{time:.1f} (x {ratio:.2f})"
 
 
 def plan_profile(program: RunsMethods, contexts: Sequence[int] | None, prefill: int | None) -> tuple[Case, ...]:
@@ -143,11 +181,15 @@ def profile_program(
         if buffer.is_floating_point():
             buffer.normal_(generator=generator)
     rows = []
+    manifest, ceilings = getattr(program, "manifest", {}), measure_ceilings()
     for case in cases:
         tell(f"measuring {case.name} of {sum(case.chunks)} at {case.context}")
-        rows.append(_measure(program, case))
+        least = floors(manifest, case.name, case.context, case.chunks, ceilings)
+        rows.append(dataclasses.replace(_measure(program, case), floors_us=least))
     program.reset()
-    return ProfileReport(tuple(rows), torch.cuda.get_device_name(), tuple(getattr(program, "captured", ())))
+    captured, layers = tuple(getattr(program, "captured", ())), manifest.get("model", {}).get("layers")
+    known = ceilings if any(row.floors_us for row in rows) else None
+    return ProfileReport(tuple(rows), torch.cuda.get_device_name(), captured, layers, known)
 
 
 def _measure(program: RunsMethods, case: Case) -> Row:
@@ -179,7 +221,7 @@ def _measure(program: RunsMethods, case: Case) -> Row:
             run()
         torch.cuda.synchronize()
     seen = [
-        (str(event.name), float(event.time_range.elapsed_us()))
+        (str(event.name), float(event.time_range.start), float(event.time_range.end))
         for event in profiler.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
@@ -188,13 +230,14 @@ def _measure(program: RunsMethods, case: Case) -> Row:
     return summarise(case, statistics.median(times), seen, _PROFILED)
 
 
-def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float]], runs: int) -> Row:
-    """Makes a row from the kernels ``(name, microseconds)`` of ``runs`` runs."""
-    families: dict[str, float] = dict.fromkeys(FAMILIES, 0.0)
+def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float, float]], runs: int) -> Row:
+    """Makes a row from the kernels ``(name, start, end)`` of ``runs`` runs, in microseconds."""
+    families: dict[Family, float] = dict.fromkeys(FAMILIES, 0.0)
     names: Counter[str] = Counter()
-    count = 0
-    for name, duration in seen:
-        families[family(name)] += duration / runs
-        names[name] += duration / runs  # type: ignore[assignment]
+    count, busy, until = 0, 0.0, float("-inf")
+    for name, start, end in sorted(seen, key=lambda kernel: kernel[1]):
+        families[family(name)] += (end - start) / runs
+        names[name] += (end - start) / runs  # type: ignore[assignment]
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
         count += 1
-    return Row(case, total_us, families, round(count / runs), tuple(names.most_common(12)))
+    return Row(case, total_us, families, round(count / runs), tuple(names.most_common(12)), busy / runs)

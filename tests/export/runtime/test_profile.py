@@ -1,11 +1,13 @@
 """Kernel families, the cases that a profile measures, and its output."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from flashpte.export.common.errors import UsageError
+from flashpte.export.runtime.floors import Ceilings, floors
 from flashpte.export.runtime.kernel_families import family
 from flashpte.export.runtime.language_model import Limits
 from flashpte.export.runtime.profile import Case, ProfileReport, plan_cases, summarise
@@ -99,39 +101,73 @@ def test_cases():
 
 @pytest.fixture
 def report():
-    seen = [("_tiled_kernel", 30.0), ("triton_tem_fused_mm_1", 50.0), ("_compact_kernel", 6.0)] * 2
-    row = summarise(Case("prefill", 4096, (1024, 1024)), 50.0, seen, 2)
-    return ProfileReport((row,), "NVIDIA H200", ("decode",))
+    seen = [
+        (name, run + start, run + end)
+        for run in (1000.0, 2000.0)
+        # The product starts before attention ends, and waits for it.
+        for name, start, end in (("_tiled_kernel", 0.0, 30.0), ("triton_tem_fused_mm_1", 20.0, 70.0))
+    ]
+    row = summarise(Case("prefill", 4096, (1024, 1024)), 75.0, [*seen, ("_compact_kernel", 1072.0, 1084.0)], 2)
+    row = dataclasses.replace(row, floors_us={"attention": 20.0, "matmul": 40.0})
+    return ProfileReport((row,), "NVIDIA H200", ("decode",), 1, Ceilings(4.5e6, 7.8e8))
 
 
 def test_times_are_for_one_run(report):
     (row,) = report.rows
     assert row.families_us == {"attention": 36.0, "matmul": 50.0, "rest": 0.0}
-    assert row.kernels == 3
-    assert row.idle_us == 0.0  # kernels that run in parallel may add up to more than the total
+    assert row.kernels == 2
+    assert row.busy_us == 76.0  # 10 us in which two kernels ran count once
+    assert row.idle_us == 0.0
+    assert row.of_floor == 1.25
     assert row.slowest[0] == ("triton_tem_fused_mm_1", 50.0)
-    slower = summarise(row.case, 100.0, [("_tiled_kernel", 30.0)], 1)
+    slower = summarise(row.case, 100.0, [("_tiled_kernel", 5.0, 35.0)], 1)
     assert slower.idle_us == 70.0
+    assert slower.of_floor is None
 
 
 def test_tables(report):
     table = report.lines()
-    assert table[0].split() == [
-        "method",
-        "tokens",
-        "context",
-        "total",
-        "us",
-        "attention",
-        "matmul",
-        "rest",
-        "idle",
-        "kernels",
-    ]
-    assert table[1].split() == ["prefill", "1024+1024", "4096", "50.0", "36.0", "50.0", "0.0", "0.0", "3"]
+    heads = ["method", "tokens", "context", "total us", "attention", "matmul", "rest", "idle", "kernels", "a layer"]
+    assert table[0].split() == " ".join(heads).split()
+    times = "75.0 (x 1.25) 36.0 (x 1.80) 50.0 (x 1.25) 0.0 0.0"
+    assert table[1].split() == f"prefill 1024+1024 4096 {times} 2 1.0".split()
+    assert table[2].endswith("floors: weights, keys and values read at 4.50 TB/s, products at 780 TFLOP/s")
     document = report.to_dict()
     assert document["rows"][0]["case"] == {"name": "prefill", "context": 4096, "chunks": (1024, 1024)}
     assert document["cuda_graphs"] == ["decode"]
+
+
+def attention_node(mask, keys):
+    return {
+        "query": [1, 8, "s1", 64],
+        "key": [1, 2, keys, 64],
+        "value": [1, 2, keys, 32],
+        "dtype": "bfloat16",
+        "mask": mask,
+    }
+
+
+def test_floors():
+    """One full layer and one with a window of 100; the numbers are counted by hand."""
+    manifest = {
+        "model": {"sliding_window": 100},
+        "work": {"decode": {"weight_bytes": 7000, "flop_per_call": 9000, "flop_per_token": 10}},
+        "routing": {"decode": {"nodes": [attention_node("causal", 4096), attention_node("causal+window", 228)]}},
+    }
+    slow_reads = Ceilings(1.0, 1e9)
+    token = 2 * (64 + 32) * 2  # bytes of a key and a value of two heads
+    found = floors(manifest, "decode", 999, [1], slow_reads)
+    assert found == {"attention": token * (1000 + 100), "matmul": 7000}
+    # Two calls; the second reads what the first has written.
+    found = floors(manifest, "decode", 999, [3, 2], slow_reads)
+    assert found == {"attention": token * (1002 + 102 + 1004 + 101), "matmul": 14000}
+    slow_arithmetic = Ceilings(1e9, 1.0)
+    score = 2 * 8 * (64 + 32)
+    found = floors(manifest, "decode", 10, [3], slow_arithmetic)
+    assert found == {"attention": score * 2 * (11 + 12 + 13), "matmul": 9030}
+    found = floors(manifest, "decode", 1000, [2], slow_arithmetic)
+    assert found == {"attention": score * (1001 + 1002 + 200), "matmul": 9020}
+    assert floors({}, "decode", 10, [1], slow_reads) == {}
 
 
 def test_a_picture(report, tmp_path):
