@@ -61,13 +61,13 @@ def whole_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_program(graph):
             return original(graph, target, args, kwargs)
         taken: set[str] = set(graph.graph_input_names)
-        results = [_whole(result, taken) for result in args[0]]
+        results = [_whole(graph, result, taken) for result in args[0]]
         return original(graph, target, (type(args[0])(results), *args[1:]), kwargs)
 
     return output
 
 
-def _whole(result: Any, taken: set[str]) -> Any:
+def _whole(graph: Any, result: Any, taken: set[str]) -> Any:
     from torch._inductor.ir import BaseView, ExternKernel, TensorBox, is_storage_and_layout
 
     if not isinstance(result, TensorBox | BaseView):
@@ -78,7 +78,8 @@ def _whole(result: Any, taken: set[str]) -> Any:
     # Inductor takes the strides of an empty tensor for those of an expanded one. The runtime does not look at them.
     contiguous = realised if _is_empty(realised) else ExternKernel.require_contiguous_strides(realised)
     name = contiguous.get_name()
-    if name in taken or partial_output(contiguous) is not None:
+    # The runtime would copy a stored tensor on the default stream, which fails while a CUDA graph is recorded.
+    if name in taken or name in graph.constants or partial_output(contiguous) is not None:
         copied = ExternKernel.copy_input(contiguous)
         contiguous = copied if _is_empty(copied) else ExternKernel.require_contiguous_strides(copied)
         name = contiguous.get_name()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from module_of import module_of
+from wrappers import wrapper_source
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
@@ -87,3 +88,24 @@ def test_what_the_runtime_would_refuse_is_refused(tmp_path, monkeypatch, functio
     program = torch.export.export(module_of(function), (torch.randn(2, 6, 10),))
     with pytest.raises(ExportError, match=said):
         lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+
+
+def stored_tensors(module, x):
+    module.cache.add_(x)
+    stored = (module.weight, module.buffer, module.halfs, module.index, module.flags, module.octets)
+    return *stored, module.cache.clone(), module.cache.t(), module.weight[1:]
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("kind", ["forms", "stored"])
+def test_no_output_is_copied_by_the_runtime(tmp_path, kind):
+    """It copies on the default stream, which fails while a CUDA graph is recorded. A kernel copies instead."""
+    module, inputs = forms_module()
+    if kind == "stored":
+        values = {"halfs": torch.randn(4).half(), "index": torch.arange(7), "octets": torch.arange(9).to(torch.uint8)}
+        values |= {"flags": torch.tensor([True, False, True]), "buffer": torch.randn(5), "cache": torch.randn(2, 6)}
+        module = module_of(stored_tensors, weight=torch.nn.Parameter(torch.randn(3, 4)), **values)
+        inputs = (torch.randn(2, 6),)
+    source = wrapper_source(torch.export.export(module, inputs), tmp_path)
+    assert "output_handles[8]" in source
+    assert "aoti_torch_clone(" not in source
