@@ -28,10 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.produce import async_load
-from flashpte.kernels.launch import (
-    cdiv,
-    dependent_launch,
-)
+from flashpte.kernels.launch import cdiv, dependent_launch
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dequantize import dequantize, of_planes
 from flashpte.kernels.linear.few_rows_hopper import index, unpacks_in_registers
@@ -103,19 +100,27 @@ def _segments(blocks, units):
 
 @gluon.jit
 def _segment(i, segments, blocks, units):
-    """The block of segment ``i`` of a program's work, and its first unit and the one after its last."""
+    """The block of segment ``i`` of a program's work, its first unit, the one after its last, and the steps before it.
+
+    The copying and the multiplying warps must count steps alike. So the number of steps before a segment is computed
+    from ``i``. A counter that is carried from one segment to the next would be simpler, but Triton (3.6, 3.7) takes it
+    for its first value, 0, in the last of the functions of ``warp_specialize``: a pass of constant propagation (SCCP)
+    does. The warps would then wait for each other for ever.
+    """
     waves, first, last = segments
     programs = gl.num_programs(0)
     if i < waves:
         block = gl.program_id(0) + i * programs
         begin = block * 0
         end = units + begin
+        done = i * units
     else:
         left = first // units + i - waves
         block = full_waves(blocks, programs) * programs + left
         begin = gl.maximum(first - left * units, 0)
         end = gl.minimum(last - left * units, units)
-    return block, begin, end
+        done = (waves + left) * units + begin - first
+    return block, begin, end, done
 
 
 @gluon.jit
@@ -153,9 +158,8 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     # The four lanes of a row have the same scales.
     LS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
     segments = _segments(blocks, units)
-    done = 0
     for i in range(_number_of_segments(segments, units)):
-        block, begin, end = _segment(i, segments, blocks, units)
+        block, begin, end, done = _segment(i, segments, blocks, units)
         n_first = block // m_blocks * BN + HALF * R
         tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
         offsets = (tile * units + begin) * STEP + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
@@ -188,7 +192,6 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
             acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
             # Each thread arrives by itself: it has no copies to wait for.
             async_copy.mbarrier_arrive(empty.index(slot), increment_count=False)
-        done = stop
         slot_of_sums = 2 * gl.program_id(0) + (begin == 0).to(gl.int32)
         slot_of_sums = gl.where((begin == 0) & (end == units), -1, slot_of_sums)
         at = (n_first, block % m_blocks * BM, HALF * R, 0)
@@ -222,9 +225,8 @@ def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
     x_off = (row * stride_xm)[:, None] + column[None, :]
     w_off = (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
     segments = _segments(blocks, units)
-    done = 0
     for i in range(_number_of_segments(segments, units)):
-        block, begin, end = _segment(i, segments, blocks, units)
+        block, begin, end, done = _segment(i, segments, blocks, units)
         m_first = block % m_blocks * BM
         n_tile = block // m_blocks * (BN // 16)
         x_source = x_ptr + m_first.to(gl.int64) * stride_xm + begin * 128 + x_off
@@ -253,7 +255,6 @@ def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
             x_source += 128
             w_source += 512
             columns -= 128
-        done = stop
 
 
 @gluon.jit
