@@ -74,6 +74,7 @@ def floors(
 def _attention(node: Mapping[str, Any], context: int, rows: int, window: int | None) -> tuple[int, int]:
     """Bytes of keys and values, and FLOP, of one attention: its shapes as the routing report gives them."""
     batch, heads, _, head_dim = node["query"]
+    batch = batch if isinstance(batch, int) else 1  # a model's methods take one sequence
     _, heads_kv, length, _ = node["key"]
     reach = window if window is not None and "window" in (node.get("mask") or "") else context + rows
     live = min(context + rows, reach + rows - 1, length)
