@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from flashpte.export.files.dtypes import read_dtype
+from flashpte.export.runtime.timing import median_us
 from flashpte.kernels.facts import Family
 
 
@@ -25,20 +25,8 @@ def measure_ceilings() -> Ceilings:
     """Measures this GPU: the sum of 2 GiB of float32 numbers, and a bfloat16 product of 8,192 by 8,192 matrices."""
     data = torch.ones(1 << 29, device="cuda")
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    read = data.numel() * data.itemsize / _time_us(lambda: data.sum())
-    return Ceilings(read, 2 * 8192**3 / _time_us(lambda: a @ b))
-
-
-def _time_us(call: Callable[[], object]) -> float:
-    times = []
-    for _ in range(8):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times[3:])
+    read = data.numel() * data.itemsize / median_us(lambda: data.sum(), warmup=3, timed=5)
+    return Ceilings(read, 2 * 8192**3 / median_us(lambda: a @ b, warmup=3, timed=5))
 
 
 def floors(

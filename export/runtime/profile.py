@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from flashpte.export.common.tables import table_lines
 from flashpte.export.runtime.floors import Ceilings, floors, measure_ceilings
 from flashpte.export.runtime.kernel_families import FAMILIES, family
 from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
+from flashpte.export.runtime.timing import median_us
 from flashpte.kernels.facts import Family
 
 _WARMUP, _TIMED, _PROFILED = 3, 20, 5
@@ -205,17 +205,7 @@ def _measure(program: RunsMethods, case: Case) -> Row:
         for inputs in calls:
             program.run(case.name, *inputs)
 
-    for _ in range(_WARMUP):
-        run()
-    program.synchronize()
-    times = []
-    for _ in range(_TIMED):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
+    total = median_us(run, warmup=_WARMUP, timed=_TIMED)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(_PROFILED):
             run()
@@ -227,7 +217,7 @@ def _measure(program: RunsMethods, case: Case) -> Row:
     ]
     if not seen:
         raise ProgramError("the profiler saw no kernel: CUPTI is missing or another profiler is running")
-    return summarise(case, statistics.median(times), seen, _PROFILED)
+    return summarise(case, total, seen, _PROFILED)
 
 
 def summarise(case: Case, total_us: float, seen: Iterable[tuple[str, float, float]], runs: int) -> Row:
