@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -56,6 +58,21 @@ def _put_groups_into_ids(items):
         suffix = f"@{'_'.join(groups)}"
         if groups and not item.nodeid.endswith(suffix):
             item._id = type(item.id).parse(item.nodeid + suffix)
+
+
+@pytest.fixture(autouse=True)
+def _hanging_kernels_end(request):
+    """Ends the process of a GPU test that takes far too long, so that the run names it.
+
+    A kernel that waits for ever cannot be interrupted. Its worker would be silent until the whole run is ended.
+    """
+    if "gpu" not in request.keywords:
+        yield
+        return
+    seconds = 180 if "kernels" in request.path.parts else 900  # exports take minutes
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session", autouse=True)
