@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import mmap
 import struct
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +15,12 @@ import torch
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.files.elf import Elf, ElfError
+from flashpte.export.files.executorch_tables import DTYPES, NoExecutorchError, read_flat_tensor, read_program
 from flashpte.export.files.names import COPY_OPERATORS, PTD_NAME
 
 _WEIGHTS_MAGIC = b"ETCUDAFQN3"  # ExecuTorch 1.5's layout of the CUDA delegate's payload
-_PTD_HEADER_OFFSET = 8
+
+Table = Mapping[str, Any]
 
 
 class ContentsError(ExportError):
@@ -156,51 +157,61 @@ def _plain_errors(path: Path, kind: str) -> Iterator[None]:
         raise ContentsError(f"{path} does not exist") from error
     except OSError as error:
         raise ContentsError(f"cannot read {path}: {error.strerror or error}") from error
+    except NoExecutorchError as error:
+        raise ContentsError(f"cannot read {path}: {error}") from error
     except Exception as error:
         raise ContentsError(f"{path} is not a {kind} file, or is truncated: {' '.join(str(error).split())}") from error
 
 
 def _read_pte(content: bytes) -> tuple[dict[str, Method], dict[str, Any]]:
-    from executorch.exir._serialize._program import deserialize_pte_binary
+    program, base = read_program(content)
+    segments = []
+    for segment in program.get("segments", []):
+        start = base + segment["offset"]
+        if start + segment["size"] > len(content):
+            raise ValueError("a segment ends behind the file")
+        segments.append(content[start : start + segment["size"]])
 
-    file = deserialize_pte_binary(content)
-    blobs = {}
-    if file.named_data is not None:
-        blobs = {
-            key: bytes(file.named_data.buffers[entry.buffer_index]) for key, entry in file.named_data.pte_data.items()
-        }
+    def payload(delegate: Table) -> bytes:
+        processed = delegate["processed"]
+        if processed["location"] == "SEGMENT":
+            return segments[processed["index"]]
+        return bytes(program["backend_delegate_data"][processed["index"]].get("data", ()))
+
+    blobs = {entry["key"]: segments[entry["segment_index"]] for entry in program.get("named_data", [])}
     methods, constants = {}, {}
-    for plan in file.program.execution_plan:
-        if not plan.delegates and not plan.operators:
-            constants[plan.name] = _constant_value(plan)
-            continue
-        payloads = [bytes(file.program.backend_delegate_data[d.processed.index].data) for d in plan.delegates]
-        methods[plan.name] = _read_method(plan, payloads, blobs)
+    for plan in program["execution_plan"]:
+        if not plan.get("delegates") and not plan.get("operators"):
+            constants[plan["name"]] = _constant_value(plan)
+        else:
+            methods[plan["name"]] = _read_method(plan, list(map(payload, plan.get("delegates", []))), blobs)
     return methods, constants
 
 
-def _constant_value(plan: Any) -> Any:
+def _constant_value(plan: Table) -> Any:
     """The value that a constant method returns: a scalar, a string, or a list of them."""
     found = []
-    for index in plan.outputs:
-        value = plan.values[index].val
-        fields = ("int_val", "bool_val", "double_val", "string_val")
-        found.append(next((getattr(value, name) for name in fields if hasattr(value, name)), type(value).__name__))
+    for index in plan["outputs"]:
+        value = plan["values"][index]
+        scalar = value["val_type"] in ("Int", "Bool", "Double", "String")
+        found.append(next(iter(value["val"].values())) if scalar else value["val_type"])
     return found[0] if len(found) == 1 else found
 
 
-def _read_method(plan: Any, payloads: list[bytes], blobs: Mapping[str, bytes]) -> Method:
+def _read_method(plan: Table, payloads: list[bytes], blobs: Mapping[str, bytes]) -> Method:
+    name, operators = plan["name"], [(op["name"], op.get("overload", "")) for op in plan.get("operators", [])]
     if len(payloads) != 1:
-        raise ContentsError(f"method {plan.name} has {len(payloads)} delegates; one was expected")
+        raise ContentsError(f"method {name} has {len(payloads)} delegates; one was expected")
     key, weights = _read_payload(payloads[0])
     if key not in blobs:
-        raise ContentsError(f"method {plan.name} refers to a shared library that is not in the file")
-    arguments, results = _call_order(plan)
+        raise ContentsError(f"method {name} refers to a shared library that is not in the file")
+    arguments, results = _call_order(plan, [operator for operator, _ in operators])
+    (delegate,) = plan["delegates"]
     return Method(
-        name=plan.name,
-        delegates=tuple(delegate.id for delegate in plan.delegates),
-        operators=tuple(f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators),
-        compile_specs={spec.key: bytes(spec.value).decode() for spec in plan.delegates[0].compile_specs},
+        name=name,
+        delegates=(delegate["id"],),
+        operators=tuple(f"{operator}.{overload}" if overload else operator for operator, overload in operators),
+        compile_specs={s["key"]: bytes(s.get("value", ())).decode() for s in delegate.get("compile_specs", [])},
         library=read_library(blobs[key]),
         weights=weights,
         argument_order=arguments,
@@ -208,38 +219,35 @@ def _read_method(plan: Any, payloads: list[bytes], blobs: Mapping[str, bytes]) -
     )
 
 
-def _call_order(plan: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _call_order(plan: Table, operators: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Follows the delegate's arguments and results through the copies between host and device.
 
     Returns:
         For each argument of the delegate, the index of the method's input; for each output of the method, the index of
         the delegate's result. A delegate's arguments are its inputs, then its results.
     """
-    from executorch.exir.schema import DelegateCall, KernelCall
-
     origin: dict[int, int] = {}  # copy -> the value that it was copied from
     called: list[int] | None = None
-    for instruction in plan.chains[0].instructions:
-        call = instruction.instr_args
-        if isinstance(call, KernelCall) and plan.operators[call.op_index].name in COPY_OPERATORS:
-            origin[call.args[-1]] = origin[call.args[1]] = call.args[0]  # (input, out, out)
-        elif isinstance(call, DelegateCall) and called is None:
-            called = list(call.args)
+    for instruction in plan["chains"][0].get("instructions", []):
+        kind, call = instruction["instr_args_type"], instruction["instr_args"]
+        args = call.get("args", [])
+        if kind == "KernelCall" and operators[call["op_index"]] in COPY_OPERATORS:
+            origin[args[-1]] = origin[args[1]] = args[0]  # (input, out, out)
+        elif kind == "DelegateCall" and called is None:
+            called = list(args)
     if called is None:
         return (), ()
-    inputs = [value for value in called if origin.get(value, value) in plan.inputs]
-    results = [value for value in called if origin.get(value, value) not in plan.inputs]
+    given, returned = plan.get("inputs", []), plan.get("outputs", [])
+    inputs = [value for value in called if origin.get(value, value) in given]
+    results = [value for value in called if origin.get(value, value) not in given]
     return (
-        tuple(plan.inputs.index(origin.get(value, value)) for value in inputs),
-        tuple(results.index(value) for value in (origin.get(v, v) for v in plan.outputs) if value in results),
+        tuple(given.index(origin.get(value, value)) for value in inputs),
+        tuple(results.index(value) for value in (origin.get(v, v) for v in returned) if value in results),
     )
 
 
 def _read_payload(payload: bytes) -> tuple[str, tuple[WeightEntry, ...]]:
     """Decodes the delegate's payload (``encode_cuda_weight_metadata`` of ExecuTorch's CUDA backend)."""
-    from executorch.exir.scalar_type import ScalarType
-    from executorch.exir.tensor import get_scalar_type
-
     if not payload.startswith(_WEIGHTS_MAGIC):
         raise ContentsError(
             f"the CUDA delegate's payload begins with {payload[:10]!r}, not with {_WEIGHTS_MAGIC.decode()}, which "
@@ -253,7 +261,7 @@ def _read_payload(payload: bytes) -> tuple[str, tuple[WeightEntry, ...]]:
         fqn, key = reader.string(), reader.string()
         nbytes, dtype, _, offset, rank = reader.unpack("<QiiqI")
         shape, strides = reader.unpack(f"<{rank}q"), reader.unpack(f"<{rank}q")
-        entries.append(WeightEntry(fqn, key, get_scalar_type(ScalarType(dtype)), shape, strides, offset, nbytes))
+        entries.append(WeightEntry(fqn, key, DTYPES[dtype], shape, strides, offset, nbytes))
     return library_key, tuple(entries)
 
 
@@ -318,39 +326,14 @@ def read_ptd(path: Path | str) -> Iterator[tuple[str, memoryview]]:
 
 
 def _read_entries(path: Path) -> list[tuple[str, memoryview]]:
-    from executorch.extension.flat_tensor.serialize.serialize import FlatTensorHeader, _deserialize_to_flat_tensor
-
     with path.open("rb") as file:
         mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    header = FlatTensorHeader.from_bytes(bytes(mapped[_PTD_HEADER_OFFSET : _PTD_HEADER_OFFSET + 64]))
-    if not header.is_valid() or header.segment_base_offset + header.segment_data_size > len(mapped):
-        raise ValueError("its header does not fit")
-    with _quiet_flatc():
-        table = _deserialize_to_flat_tensor(bytes(mapped[: header.flatbuffer_offset + header.flatbuffer_size]))
+    table, base = read_flat_tensor(mapped)
     entries = []
-    for entry in table.named_data:
-        segment = table.segments[entry.segment_index]
-        start = header.segment_base_offset + segment.offset
-        if start + segment.size > len(mapped):
-            raise ValueError(f"{entry.key} ends behind the file")
-        entries.append((entry.key, mapped[start : start + segment.size]))
+    for entry in table.get("named_data", []):
+        segment = table["segments"][entry["segment_index"]]
+        start = base + segment["offset"]
+        if start + segment["size"] > len(mapped):
+            raise ValueError(f"{entry['key']} ends behind the file")
+        entries.append((entry["key"], mapped[start : start + segment["size"]]))
     return entries
-
-
-@contextlib.contextmanager
-def _quiet_flatc() -> Iterator[None]:
-    """Silences the program flatc, with which ExecuTorch reads the table; on bad input it prints its usage."""
-    from executorch.exir._serialize import _flatbuffer
-
-    stock = _flatbuffer._run_flatc
-
-    def run(args: Sequence[str]) -> None:
-        done = subprocess.run([_flatbuffer._get_flatc_path(), *args], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError("flatc cannot read its table")
-
-    _flatbuffer._run_flatc = run
-    try:
-        yield
-    finally:
-        _flatbuffer._run_flatc = stock
