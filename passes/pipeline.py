@@ -80,7 +80,7 @@ def rewrite_program(
             "call torch.export.export(model, example_inputs) first"
         )
     program, reports = exported_program, {}
-    ours = None  # the copy that the rewrites before have made, which may be changed
+    ours = None  # the working copy of the rewrites before; it may be changed in place
     for rewrite in default_rewrites() if rewrites is None else rewrites:
         prepared = rewrite.prepare(program)
         program = ours = prepared if prepared is ours else _copy(prepared)

@@ -161,7 +161,10 @@ class Rewrite(abc.ABC):
         return match if isinstance(match, Node) else match.node
 
     def prepare(self, program: ExportedProgram) -> ExportedProgram:
-        """The program that the rewrite starts from: the given one, or an equivalent one in another form."""
+        """The program that the rewrite starts from: the given one, or an equivalent one in another form.
+
+        The given one may then be changed in place, so do not keep it.
+        """
         return program
 
     @contextlib.contextmanager

@@ -21,10 +21,10 @@ class Ceilings:
     flop_per_us: float
 
 
-def measure_ceilings() -> Ceilings:
-    """Measures this GPU: the sum of 2 GiB of float32 numbers, and a bfloat16 product of 8,192 by 8,192 matrices."""
-    data = torch.ones(1 << 29, device="cuda")
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def measure_ceilings(dtype: torch.dtype) -> Ceilings:
+    """Measures this GPU: the sum of 0.5 GiB of float32 numbers, and a product of 8,192 by 8,192 matrices of a dtype."""
+    data = torch.ones(1 << 27, device="cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     read = data.numel() * data.itemsize / median_us(lambda: data.sum(), warmup=3, timed=5)
     return Ceilings(read, 2 * 8192**3 / median_us(lambda: a @ b, warmup=3, timed=5))
 
@@ -36,39 +36,55 @@ def floors(
 
     Attention reads the live keys and values once and computes the visible scores; products read their weights once.
     Each layer needs the longer of the time for its bytes and the time for its arithmetic. Other kernels read and write
-    activations, which stay in the cache, and have no floor.
+    activations, which stay in the cache, and have no floor. Nor has attention if part of it was left alone.
 
     Args:
-        manifest: of a model; without ``work`` and ``routing`` (older files, other programs) nothing is returned.
+        manifest: the model's. Nothing is returned without ``work`` and ``routing`` (older files, plain math).
         method: the method's name.
         context: tokens in the KV caches before the first call.
         chunks: tokens of each call.
         ceilings: see :func:`measure_ceilings`.
     """
-    work, routing = manifest.get("work", {}).get(method), manifest.get("routing", {}).get(method)
-    if work is None or routing is None:
+    if not has_floors(manifest, method):
         return {}
+    work, nodes = manifest["work"][method], manifest["routing"][method]["nodes"]
     window = manifest.get("model", {}).get("sliding_window")
-    found: dict[Family, float] = {"attention": 0.0, "matmul": 0.0}
+    # Attention that was left alone may have other shapes than a model's, or repeated keys.
+    known = all(node["op"] is not None and _sizes(node) is not None for node in nodes)
+    found: dict[Family, float] = {"attention": 0.0, "matmul": 0.0} if known else {"matmul": 0.0}
     for rows in chunks:
-        for node in routing["nodes"]:
-            found["attention"] += _longer(*_attention(node, context, rows, window), ceilings)
+        if known:
+            for node in nodes:
+                found["attention"] += _longer(*_attention(node, context, rows, window), ceilings)
         flop = work["flop_per_call"] + rows * work["flop_per_token"]
         found["matmul"] += _longer(work["weight_bytes"], flop, ceilings)
         context += rows
-    return found
+    return {family: time for family, time in found.items() if time}
+
+
+def has_floors(manifest: Mapping[str, Any], method: str) -> bool:
+    """Whether a manifest says what a method reads and computes."""
+    return all(method in manifest.get(name, {}) for name in ("work", "routing"))
+
+
+def _sizes(node: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Query heads, key/value heads, keys, and columns of a key and a value together; ``None`` if one is not known."""
+    if not all(len(node[name]) == 4 for name in ("query", "key", "value")):
+        return None
+    sizes = (node["query"][1], *node["key"][1:], node["value"][3])
+    heads, heads_kv, length, head_dim, v_head_dim = sizes
+    return (heads, heads_kv, length, head_dim + v_head_dim) if all(isinstance(size, int) for size in sizes) else None
 
 
 def _attention(node: Mapping[str, Any], context: int, rows: int, window: int | None) -> tuple[int, int]:
-    """Bytes of keys and values, and FLOP, of one attention: its shapes as the routing report gives them."""
-    batch, heads, _, head_dim = node["query"]
-    batch = batch if isinstance(batch, int) else 1  # a model's methods take one sequence
-    _, heads_kv, length, _ = node["key"]
+    """Bytes of keys and values, and FLOP, of one attention of one sequence."""
+    sizes = _sizes(node)
+    assert sizes is not None
+    heads, heads_kv, length, columns = sizes
     reach = window if window is not None and "window" in (node.get("mask") or "") else context + rows
     live = min(context + rows, reach + rows - 1, length)
     visible = sum(min(context + row + 1, reach, length) for row in range(rows))
-    columns = head_dim + node["value"][3]
-    return batch * heads_kv * columns * live * read_dtype(node["dtype"]).itemsize, 2 * batch * heads * columns * visible
+    return heads_kv * columns * live * read_dtype(node["dtype"]).itemsize, 2 * heads * columns * visible
 
 
 def _longer(bytes_read: float, flop: float, ceilings: Ceilings) -> float:

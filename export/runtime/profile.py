@@ -12,7 +12,8 @@ import torch
 from flashpte.export.common.errors import Option, ProgramError, UsageError
 from flashpte.export.common.options import DECODE, DEFAULT_CONTEXTS, DEFAULT_PROFILE_PREFILL, PREFILL, TARGET_VERIFY
 from flashpte.export.common.tables import table_lines
-from flashpte.export.runtime.floors import Ceilings, floors, measure_ceilings
+from flashpte.export.files.dtypes import read_dtype
+from flashpte.export.runtime.floors import Ceilings, floors, has_floors, measure_ceilings
 from flashpte.export.runtime.kernel_families import FAMILIES, family
 from flashpte.export.runtime.language_model import Limits, RunsMethods, plan_chunks, read_limits
 from flashpte.export.runtime.timing import median_us
@@ -96,7 +97,7 @@ class ProfileReport:
         return {"gpu": self.gpu, "cuda_graphs": graphs, "layers": self.layers, "ceilings": ceilings, "rows": rows}
 
     def lines(self) -> list[str]:
-        """The report for people: a table in microseconds, ``(x 1.2)`` being a time over its floor."""
+        """The report for people: a table in microseconds, ``(x 1.2)`` is a time divided by its floor."""
         rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels", "a layer")]
         for row in self.rows:
             totals = _beside_floor(row.total_us, row.of_floor)
@@ -164,7 +165,7 @@ def plan_cases(limits: Limits, contexts: Sequence[int] | None, prefill: int | No
 
 
 def profile_program(
-    program: RunsMethods, cases: Iterable[Case], *, progress: Callable[[str], None] | None = None
+    program: RunsMethods, cases: Sequence[Case], *, progress: Callable[[str], None] | None = None
 ) -> ProfileReport:
     """Measures a program's methods; fills its buffers with random values and resets them afterwards.
 
@@ -181,15 +182,22 @@ def profile_program(
         if buffer.is_floating_point():
             buffer.normal_(generator=generator)
     rows = []
-    manifest, ceilings = getattr(program, "manifest", {}), measure_ceilings()
+    manifest = getattr(program, "manifest", {})
+    model = manifest.get("model", {})
+    ceilings = None
+    if any(has_floors(manifest, case.name) for case in cases):
+        tell("measuring the GPU")
+        ceilings = measure_ceilings(read_dtype(model.get("dtype", "bfloat16")))
     for case in cases:
         tell(f"measuring {case.name} of {sum(case.chunks)} at {case.context}")
-        least = floors(manifest, case.name, case.context, case.chunks, ceilings)
-        rows.append(dataclasses.replace(_measure(program, case), floors_us=least))
+        row = _measure(program, case)
+        if ceilings is not None:
+            least = floors(manifest, case.name, case.context, case.chunks, ceilings)
+            row = dataclasses.replace(row, floors_us=least)
+        rows.append(row)
     program.reset()
-    captured, layers = tuple(getattr(program, "captured", ())), manifest.get("model", {}).get("layers")
-    known = ceilings if any(row.floors_us for row in rows) else None
-    return ProfileReport(tuple(rows), torch.cuda.get_device_name(), captured, layers, known)
+    captured = tuple(getattr(program, "captured", ()))
+    return ProfileReport(tuple(rows), torch.cuda.get_device_name(), captured, model.get("layers"), ceilings)
 
 
 def _measure(program: RunsMethods, case: Case) -> Row:

@@ -100,12 +100,14 @@ def _segments(blocks, units):
 
 @gluon.jit
 def _segment(i, segments, blocks, units):
-    """The block of segment ``i`` of a program's work, its first unit, the one after its last, and the steps before it.
+    """One segment of a program's work.
 
-    The copying and the multiplying warps must count steps alike. So the number of steps before a segment is computed
-    from ``i``. A counter that is carried from one segment to the next would be simpler, but Triton (3.6, 3.7) takes it
-    for its first value, 0, in the last of the functions of ``warp_specialize``: a pass of constant propagation (SCCP)
-    does. The warps would then wait for each other for ever.
+    The copying and the multiplying warps must count steps alike, so the number of steps before a segment is computed
+    from ``i``. Do not carry a counter from segment to segment. Constant propagation (SCCP) in Triton 3.6 and 3.7 folds
+    it to 0 in the last function of ``warp_specialize``, and the warps deadlock.
+
+    Returns:
+        ``(block, begin, end, done)``: the block, its first unit, its end unit, and the steps before the segment.
     """
     waves, first, last = segments
     programs = gl.num_programs(0)

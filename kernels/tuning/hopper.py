@@ -27,7 +27,7 @@ def hopper_registers(width: int) -> tuple[int, int]:
 
 
 def choose_hopper(shape: AttentionShape, arch: GpuArch) -> HopperConfig | None:
-    """Tiles of the Hopper kernel for prefill; ``None`` if it does not serve: other archs, float32, up to 64 rows."""
+    """Tiles of the Hopper kernel for prefill; ``None`` if it does not serve (:func:`hopper_serves`, up to 64 rows)."""
     few_rows = shape.q_len is not None and shape.q_len <= 64
     if few_rows or not hopper_serves(shape, arch):
         return None

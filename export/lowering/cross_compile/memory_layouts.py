@@ -75,7 +75,7 @@ def _whole(graph: Any, result: Any, taken: set[str]) -> Any:
     realised = ExternKernel.realize_input(result)
     if not is_storage_and_layout(realised):
         return result
-    # Inductor takes the strides of an empty tensor for those of an expanded one. The runtime does not look at them.
+    # Inductor mistakes an empty tensor's strides for an expanded tensor's. The runtime does not look at them.
     contiguous = realised if _is_empty(realised) else ExternKernel.require_contiguous_strides(realised)
     name = contiguous.get_name()
     # The runtime would copy a stored tensor on the default stream, which fails while a CUDA graph is recorded.

@@ -43,7 +43,7 @@ def program(rows: int, dynamic: bool = False):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_of_few_rows(rows):
-    """Fusing products and giving them kernels changes nothing. The tied head counts, the embedding's rows do not."""
+    """Fusing products and giving them kernels changes nothing. The tied head is counted. The embedding lookup is not."""
     expected = {
         "weight_bytes": 2 * (WEIGHTS + HEAD + BIAS),
         "flop_per_call": 2 * (rows * WEIGHTS + HEAD),
@@ -78,14 +78,67 @@ def test_of_packed_weights():
     assert 128 * 64 < found["weight_bytes"] < 1.1 * 128 * 64
 
 
-def test_of_one_expert_of_many():
-    class Experts(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weights = torch.nn.Parameter(torch.randn(8, 32, 16))
+class Forms(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.w, self.e = torch.nn.Parameter(torch.randn(32, 16)), torch.nn.Parameter(torch.randn(8, 16, 24))
+        self.register_buffer("cache", torch.zeros(64, 16))
+        self.function = function
 
-        def forward(self, x, number):
-            return F.linear(x, self.weights[3])
+    def forward(self, x):
+        return self.function(self, x)
 
-    found = product_work(torch.export.export(Experts(), (torch.randn(2, 16), torch.tensor(1))))
-    assert found == {"weight_bytes": 4 * 32 * 16, "flop_per_call": 2 * 2 * 32 * 16, "flop_per_token": 0}
+
+def twice_the_same_part(m, x):
+    return F.linear(x, m.w[:16]) + F.linear(x + 1, m.w[:16])
+
+
+def all_and_a_part(m, x):
+    return F.linear(x, m.w)[:, :16] + F.linear(x + 1, m.w[:16])
+
+
+def parts(m, x):
+    return sum(F.linear(x, part) for part in m.w.split(16))
+
+
+def experts(m, x):
+    return x[None] @ m.e
+
+
+def one_expert(m, x):
+    return x @ m.e[3]
+
+
+def computed(m, x):
+    return F.linear(x, (x.new_ones(64, 16) * x.sum())[:32])
+
+
+def written_buffer(m, x):
+    m.cache[:3] = x
+    return torch.softmax(x @ m.cache.t(), -1) @ m.cache
+
+
+@pytest.mark.parametrize(
+    ("function", "weights", "flop"),
+    [
+        (twice_the_same_part, 16 * 16, 2 * 2 * 3 * 16 * 16),
+        (all_and_a_part, 32 * 16, 2 * 3 * 16 * (32 + 16)),
+        (parts, 32 * 16, 2 * 3 * 16 * 32),
+        (experts, 8 * 16 * 24, 2 * 8 * 3 * 16 * 24),
+        (one_expert, 16 * 24, 2 * 3 * 16 * 24),
+        (computed, 0, 0),
+        (written_buffer, 0, 0),
+    ],
+)
+def test_forms_of_weights(function, weights, flop):
+    with torch.no_grad():
+        found = product_work(torch.export.export(Forms(function), (torch.randn(3, 16),)))
+    assert found == {"weight_bytes": 4 * weights, "flop_per_call": flop, "flop_per_token": 0}
+
+
+def test_several_rows_of_a_token():
+    shapes = {"x": {0: Dim("tokens", min=2, max=512)}}
+    with torch.no_grad():
+        model = Forms(lambda m, x: F.linear(x.reshape(-1, 16), m.w))
+        found = product_work(torch.export.export(model, (torch.randn(5, 4, 16),), dynamic_shapes=shapes))
+    assert found == {"weight_bytes": 4 * 32 * 16, "flop_per_call": 0, "flop_per_token": 2 * 4 * 16 * 32}

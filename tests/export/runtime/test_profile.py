@@ -138,13 +138,8 @@ def test_tables(report):
 
 
 def attention_node(mask, keys):
-    return {
-        "query": [1, 8, "s1", 64],
-        "key": [1, 2, keys, 64],
-        "value": [1, 2, keys, 32],
-        "dtype": "bfloat16",
-        "mask": mask,
-    }
+    sizes = {"query": [1, 8, "s1", 64], "key": [1, 2, keys, 64], "value": [1, 2, keys, 32]}
+    return {"op": "flashpte::sdpa_dispatch", **sizes, "dtype": "bfloat16", "mask": mask}
 
 
 def test_floors():
@@ -168,6 +163,12 @@ def test_floors():
     found = floors(manifest, "decode", 1000, [2], slow_arithmetic)
     assert found == {"attention": score * (1001 + 1002 + 200), "matmul": 9020}
     assert floors({}, "decode", 10, [1], slow_reads) == {}
+    # Attention that was left alone, whose sizes are not known.
+    left = {"op": None, "query": [], "key": [], "value": [], "dtype": "float32", "mask": "none"}
+    manifest["routing"]["decode"]["nodes"].append(left)
+    assert floors(manifest, "decode", 10, [1], slow_reads) == {"matmul": 7000}
+    manifest["work"]["decode"] = {"weight_bytes": 0, "flop_per_call": 0, "flop_per_token": 0}
+    assert floors(manifest, "decode", 10, [1], slow_reads) == {}
 
 
 def test_a_picture(report, tmp_path):

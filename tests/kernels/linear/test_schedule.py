@@ -68,4 +68,4 @@ def test_no_warps_count_from_another_number(zeros):
     assert len(parts) == 3
     for part in parts:
         first_step = re.search(r"scf\.for %step\w* = (%\S+) to", part)[1]
-        assert re.fullmatch(r"%\w+#\d+", first_step), f"steps start from {first_step}, which is no result of _segment"
+        assert re.fullmatch(r"%\w+#\d+", first_step), f"steps start from {first_step}, not a result of _segment"
