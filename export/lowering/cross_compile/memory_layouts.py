@@ -49,6 +49,48 @@ def pin_cond_operands(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
+def keep_old_values(original: Callable[..., None]) -> Callable[..., None]:
+    """Keeps copies of a buffer that the program writes later.
+
+    Inductor removes a copy if its source is neither an input nor an output. It knows a lowered program's buffers as
+    constants, so it would return the new value of a buffer for ``before = buffer.clone()``.
+    """
+    clone = torch.ops.aten.clone.default
+
+    def remove_copies(graph: torch.fx.Graph) -> None:
+        written = {_held(node.args[0]) for node in graph.nodes if node.target is torch.ops.aten.copy_.default}
+        kept = [node for node in graph.nodes if node.target is clone and _held(node.args[0]) in written]
+        for node in kept:
+            node.target = _kept_copy
+        try:
+            original(graph)
+        finally:
+            for node in kept:
+                node.target = clone
+
+    return remove_copies
+
+
+def _held(node: Any) -> Any:
+    """The tensor that a node is a view of."""
+    while node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+_aten = torch.ops.aten
+_VIEWS = (
+    *(_aten.slice.Tensor, _aten.select.int, _aten.view.default, _aten.permute.default, _aten.expand.default),
+    *(_aten.transpose.int, _aten.t.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
+    *(_aten.alias.default, _aten.as_strided.default, _aten.diagonal.default),
+)
+
+
+def _kept_copy(source: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Stands for ``clone`` while Inductor removes copies."""
+    return torch.clone(source, **options)
+
+
 def whole_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     """Writes every output of a program contiguously to memory of its own, at offset 0.
 

@@ -29,6 +29,7 @@ from flashpte.export.lowering.cross_compile import (
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
 from flashpte.export.lowering.cross_compile.memory_layouts import (
     check_outputs,
+    keep_old_values,
     pin_cond_operands,
     realise_once,
     whole_outputs,
@@ -282,6 +283,12 @@ TABLE: tuple[Override, ...] = (
         "torch._dynamo.repro.after_aot:save_graph_repro",
         "writes every program out as text for TORCH_TRACE, which is rarely set: 6 s for a method of 60 layers",
         lambda target, original: original if os.environ.get("TORCH_TRACE") else lambda *args, **kwargs: None,
+        checked=("2.11", "2.13"),
+    ),
+    Override(
+        "torch._inductor.fx_passes.post_grad:remove_noop_ops",
+        "removes copies of buffers that the program writes later",
+        lambda target, original: keep_old_values(original),
         checked=("2.11", "2.13"),
     ),
     Override("torch._inductor.codecache:AotCodeCompiler.compile", "draws a random number", _compile_wrapper),

@@ -1,9 +1,11 @@
 """Every output of a program is contiguous and starts its own memory, because ExecuTorch's delegate takes no other."""
 
+import re
+
 import pytest
 import torch
 from module_of import module_of
-from wrappers import wrapper_source
+from wrappers import kernel_sources, wrapper_source
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering import lower
@@ -109,3 +111,41 @@ def test_no_output_is_copied_by_the_runtime(tmp_path, kind):
     source = wrapper_source(torch.export.export(module, inputs), tmp_path)
     assert "output_handles[8]" in source
     assert "aoti_torch_clone(" not in source
+
+
+def whole(module, x):
+    before = module.buffer.clone()
+    module.buffer.add_(x)
+    return before
+
+
+def part(module, x):
+    before = module.buffer[1:].clone()
+    module.buffer.add_(x)
+    return before
+
+
+def row_written(module, x):
+    before = module.buffer.clone()
+    module.buffer[0] = x[0]
+    return before
+
+
+def transposed(module, x):
+    before = module.buffer.t().clone()
+    module.buffer.add_(x)
+    return before
+
+
+@pytest.mark.lowering
+@pytest.mark.parametrize("function", [whole, part, row_written, transposed])
+def test_a_copy_before_a_write_holds_the_old_value(tmp_path, monkeypatch, function):
+    """Inductor removed the copy, so that the new value was returned."""
+    program = torch.export.export(module_of(function, buffer=torch.zeros(4, 6)), (torch.ones(4, 6),))
+    first, *_ = re.findall(r"def triton_\w+\(.*?(?=\ndef |\Z)", kernel_sources(program, tmp_path, monkeypatch), re.S)
+    assert re.match(r"def triton_\w*clone", first)
+    stored = re.findall(r"tl\.store\(\w+ptr\w* \+ .*?, (tmp\d+), ", first)
+    loaded = re.findall(r"(tmp\d+) = tl\.load\(", first)
+    # The first kernel stores the buffer's value as it loads it, alone or beside what it writes to the buffer.
+    assert set(stored) & set(loaded)
+    assert len(set(stored)) == len(stored)

@@ -43,7 +43,7 @@ def program(rows: int, dynamic: bool = False):
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_of_few_rows(rows):
-    """Fusing products and giving them kernels changes nothing. The tied head is counted. The embedding lookup is not."""
+    """Rewriting changes nothing. The tied head is counted, the embedding lookup is not."""
     expected = {
         "weight_bytes": 2 * (WEIGHTS + HEAD + BIAS),
         "flop_per_call": 2 * (rows * WEIGHTS + HEAD),
