@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
+from flashpte.passes.graph.views import Kind, kind_of
+
+_VIEWS = (Kind.RESHAPE, Kind.EXPAND, Kind.PERMUTE, Kind.TRANSPOSE, Kind.SLICE, Kind.SELECT)
 
 
 def realise_once(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,17 +76,9 @@ def keep_old_values(original: Callable[..., None]) -> Callable[..., None]:
 
 def _held(node: Any) -> Any:
     """The tensor that a node is a view of."""
-    while node.op == "call_function" and node.target in _VIEWS:
+    while kind_of(node) in _VIEWS:
         node = node.args[0]
     return node
-
-
-_aten = torch.ops.aten
-_VIEWS = (
-    *(_aten.slice.Tensor, _aten.select.int, _aten.view.default, _aten.permute.default, _aten.expand.default),
-    *(_aten.transpose.int, _aten.t.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims),
-    *(_aten.alias.default, _aten.as_strided.default, _aten.diagonal.default),
-)
 
 
 def _kept_copy(source: torch.Tensor, **options: Any) -> torch.Tensor:
