@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from flashpte.passes.graph.constants import constant_tensors
-from flashpte.passes.graph.values import val
+from flashpte.passes.graph.values import hint, val
 from flashpte.passes.graph.views import Kind, kind_of, packet_of
 from flashpte.passes.linear.find import find_product
 
@@ -43,10 +43,12 @@ def product_work(program: ExportedProgram) -> dict[str, int]:
         # act(gate) * up has half as many columns as the weight has rows.
         columns = val(operands[0]).shape[0] if node.target is _OURS[0] else val(node).shape[-1]
         rows = math.prod(val(node).shape[:-1])
-        flop[not isinstance(rows, int)] += 2 * _per_token(rows) * val(x).shape[-1] * columns
+        flop[not isinstance(rows, int)] += 2 * _per_token(rows) * hint(val(x).shape[-1]) * hint(columns)
         for operand, base, part in found:
             if base in stored:
-                read[base][part] = val(operand).numel() * val(base).itemsize
+                count = val(operand).numel()
+                # A part of a dynamic size may be all of the weight.
+                read[base][part] = (count if isinstance(count, int) else val(base).numel()) * val(base).itemsize
     whole = {base: val(base).numel() * val(base).itemsize for base in read}
     weight_bytes = sum(min(whole[base], sum(parts.values())) for base, parts in read.items())
     return {"weight_bytes": weight_bytes, "flop_per_call": flop[False], "flop_per_token": flop[True]}
@@ -73,7 +75,7 @@ def _operands(node: Node) -> list[Any]:
 def _part(node: Node) -> tuple[Node, tuple[str, ...]]:
     """The tensor that a node holds, or holds a part of, and which part."""
     part = []
-    while node.op == "call_function" and isinstance(node.args[0], Node):
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         if kind_of(node) in _PARTS or node.target is operator.getitem:
             part.append(f"{node.target}{node.args[1:]}")
         elif kind_of(node) not in _WHOLE:

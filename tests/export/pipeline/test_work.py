@@ -136,6 +136,14 @@ def test_forms_of_weights(function, weights, flop):
     assert found == {"weight_bytes": 4 * weights, "flop_per_call": flop, "flop_per_token": 0}
 
 
+def test_a_part_of_a_dynamic_size():
+    shapes = {"x": {1: Dim("columns", min=2, max=16)}}
+    with torch.no_grad():
+        model = Forms(lambda m, x: x @ m.w[: x.shape[1], :16])
+        found = product_work(torch.export.export(model, (torch.randn(3, 5),), dynamic_shapes=shapes))
+    assert found == {"weight_bytes": 4 * 32 * 16, "flop_per_call": 2 * 3 * 5 * 16, "flop_per_token": 0}
+
+
 def test_several_rows_of_a_token():
     shapes = {"x": {0: Dim("tokens", min=2, max=512)}}
     with torch.no_grad():
