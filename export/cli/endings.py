@@ -15,7 +15,7 @@ from typing import TextIO
 
 from flashpte.export.cli.flag_names import spell_flag
 from flashpte.export.common.errors import ExportError, UsageError
-from flashpte.export.common.signals import Terminated
+from flashpte.export.common.signals import Terminated, signal_that_arrived
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -42,9 +42,18 @@ def report_errors(
         signal's number after SIGTERM and SIGHUP.
     """
 
+    def end(number: int) -> int:
+        what = "interrupted" if number == signal.SIGINT else "terminated"
+        print("; ".join(filter(None, (f"{program}: {what}", state() or nothing_done))), file=sys.stderr)
+        return 128 + number
+
     def fail(message: str, code: int) -> int:
         if verbose:
             traceback.print_exc()
+        # The error may be what a library made of the signal's exception.
+        number = signal_that_arrived()
+        if number is not None:
+            return end(number)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return code
 
@@ -55,10 +64,7 @@ def report_errors(
     except ExportError as error:
         return fail("; ".join(filter(None, (error.spelled(spell_flag), state()))), EXIT_FAILED)
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        what = "interrupted" if number == signal.SIGINT else "terminated"
-        print("; ".join(filter(None, (f"{program}: {what}", state() or nothing_done))), file=sys.stderr)
-        return 128 + number
+        return end(error.number if isinstance(error, Terminated) else signal.SIGINT)
     except Exception as error:  # the outermost handler: the user gets one line and an exit code for any error
         hint = "" if verbose else " (run again with -v for the traceback)"
         return fail(f"unexpected {type(error).__name__}: {error}{hint}", EXIT_FAILED)

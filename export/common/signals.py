@@ -40,6 +40,11 @@ def raise_what_was_swallowed() -> None:
         raise Terminated(_raised[0])
 
 
+def signal_that_arrived() -> int | None:
+    """The first signal that arrived in :func:`raise_on_termination`, whatever a library made of its exception."""
+    return _raised[0] if _raised else None
+
+
 @contextlib.contextmanager
 def raise_on_termination() -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and SIGHUP raise :class:`Terminated`, so that cleanup runs.

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from flashpte.export.common.errors import ExportError
+
 GEMMA = ("--target", "gemma4-31b", "--small", "--random-weights", "-q")
 
 
@@ -18,6 +20,20 @@ def entries(folder):
 
 def test_interrupt_in_this_process(export_model, stand_in, output):
     stand_in(inside=lambda: signal.raise_signal(signal.SIGINT))
+    result = export_model(*GEMMA, "--output-dir", output)
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines() == ["export-model: interrupted; nothing written"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ExportError])
+def test_an_interrupt_that_a_library_turns_into_an_error(export_model, stand_in, output, error):
+    def inside():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise error("something else") from None
+
+    stand_in(inside=inside)
     result = export_model(*GEMMA, "--output-dir", output)
     assert (result.code, result.out) == (130, "")
     assert result.err.splitlines() == ["export-model: interrupted; nothing written"]
