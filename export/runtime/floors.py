@@ -50,12 +50,12 @@ def floors(
     work, nodes = manifest["work"][method], manifest["routing"][method]["nodes"]
     window = manifest.get("model", {}).get("sliding_window")
     # Attention that was left alone may have other shapes than a model's, or repeated keys.
-    known = all(node["op"] is not None and _sizes(node) is not None for node in nodes)
-    found: dict[Family, float] = {"attention": 0.0, "matmul": 0.0} if known else {"matmul": 0.0}
+    known = [node for node in nodes if node["op"] is not None and _sizes(node) is not None]
+    attention = known if len(known) == len(nodes) else []
+    found: dict[Family, float] = {"attention": 0.0, "matmul": 0.0}
     for rows in chunks:
-        if known:
-            for node in nodes:
-                found["attention"] += _longer(*_attention(node, context, rows, window), ceilings)
+        for node in attention:
+            found["attention"] += _longer(*_attention(node, context, rows, window), ceilings)
         flop = work["flop_per_call"] + rows * work["flop_per_token"]
         found["matmul"] += _longer(work["weight_bytes"], flop, ceilings)
         context += rows

@@ -97,7 +97,7 @@ class ProfileReport:
         return {"gpu": self.gpu, "cuda_graphs": graphs, "layers": self.layers, "ceilings": ceilings, "rows": rows}
 
     def lines(self) -> list[str]:
-        """The report for people: a table in microseconds, ``(x 1.2)`` is a time divided by its floor."""
+        """The report for people: a table in microseconds. ``(x 1.2)`` is a time divided by its floor."""
         rows = [("method", "tokens", "context", "total us", *FAMILIES, "idle", "kernels", "a layer")]
         for row in self.rows:
             totals = _beside_floor(row.total_us, row.of_floor)

@@ -78,6 +78,11 @@ class Case:
         return self.rows > 16
 
     @property
+    def ours_alone(self) -> bool:
+        """Whether only our own tiles are compared: shapes outside of the tables, but for those with latent values."""
+        return self.suite == "other" and self.shape.latent_values is None
+
+    @property
     def name(self) -> str:
         parts = [self.shape_name]
         if self.batch > 1:

@@ -22,8 +22,7 @@ aten = torch.ops.aten
 
 def refuses_others(case: Case) -> str | None:
     """Our own times alone are compared in the suite of shapes outside the tables."""
-    ours_alone = case.suite == "other" and case.shape.latent_values is None
-    return "compared with our own tiles alone" if ours_alone else None
+    return "compared with our own tiles alone" if case.ours_alone else None
 
 
 def up_to_256(case: Case) -> str | None:

@@ -96,8 +96,7 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
 def tiles(case: Case, arch: tuning.GpuArch) -> list[Config]:
     """What has to be compiled for a sweep, the table's choice first; less in the benchmark than for tuning."""
     each = _prefill_tiles if case.prefills else _split_k_tiles
-    few = case.suite == "other" and case.shape.latent_values is None
-    more = each(case, arch, wide=not few)
+    more = each(case, arch, wide=not case.ours_alone)
     return list(dict.fromkeys([table_choice(case, arch), *more]))
 
 

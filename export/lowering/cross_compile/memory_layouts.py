@@ -112,16 +112,21 @@ def _whole(graph: Any, result: Any, taken: set[str]) -> Any:
     realised = ExternKernel.realize_input(result)
     if not is_storage_and_layout(realised):
         return result
-    # Inductor mistakes an empty tensor's strides for an expanded tensor's. The runtime does not look at them.
-    contiguous = realised if _is_empty(realised) else ExternKernel.require_contiguous_strides(realised)
+    contiguous = _contiguous(realised)
     name = contiguous.get_name()
     # The runtime would copy a stored tensor on the default stream, which fails while a CUDA graph is recorded.
     if name in taken or name in graph.constants or partial_output(contiguous) is not None:
-        copied = ExternKernel.copy_input(contiguous)
-        contiguous = copied if _is_empty(copied) else ExternKernel.require_contiguous_strides(copied)
+        contiguous = _contiguous(ExternKernel.copy_input(contiguous))
         name = contiguous.get_name()
     taken.add(name)
     return contiguous if isinstance(contiguous, TensorBox) else TensorBox(contiguous)
+
+
+def _contiguous(tensor: Any) -> Any:
+    from torch._inductor.ir import ExternKernel
+
+    # Inductor mistakes an empty tensor's strides for an expanded tensor's. The runtime does not look at them.
+    return tensor if _is_empty(tensor) else ExternKernel.require_contiguous_strides(tensor)
 
 
 def _is_empty(tensor: Any) -> bool:
