@@ -20,6 +20,7 @@ from flashpte.export.common.options import (
     QLINEAR_GROUP_SIZES,
     QRECIPE_NAMES,
     QUANTIZED_NAMES,
+    RUNNERS,
     ExportOptions,
     check_has_weights,
     check_options,
@@ -51,6 +52,9 @@ examples:
 
   # the folder of any decoder of transformers with plain attention (docs/models.md)
   export-model --target hf --checkpoint Qwen3-8B --max-seq-len 8192 --output-dir out
+
+  # the file that ExecuTorch's own runner calls
+  export-model --target hf --checkpoint Qwen3-8B --runner executorch --output-dir out
 
   # which kernel would each attention node get? writes nothing
   export-model --target gemma4-31b --dry-run
@@ -132,6 +136,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--method",
         choices=METHOD_NAMES,
         help="export this method alone; --format pt2 holds exactly one (default: all)",
+    )
+
+    methods.add_argument(
+        "--runner",
+        metavar="NAME",
+        help=f"{', '.join(RUNNERS)}: prefill and decode as ExecuTorch's own runner calls them, TextLLMRunner or that "
+        "of Gemma 4 31B; executorch is the one for the target (default: for run-model)",
     )
 
     draft = parser.add_argument_group("speculative decoding (prefill, target_verify and draft_decode)")
@@ -244,6 +255,7 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
         max_prefill_chunk=args.max_prefill_chunk,
         verify_window=args.verify_window,
         method=args.method,
+        runner=args.runner,
         attention=args.no_replace or "flashpte",
         draft=args.draft,
         chain=args.chain,

@@ -19,6 +19,8 @@ TARGET_VERIFY = "target_verify"
 DRAFT_DECODE = "draft_decode"
 TARGET_METHODS = (PREFILL, DECODE, TARGET_VERIFY)
 """Methods of a language model; a draft adds one more."""
+TEMPERATURE = "temperature"
+"""Input of methods that sample, see :mod:`flashpte.export.models.runner_methods`."""
 METHOD_NAMES = (*TARGET_METHODS, DRAFT_DECODE)
 
 QUANTIZED_NAMES = ("4w", "8w")
@@ -34,6 +36,10 @@ QRECIPE_NAMES = ("default", "sensitive")
 
 QALGORITHM_NAMES = ("rtn", "hqq")
 """How weights of 4 bits are chosen: round to nearest, or half-quadratic quantization."""
+
+RUNNER, RUNNER_TEXT, RUNNER_GEMMA = "executorch", "executorch-text", "executorch-gemma"
+RUNNERS = (RUNNER, RUNNER_TEXT, RUNNER_GEMMA)
+"""ExecuTorch's runners, see :mod:`flashpte.export.models.executorch_runners`; the first is the target's choice."""
 
 VERIFY_WINDOW_RANGE = (2, 16)
 """Fewest and most tokens of one target_verify call; the mid-M kernel takes at most 16."""
@@ -88,6 +94,8 @@ class ExportOptions:
         qembedding: the same as ``qhead`` for the embedding. A tied head without ``qhead`` reads the same codes.
         qrecipe: one of :data:`QRECIPE_NAMES` or the path of a recipe file; it replaces the four options above.
         qalgorithm: one of :data:`QALGORITHM_NAMES`, for weights of 4 bits; 8 bits are always rounded to nearest.
+        runner: one of :data:`RUNNERS`, for a file that ExecuTorch's own runner drives; ``None`` for ``run-model`` and
+            programs that call the methods themselves.
         midm_sdpa: ``False`` leaves the attention of ``target_verify`` to plain arithmetic, for comparisons.
     """
 
@@ -112,6 +120,7 @@ class ExportOptions:
     qembedding: str | None = None
     qrecipe: str | None = None
     qalgorithm: str = "rtn"
+    runner: str | None = None
     midm_sdpa: bool = True
     gguf_file: Path | None = None
 
@@ -134,6 +143,7 @@ def check_options(options: ExportOptions) -> None:
     _check_draft_options(options)
     _check_lengths(options)
     _check_method(options)
+    _check_runner(options)
 
 
 def check_has_weights(options: ExportOptions) -> None:
@@ -255,4 +265,19 @@ def _check_method(options: ExportOptions) -> None:
         if getattr(options, name) is not None and method != owner:
             raise UsageError(
                 Option(name), f" belongs to the method {owner}, which ", Option("method", method), " leaves out"
+            )
+
+
+def _check_runner(options: ExportOptions) -> None:
+    if options.runner is None:
+        return
+    if options.runner not in RUNNERS:
+        raise UsageError(Option("runner", options.runner), f": must be {', '.join(RUNNERS)}")
+    for name in ("draft", "chain", "verify_window", "method"):
+        if getattr(options, name) is not None:
+            raise UsageError(
+                Option("runner"),
+                " and ",
+                Option(name),
+                " cannot be combined: ExecuTorch's runners call prefill and decode",
             )

@@ -74,6 +74,7 @@ def lower(
     constant_methods: Mapping[str, Any] | None = None,
     manifest: Mapping[str, Any] | None = None,
     extra_files: Sequence[Path] = (),
+    device_tensors: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> LoweredModel:
     """Compiles programs for a GPU and writes them to a folder; this machine needs no GPU.
@@ -95,6 +96,8 @@ def lower(
             ``get_mutable_buffer_metadata`` is added.
         manifest: additional entries for ``manifest.json``.
         extra_files: files copied into the folder, such as a tokenizer.
+        device_tensors: methods of the ``.pte`` take and return tensors in GPU memory; otherwise the program copies them
+            from and to host memory.
         progress: called with a short line at each stage.
 
     Raises:
@@ -125,7 +128,7 @@ def lower(
             cross_compile(target, scratch, format, restore_views, lambda source: tell("compiling host code")),
         ):
             if format == "pte":
-                written = write_pte(programs, folder, attention, constants)
+                written = write_pte(programs, folder, attention, constants, device_tensors)
             else:
                 written = [write_pt2(next(iter(programs.values())), folder)]
         tell(

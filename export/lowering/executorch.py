@@ -24,11 +24,28 @@ def mutable_buffer_metadata(programs: Mapping[str, ExportedProgram]) -> str:
     )
 
 
+def _backend_config(device_tensors: bool) -> Any:
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.propagate_device_pass import PropagateDeviceConfig
+
+    if not device_tensors:
+        return ExecutorchBackendConfig(emit_mutable_buffer_names=True)
+    return ExecutorchBackendConfig(
+        emit_mutable_buffer_names=True,
+        memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+        propagate_device_config=PropagateDeviceConfig(
+            skip_h2d_for_method_inputs=True, skip_d2h_for_method_outputs=True
+        ),
+    )
+
+
 def write_pte(
     programs: Mapping[str, ExportedProgram],
     folder: Path,
     attention: Attention,
     constant_methods: Mapping[str, Any],
+    device_tensors: bool = False,
 ) -> list[Path]:
     """Lowers all methods in one call and writes the files; methods share weights and buffers by FQN.
 
@@ -39,13 +56,15 @@ def write_pte(
         folder: folder for ``model.pte`` and ``aoti_cuda_blob.ptd`` (no ``.ptd`` when there are no weights).
         attention: with ``executorch``, ExecuTorch's own Triton kernels replace SDPA nodes (and top-k).
         constant_methods: values of methods that return a constant.
+        device_tensors: inputs and outputs of methods are in GPU memory. The program then neither copies them nor plans
+            memory for inputs, so a caller's input can be an earlier call's output.
 
     Returns:
         Paths of the files, sorted.
     """
     from executorch.backends.cuda.cuda_backend import CudaBackend
     from executorch.backends.cuda.cuda_partitioner import CudaPartitioner
-    from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     from executorch.exir.backend.compile_spec_schema import CompileSpec
 
     specs = [
@@ -66,7 +85,7 @@ def write_pte(
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=dict(constant_methods),
     )
-    manager = edge.to_executorch(ExecutorchBackendConfig(emit_mutable_buffer_names=True))
+    manager = edge.to_executorch(_backend_config(device_tensors))
     pte = folder / PTE_NAME
     with pte.open("wb") as file:
         manager.write_to_file(file)

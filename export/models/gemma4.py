@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.common.options import RUNNER_GEMMA
 from flashpte.export.models.registry import TargetSpec
 
 if TYPE_CHECKING:
@@ -87,4 +88,5 @@ TARGET = TargetSpec(
     build=build,
     config=GEMMA4_31B,
     small_config=GEMMA4_SMALL,
+    executorch_runner=RUNNER_GEMMA,
 )

@@ -8,7 +8,9 @@ method             ``tokens`` int64        ``input_pos`` int64   result
 ``target_verify``  [1, M]                  [M]                   logits [1, M, V] of every token
 =================  ======================  ====================  ========================================
 
-With a draft, methods also exchange features: :mod:`flashpte.export.models.eagle3_methods`.
+For a runner that samples in the program, methods also take a temperature, float32 [1], and return a token,
+int64 [1, 1], in place of logits: :mod:`flashpte.export.models.runner_methods`. With a draft, methods also exchange
+features: :mod:`flashpte.export.models.eagle3_methods`.
 
 Positions are consecutive and ascending. Logits have the model's dtype, as in a Hugging Face model: widening them would
 add no information.
@@ -17,7 +19,7 @@ add no information.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,7 +132,11 @@ def example_length(spec: MethodSpec) -> int:
 
 
 def export_method(
-    model: nn.Module, kv_cache: ModelState, spec: MethodSpec, module: CausalLMMethod | None = None
+    model: nn.Module,
+    kv_cache: ModelState,
+    spec: MethodSpec,
+    module: CausalLMMethod | None = None,
+    others: Mapping[str, torch.Tensor] | None = None,
 ) -> ExportedProgram:
     """Exports one method of a model whose attention implementation is :data:`ATTENTION_NAME`.
 
@@ -142,17 +148,21 @@ def export_method(
         kv_cache: its cache.
         spec: the method.
         module: module to export instead of a plain :class:`CausalLMMethod`.
+        others: examples of its inputs after tokens and positions, of static shapes, by name.
     """
+    others = dict(others or {})
     length = example_length(spec)
     tokens = torch.zeros(1, length, dtype=torch.int64)
     input_pos = torch.arange(length, dtype=torch.int64)
     dynamic_shapes = None
     if spec.dynamic:
         tokens_dim = Dim("tokens", min=spec.min_tokens, max=spec.max_tokens)
-        dynamic_shapes = {"tokens": {1: tokens_dim}, "input_pos": {0: tokens_dim}}
+        dynamic_shapes = {"tokens": {1: tokens_dim}, "input_pos": {0: tokens_dim}, **dict.fromkeys(others)}
     module = module or CausalLMMethod(model, kv_cache, all_logits=spec.all_logits)
     with torch.no_grad():
-        return torch.export.export(module.eval(), (tokens, input_pos), dynamic_shapes=dynamic_shapes, strict=False)
+        return torch.export.export(
+            module.eval(), (tokens, input_pos, *others.values()), dynamic_shapes=dynamic_shapes, strict=False
+        )
 
 
 def constant_methods(
@@ -162,11 +172,12 @@ def constant_methods(
     vocab_size: int,
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
+    samples: bool = False,
 ) -> dict[str, Any]:
     """Values that a runner reads from the program, by the name of the method that returns each.
 
     ``get_<method>_logits`` is ``"last"`` for a method that returns the last token's logits, and ``"all"`` for one that
-    returns every token's. Unknown token ids are omitted.
+    returns every token's; with ``samples``, methods return no logits. Unknown token ids are omitted.
     """
     values: dict[str, Any] = {
         "get_max_seq_len": max_seq_len,
@@ -180,7 +191,7 @@ def constant_methods(
             values["get_max_prefill_chunk"] = spec.max_tokens
         if spec.name == TARGET_VERIFY:
             values["get_verify_window"] = spec.max_tokens
-        if spec.name != DRAFT_DECODE:
+        if spec.name != DRAFT_DECODE and not samples:
             values[f"get_{spec.name}_logits"] = "all" if spec.all_logits else "last"
     if bos_id is not None:
         values["get_bos_id"] = bos_id

@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from flashpte.export.common.errors import ExportError, UsageError
+from flashpte.export.common.options import RUNNER_TEXT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +69,8 @@ class TargetSpec:
         weight_formats: formats of weights that do not have the export's dtype: pairs of a regular expression for the
             whole name (``model.layers.0.mlp.up_proj.weight``) and the name of a format; the first match counts.
         layer_state: returns the state of a decoder layer; ``None`` for layers with Hugging Face attention.
+        executorch_runner: the runner of ExecuTorch that ``--runner executorch`` stands for, see
+            :mod:`flashpte.export.models.executorch_runners`.
     """
 
     name: str
@@ -84,6 +87,7 @@ class TargetSpec:
     max_forward: int | None = None
     weight_formats: tuple[tuple[str, str], ...] = ()
     layer_state: Callable[[nn.Module], LayerState] | None = None
+    executorch_runner: str = RUNNER_TEXT
 
 
 def _builtin_targets() -> dict[str, TargetSpec]:

@@ -14,6 +14,7 @@ from flashpte.export.common.errors import ExportError, Option, UsageError, wante
 from flashpte.export.common.options import DTYPE_NAMES, TARGET_VERIFY, ExportOptions, check_options
 from flashpte.export.models.build import ModelFacts, attention_of, cut_layers, decoder_layers, describe
 from flashpte.export.models.eagle3_methods import draft_constants
+from flashpte.export.models.executorch_runners import RunnerContract, check_runner, find_runner
 from flashpte.export.models.methods import MIN_PREFILL_CHUNK, MethodSpec, constant_methods, plan_methods
 from flashpte.export.models.registry import TargetSpec, get_target, targets_for
 from flashpte.export.pipeline.draft_plan import DraftPlan, plan_draft
@@ -53,6 +54,7 @@ class ExportPlan:
             seed; ``None`` for an export that can only be traced.
         origin: the folder or file that the model comes from; ``None`` for random weights.
         draft: plan of the draft head; ``None`` without one.
+        runner: the runner of ExecuTorch that the file is for; ``None`` for ``run-model``.
     """
 
     options: ExportOptions
@@ -67,6 +69,7 @@ class ExportPlan:
     source: WeightSource | None
     origin: Origin | None = None
     draft: DraftPlan | None = None
+    runner: RunnerContract | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +85,10 @@ class ExportPlan:
             vocab_size=self.facts.vocab_size,
             bos_id=self.facts.bos_id,
             eos_ids=self.facts.eos_ids,
+            samples=self.runner is not None and self.runner.samples,
         )
+        if self.runner is not None:
+            values |= self.runner.constants(len(self.facts.states))
         return values if self.draft is None else {**values, **draft_constants(self.draft, self.methods)}
 
     @property
@@ -143,6 +149,8 @@ class ExportPlan:
             "states": [rules.to_dict() for rules in self.states],
             "tokenizer": [path.name for path in self.extra_files],
         }
+        if self.runner is not None:
+            manifest["runner"] = self.runner.name
         return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
 
 
@@ -168,7 +176,11 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     max_seq_len = sequence_length(spec, options, facts)
     draft = plan_draft(options, spec, facts)
     bound, reason = forward_bound(spec, facts, max_seq_len, draft)
-    chunk = prefill_chunk(spec, options, facts, bound, reason)
+    runner = find_runner(options.runner, spec)
+    if runner is not None:
+        check_runner(runner, spec, facts.states, max_seq_len, bound)
+    whole_context = runner is not None and runner.whole_context
+    chunk = max_seq_len if whole_context else prefill_chunk(spec, options, facts, bound, reason)
     window = options.verify_window if draft is None else draft.chain + 1
     check_verify_window(spec, options, window, bound, reason)
     caches = facts.states if draft is None else (*facts.states, draft.head.attention)
@@ -188,12 +200,12 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         chunk,
         window,
         options.method,
-        min_prefill_chunk=max(MIN_PREFILL_CHUNK, spec.min_forward),
+        min_prefill_chunk=1 if whole_context else max(MIN_PREFILL_CHUNK, spec.min_forward),
         decode=spec.min_forward == 1 and (draft is None or options.with_decode),
         draft=draft is not None,
     )
     layers = (config, total_layers, max_seq_len)
-    return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft)
+    return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft, runner)
 
 
 def _check_not_quantized_again(options: ExportOptions) -> None:

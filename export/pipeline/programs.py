@@ -22,6 +22,7 @@ from flashpte.export.files.mapped_tensors import MappedZeros
 from flashpte.export.files.output_folder import check_free_space, folder_beside
 from flashpte.export.models.eagle3_methods import export_with_draft
 from flashpte.export.models.methods import MethodSpec, export_method
+from flashpte.export.models.runner_methods import export_for_runner
 from flashpte.export.pipeline.fused_products import rewrite_products
 from flashpte.export.pipeline.plan import ExportPlan
 from flashpte.export.pipeline.work import product_work
@@ -88,6 +89,8 @@ def export_programs(
     zeros = MappedZeros(weights_folder) if weights_folder is not None else None
     cache = ModelState(plan.facts.states, plan.max_seq_len, plan.dtype, zeros)
     export: Callable[[MethodSpec], ExportedProgram] = functools.partial(export_method, plan.model, cache)
+    if plan.runner is not None:
+        export = functools.partial(export_for_runner, plan.runner, plan.model, cache)
     if plan.draft is not None:
         draft_cache = ModelState([plan.draft.head.attention], plan.max_seq_len, plan.dtype)
         export = functools.partial(export_with_draft, plan.model, cache, plan.draft, draft_cache)
@@ -187,6 +190,7 @@ def export_model(
             constant_methods=plan.constant_methods,
             manifest=manifest,
             extra_files=plan.extra_files,
+            device_tensors=plan.runner is not None and plan.runner.device_tensors,
             progress=progress,
         )
     return ExportResult(lowered, reports)

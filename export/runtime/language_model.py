@@ -10,7 +10,7 @@ import torch
 
 from flashpte.export.common.chunks import chunk_bounds
 from flashpte.export.common.errors import ProgramError, UsageError
-from flashpte.export.common.options import DECODE, PREFILL, TARGET_METHODS, TARGET_VERIFY
+from flashpte.export.common.options import DECODE, PREFILL, TARGET_METHODS, TARGET_VERIFY, TEMPERATURE
 from flashpte.export.files.signature import MethodSignature
 from flashpte.export.state.layer_state import TARGET_PART, StateRules
 from flashpte.export.state.rollback import Rollback
@@ -66,6 +66,11 @@ def read_limits(signatures: Mapping[str, MethodSignature], constants: Mapping[st
         raise ProgramError(f"not a language model: it has the methods {', '.join(signatures)}, none of prefill, decode")
     for name in known:
         ranks = [len(spec.shape) for spec in signatures[name].inputs]
+        if [spec.name for spec in signatures[name].inputs][2:] == [TEMPERATURE]:
+            raise ProgramError(
+                f"{name} takes a temperature and returns a sampled token: this file is for ExecuTorch's own runner; "
+                "only an export without a runner returns logits"
+            )
         if ranks != [2, 1] or any(spec.dtype != torch.int64 for spec in signatures[name].inputs):
             inputs = ", ".join(map(str, signatures[name].inputs))
             raise ProgramError(

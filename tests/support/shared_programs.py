@@ -24,5 +24,5 @@ class SharedPrograms:
         with torch.no_grad():
             return self.modules[method](*inputs)
 
-    def __call__(self, method, tokens, start):
-        return self.run(method, tokens, torch.arange(start, start + tokens.shape[1]))
+    def __call__(self, method, tokens, start, *others):
+        return self.run(method, tokens, torch.arange(start, start + tokens.shape[1]), *others)
