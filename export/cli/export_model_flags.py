@@ -107,7 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="GGUF file of a Llama, Qwen3 or Gemma 4 model: config, weights and tokenizer; quantized linear layers "
         "keep their codes",
     )
-    weights.add_argument("--random-weights", action="store_true", help="random weights, the same for the same --seed")
+    weights.add_argument(
+        "--random-weights", action="store_true", help="random weights, the same for the same --seed and PyTorch"
+    )
     weights.add_argument("--seed", type=int, metavar="N", help="seed of --random-weights (default: 0)")
 
     _add_quantization(parser)

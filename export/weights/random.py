@@ -1,4 +1,7 @@
-"""Random weights, the same for the same seed on every machine."""
+"""Random weights, the same for the same seed and dtype on every machine with the same release of PyTorch.
+
+(Releases differ in how they draw bfloat16: 2.11 and 2.13 give other weights.)
+"""
 
 from __future__ import annotations
 

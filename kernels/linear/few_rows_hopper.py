@@ -1,8 +1,8 @@
-"""Few rows of x on Hopper, in Gluon: weights of 4 bits go through a ring in shared memory to tensor cores.
+"""Few rows of x on Hopper, in Gluon: weights of 4 or 8 bits go through a ring in shared memory to tensor cores.
 
 The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for x and scales in 16 bits,
-rows of x that are aligned to 16 bytes, and codes that are symmetric or have whole zero points. Unpacked weights stay in
-registers (:mod:`flashpte.kernels.linear.operands`).
+rows of x that are aligned to 16 bytes, and codes that are symmetric or, with 4 bits, have whole zero points. Unpacked
+weights stay in registers (:mod:`flashpte.kernels.linear.operands`).
 
 ``x^T`` is the second operand, so M is padded to 8 or 16 only. ``COLUMN_WARPS`` warps take tiles of 128 columns in turn,
 ``ROW_WARPS`` warps share the rows of the weight. Packed words, scales and x wait in a ring of ``STAGES`` steps, which
@@ -35,10 +35,13 @@ from flashpte.kernels.launch import (
 )
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.operands import (
+    copied_words,
     groups_of_lanes,
+    held_words,
     lane_layout,
     multiply_tile,
     rows_of_sums,
+    words_in_memory,
     words_of_lanes,
     x_of_lanes,
     zero_sums,
@@ -73,7 +76,7 @@ def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
 
     Args:
         tensors: ``(x_ptr, w_ptr, s_ptr, z_ptr)``.
-        TILE: ``(UNITS, GROUPS, BN, BM, KW, RW)``.
+        TILE: ``(UNITS, GROUPS, BN, BM, KW, RW, BITS, PER_CHANNEL)``.
     """
     x_ptr, w_ptr, s_ptr, z_ptr = tensors
     UNITS: gl.constexpr = TILE[0]
@@ -82,18 +85,20 @@ def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
     BM: gl.constexpr = TILE[3]
     KW: gl.constexpr = TILE[4]
     RW: gl.constexpr = TILE[5]
+    WORDS: gl.constexpr = 4 * TILE[6]
+    SCALE_UNITS: gl.constexpr = 1 if TILE[7] else UNITS
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
     # Words of weights [KW, tile, half, g, word].
-    LW: gl.constexpr = gl.BlockedLayout([1, 1, 2, 1, 4], [1, 1, 1, 8, 4], [KW, RW, 1, 1, 1], [4, 3, 2, 1, 0])
+    LW: gl.constexpr = copied_words(TILE[6], KW, RW)
     w_kw = index(0, 5, KW, LW)
-    w_off = index(1, 5, TILES, LW) * (UNITS * 256) + w_kw * 256
-    w_off += index(2, 5, 2, LW) * 128 + index(3, 5, 8, LW) * 16 + index(4, 5, 16, LW)
+    w_off = index(1, 5, TILES, LW) * (UNITS * 16 * WORDS) + w_kw * (16 * WORDS)
+    w_off += index(2, 5, 2, LW) * (8 * WORDS) + index(3, 5, 8, LW) * WORDS + index(4, 5, WORDS, LW)
     weights = (w_ptr.to(WORD, bitcast=True) + w_off, w_kw)
     # Pairs of scales [KW, tile, g, GROUPS].
     LS: gl.constexpr = gl.BlockedLayout([1, 1, 1, GROUPS], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
     STEP: gl.constexpr = 8 * GROUPS
     s_kw = index(0, 4, KW, LS)
-    s_off = index(1, 4, TILES, LS) * (UNITS * STEP) + s_kw * STEP
+    s_off = index(1, 4, TILES, LS) * (SCALE_UNITS * STEP) + s_kw * (0 if TILE[7] else STEP)
     s_off += index(2, 4, 8, LS) * GROUPS + index(3, 4, GROUPS, LS)
     scales = (s_ptr.to(WORD, bitcast=True) + s_off, s_kw, z_ptr.to(WORD, bitcast=True) + s_off)
     # Pairs of x [KW, 1, m, 16 plane + pair].
@@ -107,32 +112,40 @@ def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _copy_weights(ring, pointers, slot, place, UNITS: gl.constexpr, ZEROS: gl.constexpr):
+def _copy_weights(ring, pointers, slot, place, FORMAT: gl.constexpr):
     """Starts the copies of words, scales and zero points of a step, zeros past the last unit.
 
     Args:
         ring: shared memory for words, scales, zero points and x.
         pointers: the result of :func:`_pointers`.
         place: number of the step, its first tile of rows, and its first unit.
+        FORMAT: ``(UNITS, ZEROS, PER_CHANNEL)``.
     """
     weights, scales, _ = pointers
+    UNITS: gl.constexpr = FORMAT[0]
+    ZEROS: gl.constexpr = FORMAT[1]
     KW: gl.constexpr = ring[0].shape[1]
+    TILE_WORDS: gl.constexpr = 16 * ring[0].shape[5]
     STEP: gl.constexpr = 8 * ring[1].shape[4]
     _, tile, unit = place
     at = tile * UNITS + unit
+    if FORMAT[2]:
+        scales_at = tile * STEP
+    else:
+        scales_at = at * STEP
     if UNITS % KW == 0:
-        async_copy.async_copy_global_to_shared(ring[0].index(slot), weights[0] + at * 256)
-        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + at * STEP)
+        async_copy.async_copy_global_to_shared(ring[0].index(slot), weights[0] + at * TILE_WORDS)
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + scales_at)
         if ZEROS:
-            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + at * STEP)
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + scales_at)
     else:
         inside = scales[1] + unit < UNITS
         async_copy.async_copy_global_to_shared(
-            ring[0].index(slot), weights[0] + at * 256, mask=weights[1] + unit < UNITS
+            ring[0].index(slot), weights[0] + at * TILE_WORDS, mask=weights[1] + unit < UNITS
         )
-        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + at * STEP, mask=inside)
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + scales_at, mask=inside)
         if ZEROS:
-            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + at * STEP, mask=inside)
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + scales_at, mask=inside)
 
 
 @gluon.jit
@@ -201,7 +214,8 @@ def _linear_few_rows_hopper_kernel(
     blocks,  # of BLOCK_N rows of the weight
     stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
-    K: tl.constexpr, GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
+    BITS: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, PER_CHANNEL: tl.constexpr, ZEROS: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -214,18 +228,18 @@ def _linear_few_rows_hopper_kernel(
     UNITS: gl.constexpr = (K + 127) // 128
     STEPS: gl.constexpr = (UNITS + KW - 1) // KW
     LANES: gl.constexpr = lane_layout(KW, ROW_WARPS)
-    TILE: gl.constexpr = (UNITS, GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS)
+    TILE: gl.constexpr = (UNITS, GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS, BITS, PER_CHANNEL)
+    FORMAT: gl.constexpr = (UNITS, ZEROS, PER_CHANNEL)
     if not EARLY_WEIGHTS:
         wait_for_earlier_kernels(DEPENDENT)
     pointers = _pointers((x_ptr, w_ptr, s_ptr, z_ptr), M, stride_xm, TILE)
-    LW: gl.constexpr = pointers[0][1].type.layout
+    LW: gl.constexpr = held_words(BITS, KW, ROW_WARPS)
     # The four lanes of a row have the same scales.
     LS: gl.constexpr = gl.SliceLayout(
         3, gl.BlockedLayout([1, 1, 1, 1, GROUPS], [1, 1, 8, 4, 1], [KW, ROW_WARPS, 1, 1, 1], [4, 3, 2, 1, 0])
     )
     LX: gl.constexpr = pointers[2][1].type.layout
-    FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
-    w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 2, 8, 16], FLAT5)
+    w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 2, 8, 4 * BITS], words_in_memory(BITS))
     FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
     s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, GROUPS], FLAT4)
     if ZEROS:
@@ -247,13 +261,13 @@ def _linear_few_rows_hopper_kernel(
         early = place
         for stage in gl.static_range(STAGES - 1):
             if early[0] < last:
-                _copy_weights(ring, pointers, stage, early, UNITS, ZEROS)
+                _copy_weights(ring, pointers, stage, early, FORMAT)
             early = _next_step(early, STEPS, KW, TILES)
         wait_for_earlier_kernels(DEPENDENT)
     for stage in gl.static_range(STAGES - 1):
         if place[0] < last:
             if not EARLY_WEIGHTS:
-                _copy_weights(ring, pointers, stage, place, UNITS, ZEROS)
+                _copy_weights(ring, pointers, stage, place, FORMAT)
             _copy_x(ring, pointers, stage, place[2], K)
         async_copy.commit_group()
         place = _next_step(place, STEPS, KW, TILES)
@@ -267,7 +281,7 @@ def _linear_few_rows_hopper_kernel(
             # The barrier that belongs to the wait also says that no warp still reads the slot before this one.
             if place[0] < last:
                 free = gl.where(slot == 0, STAGES - 1, slot - 1)
-                _copy_weights(ring, pointers, free, place, UNITS, ZEROS)
+                _copy_weights(ring, pointers, free, place, FORMAT)
                 _copy_x(ring, pointers, free, place[2], K)
             async_copy.commit_group()
             place = _next_step(place, STEPS, KW, TILES)
@@ -299,7 +313,7 @@ def unpacks_in_registers(call: LinearCall) -> bool:
     fmt = call.fmt
     if call.x.dtype not in _16_BITS or fmt.scale_dtype not in _16_BITS or not all_of_triton(call.x):
         return False
-    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or call.weight.numel() >= 2**32:
+    if fmt.has_zeros != (fmt.whole_zeros and fmt.bits == 4) or fmt.has_offsets or call.weight.nbytes >= 2**33:
         return False
     return copies_in_16_bytes(call.rows_of_x) and all(map(starts_at_16_bytes, call.tensors[:3]))
 
@@ -339,8 +353,10 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         fmt.out_features,
         blocks,
         x.stride(0),
+        BITS=fmt.bits,
         K=fmt.in_features,
         GROUPS=fmt.groups_per_tile,
+        PER_CHANNEL=fmt.per_channel,
         ZEROS=fmt.has_zeros,
         BIAS=call.bias is not None,
         BLOCK_N=config.block_n,

@@ -310,8 +310,8 @@ register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twi
 
 
 def serves(call: LinearCall) -> bool:
-    """Whether the kernel takes this call: scales have the dtype of x, and :func:`unpacks_in_registers`."""
-    return call.fmt.scale_dtype == call.x.dtype and unpacks_in_registers(call)
+    """Whether the kernel takes this call: 4 bits, scales in the dtype of x, and :func:`unpacks_in_registers`."""
+    return call.fmt.bits == 4 and call.fmt.scale_dtype == call.x.dtype and unpacks_in_registers(call)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:

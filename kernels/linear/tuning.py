@@ -110,12 +110,14 @@ def choose_many_rows(shape: LinearShape, arch: GpuArch) -> ManyRowsConfig:
 def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsConfig | None:
     """Tiles of the kernel for Hopper; ``None`` on another arch. A dynamic M counts as 16.
 
-    Measured on an H200 for N from 4,096 to 43,008 and K from 4,096 to 21,504. Blocks that fill about two programs per
-    multiprocessor are not shared, which saves the second launch.
+    Measured on an H200 for N from 4,096 to 43,008 (262,144 with 8 bits) and K from 4,096 to 21,504. Blocks that fill
+    about two programs per multiprocessor are not shared, which saves the second launch.
     """
     if arch.capability != (9, 0):
         return None
     rows, sm_count, tiles = shape.rows or MAX_FEW_ROWS, arch.sm_count, cdiv(shape.out_features, 16)
+    if shape.bits == 8:
+        return _choose_few_rows_hopper_8_bits(shape, rows, tiles, sm_count)
     short = shape.in_features <= 8192
     narrow = tiles <= (3 if rows <= 4 else 2 if rows <= 8 else 0) * sm_count
     if tiles % 4 or (narrow and short):
@@ -127,7 +129,7 @@ def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsCo
         if tiles % 8 == 0 and wide:
             return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=3, num_programs=4 * sm_count)
         if tiles % 8 == 0 and not short:
-            return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_programs=2 * sm_count)
+            return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_programs=3 * sm_count)
         return HopperFewRowsConfig(64, column_warps=1, row_warps=4, num_stages=4, num_programs=3 * sm_count)
     if 1.8 * sm_count <= tiles // 4 <= 2 * sm_count:
         return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3)
@@ -135,6 +137,17 @@ def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsCo
         programs = (4 if rows <= 4 else 3) * sm_count
         return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3, num_programs=programs)
     return HopperFewRowsConfig(64, column_warps=1, row_warps=4, num_stages=4, num_programs=4 * sm_count)
+
+
+def _choose_few_rows_hopper_8_bits(shape: LinearShape, rows: int, tiles: int, sm_count: int) -> HopperFewRowsConfig:
+    wide = tiles >= 7 * sm_count
+    if tiles % 4 or (tiles <= 2 * sm_count and shape.in_features <= 8192):
+        return HopperFewRowsConfig(16, column_warps=4, row_warps=1, num_stages=3)
+    if wide and tiles % 8 == 0 and rows > 8:
+        return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=4, num_programs=2 * sm_count)
+    if rows <= 4:
+        return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3, num_programs=3 * sm_count)
+    return HopperFewRowsConfig(64, column_warps=1, row_warps=4, num_stages=3, num_programs=4 * sm_count)
 
 
 def choose_many_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperManyRowsConfig | None:
@@ -149,6 +162,9 @@ def choose_many_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperManyRows
         block_m, stages = (64, 5) if shape.rows <= 64 else (128, 4)
     if shape.rows is None:
         return HopperManyRowsConfig(block_m, block_n, stages, arch.sm_count)
+    if block_m == 64 and 2 * cdiv(shape.out_features, block_n) <= arch.sm_count:
+        # Every block is shared by several programs: wide ones read x less often.
+        return HopperManyRowsConfig(block_m, 256, 4, arch.sm_count)
     blocks = cdiv(shape.rows, block_m) * cdiv(shape.out_features, block_n)
     fills = blocks >= 0.9 * cdiv(blocks, arch.sm_count) * arch.sm_count
     return HopperManyRowsConfig(block_m, block_n, stages, 0 if fills else arch.sm_count)

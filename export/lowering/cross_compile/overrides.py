@@ -24,6 +24,7 @@ from flashpte.export.lowering.cross_compile import (
     lifted_constants,
     methods,
     plain_products,
+    reductions,
     scratch,
 )
 from flashpte.export.lowering.cross_compile.device_interface import device_properties, make_interface
@@ -149,6 +150,12 @@ TABLE: tuple[Override, ...] = (
         "the same, by index",
         lambda target, original: make_interface(target.arch),
         adds=True,
+    ),
+    Override(
+        "torch._inductor.choices:InductorChoices.should_use_persistent_reduction",
+        "the norms of a decoder layer would read a row of 5,376 elements three times",
+        _with_original(reductions.is_persistent),
+        checked=("2.11", "2.13"),
     ),
     # Triton.
     Override("triton.backends:backends[nvidia]", "its driver loads libcuda", _triton_backend),

@@ -79,6 +79,17 @@ HOPPER = [
     )
     if (layout == "contiguous" or n == 256) and (zeros == "none" or n < 16384)
 ]
+HOPPER += [
+    Case(rows, n, k, bits=8, group=group or k, bias=rows % 2 == 0, dtype=dtype, scale_dtype=dtype, layout=layout)
+    for (rows, n), k, group, dtype, layout in itertools.product(
+        ((1, 256), (3, 16384), (5, 1024), (9, 256), (16, 5376)),
+        (1168, 5376),
+        (32, 64, 128, None),
+        (torch.bfloat16, torch.float16),
+        ("contiguous", "sliced"),
+    )
+    if layout == "contiguous" or n == 256
+]
 
 
 def needs_hopper() -> None:
@@ -112,8 +123,10 @@ TILES = [
 def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group, dtype):
     needs_hopper()
     for rows in (1, 8, 13):
-        zeros = "whole" if rows == 8 else "none"
-        problem = build(Case(rows, 256, 1152, group=group, zeros=zeros, bias=True, dtype=dtype, scale_dtype=dtype))
+        bits, zeros = 8 if rows == 13 else 4, "whole" if rows == 8 else "none"
+        problem = build(
+            Case(rows, 256, 1152, bits=bits, group=group, zeros=zeros, bias=True, dtype=dtype, scale_dtype=dtype)
+        )
         call = problem.call_on("cuda")
         out = call.empty_output()
         launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(out, 1))
