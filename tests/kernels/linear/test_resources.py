@@ -30,8 +30,7 @@ WEIGHTS = {
 }
 ROWS = (1, 12, 40, 512)
 FEW_WORDS = 4
-"""Most words that ptxas may spill: constants of a tile, or a pointer where 128 registers let one more block run. How
-many it spills of those few differs between machines with the same versions."""
+"""Most words that ptxas may spill: constants of a tile, or a pointer where 128 registers let one more block run."""
 
 
 def empty_call(rows: int, weight: str, dtype: torch.dtype) -> LinearCall:
