@@ -73,7 +73,7 @@ def _watch(output: Path | None) -> Callable[[], str]:
 
     def is_complete() -> str:
         # The folder is a new one; a manifest in it means that it is an export and not made by another program.
-        replaced = output is not None and identity() != before and (output / "manifest.json").is_file()
+        replaced = output is not None and identity() != before and any(output.rglob("manifest.json"))
         return f"{output} is complete" if replaced else ""
 
     before = identity()
@@ -95,12 +95,12 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
         from flashpte.export.lowering.preflight import check_surroundings
         from flashpte.export.pipeline import export_model, plan_export, preview_routing
 
-        if args.arch is not None:
-            find_arch(args.arch)
+        for name in args.arch or ():
+            find_arch(name)
         if not args.dry_run:
             check_surroundings(args.output_dir, ())
         plan = plan_export(options)
-        lowered = None
+        lowered: tuple[LoweredModel, ...] = ()
         if args.dry_run:
             reports = preview_routing(plan, progress=progress)
         else:
@@ -115,7 +115,9 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
     return EXIT_OK
 
 
-def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports: Mapping[str, RoutingReport]) -> None:
+def _print_result(
+    options: ExportOptions, lowered: Sequence[LoweredModel], reports: Mapping[str, RoutingReport]
+) -> None:
     from flashpte.passes import format_table
 
     if reports:
@@ -124,10 +126,12 @@ def _print_result(options: ExportOptions, lowered: LoweredModel | None, reports:
         print(f"attention was not replaced (--no-replace {options.attention})")
     if reports and not options.midm_sdpa:
         print("target_verify: attention was not replaced (--no-midm-sdpa)")
-    if lowered is not None:
+    for model in lowered:
         print()
-        for path in sorted(lowered.folder.iterdir()):
+        for path in sorted(model.folder.iterdir()):
             print(f"{_size(path.stat().st_size):>10}  {path}")
+    if len(lowered) > 1:
+        print("\nequal files, such as the weights, are on the disk once (hard links)")
 
 
 def _size(count: int) -> str:

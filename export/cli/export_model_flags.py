@@ -72,6 +72,13 @@ def _dtype(text: str) -> str:
     return name
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if len(set(names)) < len(names) or not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names such as sm_80,sm_90")
+    return names
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``export-model``."""
     parser = new_parser("export-model", _DESCRIPTION, _EPILOG)
@@ -166,7 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     lowering = parser.add_argument_group("lowering")
-    lowering.add_argument("--arch", metavar="SM", help="sm_80, sm_90, ... (default: the local GPU's, else sm_90)")
+    lowering.add_argument(
+        "--arch",
+        type=_names,
+        metavar="SM[,SM]",
+        help="sm_80, sm_90, ... (default: the local GPU's, else sm_90); several get a folder each in --output-dir",
+    )
     lowering.add_argument(
         "--format",
         choices=("pte", "pt2"),

@@ -129,7 +129,9 @@ def _read_manifest(folder: Path) -> Mapping[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ProgramError(f"{folder} has no {MANIFEST_NAME}: give a folder that export-model wrote") from error
+        inner = sorted(found.parent for found in folder.glob(f"*/{MANIFEST_NAME}"))
+        wanted = f"one of {', '.join(map(str, inner))}" if inner else "a folder that export-model wrote"
+        raise ProgramError(f"{folder} has no {MANIFEST_NAME}: give {wanted}") from error
     except OSError as error:
         raise ProgramError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -72,6 +72,19 @@ def _check_place(named: Path, output: Path) -> None:
 
 
 def _written_files(folder: Path) -> set[Path] | None:
+    """The files of the export that a folder holds, or of one in each of its folders; ``None`` if there is another."""
+    if (folder / MANIFEST_NAME).exists():
+        return _described_files(folder)
+    found: set[Path] = set()
+    for inner in folder.iterdir():  # one for each architecture
+        files = _described_files(inner)
+        if files is None:
+            return None
+        found |= files
+    return found
+
+
+def _described_files(folder: Path) -> set[Path] | None:
     """The files of the export that a folder's manifest describes; ``None`` without a manifest by flashpte."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())

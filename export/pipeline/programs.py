@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,9 +135,14 @@ def preview_routing(plan: ExportPlan, *, progress: Progress | None = None) -> di
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """The result of :func:`export_model`: the lowered files and, by method, the reports of the replace pass."""
+    """The result of :func:`export_model`.
 
-    lowered: LoweredModel
+    Attributes:
+        lowered: the lowered files, one for each architecture.
+        reports: the reports of the replace pass, by method.
+    """
+
+    lowered: tuple[LoweredModel, ...]
     reports: dict[str, RoutingReport]
 
 
@@ -145,7 +150,7 @@ def export_model(
     plan: ExportPlan,
     output_dir: Path,
     *,
-    arch: str | None = None,
+    arch: str | Sequence[str] | None = None,
     format: Format = "pte",
     progress: Progress | None = None,
 ) -> ExportResult:
@@ -154,7 +159,8 @@ def export_model(
     Args:
         plan: from :func:`plan_export`, with a checkpoint or a random seed.
         output_dir: folder to write; it appears when everything in it is complete.
-        arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, or ``sm_90`` without a GPU.
+        arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, or ``sm_90`` without a GPU. Several get a
+            folder each, ``output_dir/sm_80`` and so on, with weights that are stored once.
         format: ``"pte"``, or ``"pt2"`` for one method as a plain AOTInductor package.
         progress: called with the name of each stage.
 
@@ -164,10 +170,15 @@ def export_model(
     """
     from flashpte.export.lowering import lower
     from flashpte.export.lowering.preflight import check_surroundings
+    from flashpte.export.lowering.several_arches import lower_for_each
 
     check_has_weights(plan.options)
     check_surroundings(output_dir, plan.extra_files)  # ``lower`` checks again, but only minutes later
-    check_free_space(output_dir, 2 * weight_bytes(plan.weights))  # the weights' files, then the result
+    if arch is not None and not isinstance(arch, str) and len(arch) == 1:
+        (arch,) = arch
+    several = arch if arch is not None and not isinstance(arch, str) else ()
+    # The weights' files, then the results.
+    check_free_space(output_dir, (1 + max(1, len(several))) * weight_bytes(plan.weights))
     with folder_beside(output_dir) as folder:
         programs = export_programs(plan, weights_folder=folder, progress=progress)
         manifest = plan.manifest()
@@ -181,16 +192,24 @@ def export_model(
             programs, reports = replace_attention(programs, progress, plan.kept_attention)
         manifest["work"] = {name: product_work(program) for name, program in programs.items()}
         manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
-        lowered = lower(
-            programs,
-            output_dir=output_dir,
-            arch=arch,
-            format=format,
-            attention=plan.options.attention,
-            constant_methods=plan.constant_methods,
-            manifest=manifest,
-            extra_files=plan.extra_files,
-            device_tensors=plan.runner is not None and plan.runner.device_tensors,
-            progress=progress,
-        )
+
+        def lower_one(name: str | None, folder: Path, progress: Progress | None) -> LoweredModel:
+            return lower(
+                programs,
+                output_dir=folder,
+                arch=name,
+                format=format,
+                attention=plan.options.attention,
+                constant_methods=plan.constant_methods,
+                manifest=manifest,
+                extra_files=plan.extra_files,
+                device_tensors=plan.runner is not None and plan.runner.device_tensors,
+                progress=progress,
+            )
+
+        lowered: tuple[LoweredModel, ...]
+        if arch is None or isinstance(arch, str):
+            lowered = (lower_one(arch, output_dir, progress),)
+        else:
+            lowered = lower_for_each(lower_one, several, output_dir, progress, len(programs))
     return ExportResult(lowered, reports)
