@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from flashpte.export.cli.endings import EXIT_OK, quiet_libraries, report_errors, stdout_may_close
 from flashpte.export.cli.export_model_flags import build_parser, check_arguments
+from flashpte.export.cli.flag_names import flag_name
 from flashpte.export.cli.progress import StageLog
 from flashpte.export.cli.report_file import write_report
 from flashpte.export.common.options import ExportOptions
@@ -21,6 +23,7 @@ from flashpte.export.models.registry import list_targets
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
+    from flashpte.export.pipeline import ExportPlan
     from flashpte.passes import RoutingReport
 
 _COLUMNS = 100
@@ -110,6 +113,8 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
         _print_result(options, lowered, reports)
         for note in (*plan.model_notes, *(f"weights: {note}" for note in plan.weight_notes)):
             print(note)
+        if lowered:
+            print(_next(plan, lowered[0]))
     if args.report is not None:
         write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
     return EXIT_OK
@@ -132,6 +137,22 @@ def _print_result(
             print(f"{_size(path.stat().st_size):>10}  {path}")
     if len(lowered) > 1:
         print("\nequal files, such as the weights, are on the disk once (hard links)")
+
+
+def _next(plan: ExportPlan, model: LoweredModel) -> str:
+    """What to type next."""
+    folder = shlex.quote(str(model.folder))
+    if plan.runner is not None:
+        files = " ".join(path.name for path in (model.model, model.weights) if path is not None)
+        return f"next: give {files} of {folder} to {plan.runner.title} (docs/executorch.md)"
+    source = "".join(
+        f" {flag_name(name)} {shlex.quote(str(path))}"
+        for name in ("checkpoint", "gguf_file", "draft")
+        if (path := getattr(plan.options, name)) is not None
+    )
+    check = "" if model.weights is None else f"  run-model {folder} --check{source}\n"
+    prompt = '--prompt "The capital of France is"' if plan.extra_files else "--prompt-ids 1,2,3"
+    return f"next, on an {model.arch} GPU:\n{check}  run-model {folder} {prompt}\n  run-model {folder} --profile"
 
 
 def _size(count: int) -> str:

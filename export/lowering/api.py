@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from torch.export import ExportedProgram
 from flashpte.export.common.errors import ExportError
 from flashpte.export.common.gc_tuning import fewer_collections
 from flashpte.export.common.options import Attention, Format
+from flashpte.export.common.progress import Counted, counter
 from flashpte.export.files.manifest import build_manifest, describe_files, write_manifest
 from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.files.names import MANIFEST_NAME, PT2_NAME
@@ -122,10 +124,15 @@ def lower(
     methods = {name: describe_method(program) for name, program in programs.items()}
     with atomic_folder(output) as (folder, scratch):
         restore_views = attention != "executorch"
+        wrappers = itertools.count(1)
+
+        def host_code(source: str) -> None:
+            tell(Counted("compiling host code", next(wrappers), len(programs)))
+
         tell(f"compiling {', '.join(programs)} for {target.name}")
         with (
             _plain_errors("compiling failed", output, format),
-            cross_compile(target, scratch, format, restore_views, lambda source: tell("compiling host code")),
+            cross_compile(target, scratch, format, restore_views, host_code, counter(progress, "compiling kernels")),
         ):
             if format == "pte":
                 written = write_pte(programs, folder, attention, constants, device_tensors)

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from flashpte.export.common import cpus
+from flashpte.export.common.progress import Counted
 from flashpte.export.files.output_folder import atomic_folder
 from flashpte.export.lowering.api import LoweredModel
 from flashpte.export.lowering.cross_compile import forked
@@ -55,7 +56,7 @@ def lower_for_each(
 
 
 def _tell_of(tell: Callable[[str], None], arch: str, line: str) -> None:
-    tell(f"{arch}: {line}")
+    tell(line.after(f"{arch}: ") if isinstance(line, Counted) else f"{arch}: {line}")
 
 
 def _lower_beside(

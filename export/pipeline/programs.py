@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from torch.export import ExportedProgram
 
 from flashpte.export.common.gc_tuning import fewer_collections
 from flashpte.export.common.options import Format, check_has_weights
+from flashpte.export.common.progress import GIGABYTES, counter
 from flashpte.export.files.mapped_tensors import MappedZeros
 from flashpte.export.files.output_folder import check_free_space, folder_beside
 from flashpte.export.models.eagle3_methods import export_with_draft
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-_PROGRESS_SECONDS = 10.0
-
 
 def load_weights(plan: ExportPlan, folder: Path | None = None, progress: Progress | None = None) -> None:
     """Gives the plan's model its weights: the checkpoint's, random ones, or (only for tracing) uninitialized memory.
@@ -44,17 +42,9 @@ def load_weights(plan: ExportPlan, folder: Path | None = None, progress: Progres
     Args:
         plan: from :func:`plan_export`.
         folder: an empty folder for the weights' bytes, which are then not in memory (:func:`.fill_weights`).
-        progress: called every few seconds with a line that says how far it is.
+        progress: called every second with a line that says how far it is (:class:`~.progress.Counted`).
     """
-    shown = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        if progress is not None and time.monotonic() - shown >= _PROGRESS_SECONDS:
-            shown = time.monotonic()
-            progress(f"load weights: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
-
-    fill_weights(plan.model, plan.weights, plan.source, folder, show)
+    fill_weights(plan.model, plan.weights, plan.source, folder, counter(progress, "load weights", GIGABYTES))
     if plan.draft is not None:
         plan.draft.load_weights(plan.dtype, plan.options.random_seed)
 

@@ -46,13 +46,15 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
         finally:
             target.defining = False
         kernels = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-        fill_cache(kernels, target.processes)
-        for kernel in kernels:
+        count = target.on_kernels or (lambda done, total: None)
+        finished = fill_cache(kernels, target.processes, on_kernels=count)
+        for number, kernel in enumerate(kernels, 1):
             if not kernel.launchers:
                 kernel.precompile()
             launcher = _pick_launcher(kernel.launchers)
             kernel.launchers = [launcher]
             kernel.save_gpu_kernel("stream", launcher)
+            count(max(number, finished), len(kernels))
 
     return generate_and_run_autotune_block
 
@@ -62,17 +64,27 @@ def _pick_launcher(launchers: Sequence[Any]) -> Any:
     return min(launchers, key=lambda launcher: launcher.n_spills or 0)
 
 
-def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) -> None:
+def fill_cache(
+    kernels: Sequence[Any],
+    processes: int,
+    patience: float = 300.0,
+    on_kernels: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
     """Compiles ``kernels`` in worker processes, only to fill Triton's cache.
 
     Args:
         kernels: Inductor's ``CachingAutotuner`` objects that have not been compiled.
         processes: most processes to start.
         patience: seconds without a finished kernel after which the processes are killed.
+        on_kernels: called with the number of finished kernels and of all.
+
+    Returns:
+        How many kernels the processes finished.
     """
+    finished = 0
     processes = min(processes, len(kernels) // _FEW)
     if processes < 2 or not forked.can_fork():
-        return
+        return finished
     with contextlib.ExitStack() as stack:
         # A pipe gives each number to one reader, even if other readers die. It buffers 64 KiB.
         numbers, write_numbers = os.pipe()
@@ -89,8 +101,10 @@ def fill_cache(kernels: Sequence[Any], processes: int, patience: float = 300.0) 
         # An empty read means that the last process, which held the other end open, has ended.
         poll = select.poll()
         poll.register(done)
-        while poll.poll(1000 * patience) and os.read(done, 4096):
-            pass
+        while poll.poll(1000 * patience) and (dots := os.read(done, 4096)):
+            finished += len(dots)
+            on_kernels(finished, len(kernels))
+    return finished
 
 
 @contextlib.contextmanager

@@ -71,6 +71,14 @@ class _Failed:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+    """What the process of a method sends while it compiles kernels."""
+
+    done: int
+    total: int
+
+
 class _Done(Exception):
     """Ends ExecuTorch's code in a method's process once the library is written and checked."""
 
@@ -109,6 +117,7 @@ def _compile_all(
     running: dict[connection.Connection, int] = {}
     processes: list[BaseProcess] = []
     compiled: dict[int, _Compiled] = {}
+    kernels: dict[connection.Connection, _Kernels] = {}
     try:
         while waiting or running:
             while waiting and len(running) < count:
@@ -131,6 +140,10 @@ def _compile_all(
                     compiled[running[ready]] = message
                 elif isinstance(message, _Failed):
                     _logger.info("the process of a method failed, so it is compiled in this one:\n%s", message.text)
+                elif isinstance(message, _Kernels):
+                    kernels[ready] = message
+                    if target.on_kernels is not None:
+                        target.on_kernels(sum(k.done for k in kernels.values()), sum(k.total for k in kernels.values()))
                 elif target.on_wrapper is not None:
                     target.on_wrapper(message)
     finally:
@@ -158,6 +171,7 @@ def _work(
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(library.with_suffix(""))
     target.processes = max(1, target.processes // count)
     target.on_wrapper = results.send
+    target.on_kernels = lambda done, total: results.send(_Kernels(done, total))
     found: dict[str, _Weight] = {}
 
     def record(paths: Any, compile_specs: Any) -> Any:

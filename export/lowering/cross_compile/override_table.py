@@ -35,6 +35,7 @@ class Target:
         processes: how many processes may compile the kernels of one program.
         restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
         on_wrapper: called with the C++ source of each method's wrapper.
+        on_kernels: called with how many kernels are compiled and how many there are, in the methods at work.
     """
 
     arch: GpuArch
@@ -46,6 +47,7 @@ class Target:
     compiling: int = 0
     defining: bool = False
     on_wrapper: Callable[[str], None] | None = None
+    on_kernels: Callable[[int, int], None] | None = None
 
 
 Make = Callable[[Target, Any], Any]

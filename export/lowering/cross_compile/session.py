@@ -80,6 +80,7 @@ def cross_compile(
     package: Literal["pte", "pt2"] = "pte",
     restore_views: bool = True,
     on_wrapper: Callable[[str], None] | None = None,
+    on_kernels: Callable[[int, int], None] | None = None,
 ) -> Iterator[None]:
     """Inside, PyTorch, Triton and ExecuTorch compile for ``arch``, with or without a GPU.
 
@@ -89,6 +90,7 @@ def cross_compile(
         package: ``pte`` for ExecuTorch's CUDA backend, ``pt2`` for a plain AOTInductor package.
         restore_views: pass views to kernels as strides (``pte`` only; a ``pt2`` program already has views).
         on_wrapper: called with the C++ source of each compiled program's wrapper.
+        on_kernels: called with how many of the kernels known so far are compiled, and how many are known.
 
     Raises:
         CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced, or
@@ -100,7 +102,8 @@ def cross_compile(
         cuda_home = work_dir / "cuda"
         make_cuda_home(cuda_home)
         flags = _flags(work_dir, package)
-        target = override_table.Target(arch, work_dir, str(cuda_home), flags, restore_views, on_wrapper=on_wrapper)
+        target = override_table.Target(arch, work_dir, str(cuda_home), flags, restore_views)
+        target.on_wrapper, target.on_kernels = on_wrapper, on_kernels
         table = overrides.TABLE + (overrides.EXECUTORCH_TABLE if package == "pte" else overrides.PT2_TABLE)
         with contextlib.ExitStack() as stack:
             stack.callback(forget_device)

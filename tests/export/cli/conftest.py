@@ -74,6 +74,9 @@ def output(tmp_path):
 @dataclasses.dataclass(frozen=True)
 class Lowered:
     folder: Path
+    model: Path
+    weights: Path
+    arch: str
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def lowered(monkeypatch):
         progress("lower")
         output_dir.mkdir()
         (output_dir / "model.pte").write_bytes(bytes(3000))
-        return Lowered(output_dir)
+        return Lowered(output_dir, output_dir / "model.pte", output_dir / "aoti_cuda_blob.ptd", "sm_90")
 
     monkeypatch.setattr(lowering, "lower", lower)
     return calls

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from flashpte.export.lowering import several_arches
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
 
 SMALL = ("--target", "gemma4-31b", "--small", "--layers", "1")
@@ -87,7 +88,12 @@ def test_checkpoint_goes_to_lower(export_model, lowered, checkpoint, output):
     assert manifest["routing"]["target_verify"]["nodes"][0]["op"] == "flashpte::sdpa_verify"
     assert str(checkpoint) not in json.dumps(manifest)
     assert "sdpa_verify" in result.out
-    assert result.out.splitlines()[-1].split() == ["2.9", "KiB", str(output / "model.pte")]
+    *_, file, then, check, prompt, profile = result.out.splitlines()
+    assert file.split() == ["2.9", "KiB", str(output / "model.pte")]
+    assert then == "next, on an sm_90 GPU:"
+    assert check == f"  run-model {output} --check --checkpoint {checkpoint}"
+    assert prompt == f'  run-model {output} --prompt "The capital of France is"'
+    assert profile == f"  run-model {output} --profile"
     assert "] lower" in result.err
 
 
@@ -102,6 +108,30 @@ def test_no_replace_leaves_attention_alone(export_model, lowered, output, attent
         assert "scaled_dot_product_attention" in program.graph_module.code
         assert "flashpte" not in program.graph_module.code
     assert f"attention was not replaced (--no-replace {attention})" in result.out
+
+
+def test_files_for_executorchs_runner_end_with_its_name(export_model, lowered, output):
+    result = export_model(*SMALL, "--random-weights", "-q", "--runner", "executorch", "--output-dir", output)
+    assert result.code == 0
+    (call,) = lowered
+    assert call["device_tensors"] is True
+    assert call["manifest"]["runner"] == "executorch-gemma"
+    assert result.out.splitlines()[-1] == (
+        f"next: give model.pte aoti_cuda_blob.ptd of {output} to ExecuTorch's Gemma 4 31B runner (docs/executorch.md)"
+    )
+
+
+def test_several_archs_go_to_their_own_lowering(export_model, monkeypatch, output):
+    calls = []
+    monkeypatch.setattr(several_arches, "lower_for_each", lambda *arguments: calls.append(arguments) or ())
+    flags = (*SMALL, "--random-weights", "-q", "--method", "decode")
+    assert export_model(*flags, "--arch", "sm_80, sm_90", "--output-dir", output).code == 0
+    ((_, arches, folder, _, methods),) = calls
+    assert (arches, folder, methods) == (("sm_80", "sm_90"), output, 1)
+    for wrong in ("sm_80,sm_80", "sm_80,", ","):
+        with pytest.raises(SystemExit, match="2"):
+            export_model(*SMALL, "--dry-run", "--arch", wrong)
+    assert export_model(*SMALL, "--dry-run", "--arch", "sm_80,sm_91").code == 2
 
 
 def test_config_file_and_one_method_for_pt2(export_model, lowered, tmp_path, output):
