@@ -1,0 +1,420 @@
+"""Softcapped scores and learned sinks, in anybody's eager attention, become operands of the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import calls, exported, qkv
+from torch.export import Dim
+
+from flashpte.passes import replace_sdpa
+from flashpte.passes.attention.table import format_table
+
+MIN = torch.finfo(torch.float32).min
+HEADS = 6
+
+
+class Model(torch.nn.Module):
+    """``forward(q, k, v, mask)`` calls ``attention(q, k, v, mask, sinks)`` with a parameter as sinks."""
+
+    def __init__(self, attention, sinks=None):
+        super().__init__()
+        self.attention = attention
+        given = torch.randn(HEADS, generator=torch.Generator().manual_seed(3)) if sinks is None else sinks
+        self.sinks = torch.nn.Parameter(given)
+
+    def forward(self, q, k, v, mask=None):
+        out = self.attention(q, k, v, mask, self.sinks)
+        return out.transpose(1, 2).contiguous().reshape(q.shape[0], q.shape[2], -1)
+
+
+def repeat_kv(t, groups):
+    return t[:, :, None].expand(-1, -1, groups, -1, -1).reshape(t.shape[0], -1, *t.shape[2:])
+
+
+def scored(q, k, v, mask=None, softcap=None, scale=0.25):
+    """Scores and values with heads repeated for the query heads, as Hugging Face's eager attention has them."""
+    k, v = (repeat_kv(t, q.shape[1] // k.shape[1]) for t in (k, v))
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores if mask is None else scores + mask, v
+
+
+def gemma2(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, mask, 1.5)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(F.dropout(weights, 0.1, training=False), v)
+
+
+def gpt_oss(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, mask)
+    column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+    joined = torch.cat([scores, column], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    weights = F.softmax(joined, dim=-1, dtype=joined.dtype)[..., :-1]
+    return torch.matmul(F.dropout(weights, 0.1, training=False).to(v.dtype), v)
+
+
+def both(q, k, v, mask, sinks):
+    scores, v = scored(q * 2.0, k, v, None, 2.0)
+    scores = scores if mask is None else scores.masked_fill(mask < 0, float("-inf"))
+    column = sinks.view(-1, 1, 1).repeat(q.shape[0], 1, q.shape[2], 1)
+    joined = torch.cat((scores, column), 3)
+    return torch.softmax(joined - joined.amax(-1, keepdim=True), -1).narrow(-1, 0, k.shape[2]) @ v
+
+
+def in_front(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, mask)
+    joined = torch.cat((sinks[None, :, None, None].expand(*scores.shape[:3], 1), scores), -1)
+    return torch.softmax(joined, -1)[..., 1:] @ v
+
+
+def in_place(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    scores /= 3.0
+    scores.tanh_()
+    scores *= 3.0
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    joined.sub_(joined.amax(-1, keepdim=True))
+    return torch.softmax(joined, -1)[..., :-1] @ v
+
+
+def softmax_of_one_more(q, k, v, mask, sinks):
+    """exp(s) / (1 + sum exp(s)): a sink of 0."""
+    scores, v = scored(q, k, v, mask)
+    joined = torch.cat([scores, scores.new_zeros(*scores.shape[:3], 1)], -1)
+    return torch.softmax(joined, -1)[..., :-1] @ v
+
+
+def shifted_only(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, mask)
+    return torch.softmax(scores - scores.max(-1, keepdim=True).values, -1) @ v
+
+
+def negative_cap(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, scale=-0.25)
+    return torch.softmax(torch.tanh(scores / 1.5) * -1.5, -1) @ v
+
+
+# attention -> scale, softcap, whether there are sinks
+FORMS = {
+    gemma2: (0.25, 1.5, False),
+    gpt_oss: (0.25, 0.0, True),
+    both: (0.5, 2.0, True),
+    in_front: (0.25, 0.0, True),
+    in_place: (0.25, 3.0, True),
+    softmax_of_one_more: (0.25, 0.0, True),
+    shifted_only: (0.25, 0.0, False),
+    negative_cap: (0.25, 1.5, False),
+}
+
+
+def rewrite(module, args, decompose=False, shapes=None):
+    """Rewrites a program with one attention; asserts that it is replaced and that the results are unchanged."""
+    program = exported(module, args, shapes)
+    program = program.run_decompositions() if decompose else program
+    new, report = replace_sdpa(program)
+    (entry,) = report.nodes
+    assert entry.replaced, entry.reason
+    for gone in ("softmax", "bmm", "matmul", "tanh", "amax", "max_dim", "repeat"):
+        assert not calls(new, gone)
+    expected, out = program.module()(*args), new.module()(*args)
+    loose = 2e-2 if out.dtype == torch.bfloat16 else 3e-3 if out.dtype == torch.float16 else 2e-6
+    torch.testing.assert_close(out, expected, atol=loose, rtol=10 * loose)
+    (node,) = calls(new, "flashpte.sdpa_")
+    return node, entry
+
+
+def window(rows, keys=64, hidden=MIN):
+    at = torch.arange(rows)[:, None] + keys - rows
+    shown = (torch.arange(keys) <= at) & (torch.arange(keys) > at - 20)
+    return torch.zeros(rows, keys).masked_fill(~shown, hidden)[None, None]
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("attention", FORMS, ids=lambda f: f.__name__)
+def test_forms(attention, rows, decompose):
+    args = (*qkv(rows, heads=HEADS, heads_kv=2, batch=2), window(rows))
+    args = args[:3] if attention in (in_place, negative_cap) else args
+    node, entry = rewrite(Model(attention), args, decompose)
+    scale, softcap, sinks = FORMS[attention]
+    assert [n.name for n in node.args[:3]] == ["q", "k", "v"]
+    assert node.args[7] == pytest.approx(scale)
+    assert node.kwargs.get("softcap", 0.0) == pytest.approx(softcap)
+    assert ("sinks" in node.kwargs) == sinks
+    if sinks and attention is not softmax_of_one_more:
+        assert node.kwargs["sinks"].name == "p_sinks"
+    assert (entry.softcap, entry.sinks) == (pytest.approx(softcap), sinks)
+    assert entry.key == (2, 2, 64, 16)
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(dtype, decompose):
+    args = tuple(t.to(dtype) for t in qkv(5, heads=HEADS, heads_kv=2))
+
+    def upcast(q, k, v, mask, sinks):
+        scores = (q @ repeat_kv(k, 3).transpose(2, 3)).float() * 0.25
+        scores = torch.tanh(scores / 2.0) * 2.0
+        column = sinks.float().view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
+        return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1].to(v.dtype) @ repeat_kv(v, 3)
+
+    for attention in (gemma2, gpt_oss, upcast):
+        node, entry = rewrite(Model(attention).to(dtype), args, decompose)
+        assert entry.dtype == str(dtype).removeprefix("torch.")
+        if attention is not gemma2:
+            # The kernel reads the parameter itself, in its own dtype.
+            assert node.kwargs["sinks"].name == "p_sinks"
+
+
+def test_sinks_from_a_table_of_layers():
+    def of_layer(q, k, v, mask, sinks):
+        return gpt_oss(q, k, v, mask, sinks[1])
+
+    table = torch.randn(3, HEADS, generator=torch.Generator().manual_seed(5))
+    node, _ = rewrite(Model(of_layer, table), qkv(5, heads=HEADS, heads_kv=2))
+    assert "select" in node.kwargs["sinks"].name
+
+
+@pytest.mark.parametrize("spread", [lambda s: s.repeat(3), lambda s: s.repeat_interleave(3)], ids=["repeat", "each"])
+def test_heads_that_share_sinks(spread):
+    def grouped(q, k, v, mask, sinks):
+        return gpt_oss(q, k, v, mask, spread(sinks))
+
+    program = exported(Model(grouped, torch.tensor([-0.4, 0.7])), args := qkv(5, heads=HEADS, heads_kv=2))
+    new, report = replace_sdpa(program)
+    assert report.nodes[0].sinks
+    torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
+
+
+def test_one_sink_for_all_heads():
+    def shared(q, k, v, mask, sinks):
+        return gpt_oss(q, k, v, mask, sinks.expand(HEADS))
+
+    rewrite(Model(shared, torch.tensor([0.7])), qkv(5, heads=HEADS, heads_kv=2))
+    rewrite(Model(shared, torch.tensor(0.7)), qkv(20, heads=HEADS, heads_kv=2))
+
+
+def test_dynamic_sizes():
+    rows, keys = Dim("rows", min=2, max=99), Dim("keys", min=2, max=500)
+    shapes = {"q": {2: rows}, "k": {2: keys}, "v": {2: keys}}
+    for attention in (both, gpt_oss, in_front):
+        module = Model(attention)
+        args = qkv(30, 77, heads=HEADS, heads_kv=2)
+        program = exported(module, args, shapes)
+        new, report = replace_sdpa(program)
+        assert [entry.op for entry in report.nodes] == ["flashpte::sdpa_dispatch"], report.nodes[0].reason
+        for sizes in ((2, 3), (99, 500)):
+            args = qkv(*sizes, heads=HEADS, heads_kv=2)
+            torch.testing.assert_close(new.module()(*args), module(*args), atol=2e-6, rtol=2e-5)
+
+
+class Positions(torch.nn.Module):
+    """Two layers over one mask made from positions, one with sinks and one without; row 2 sees no key."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order = order
+        self.sinks = torch.nn.Parameter(torch.randn(HEADS, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, q, k, v, pos):
+        shown = torch.arange(k.shape[2]) <= pos[:, None]
+        mask = torch.zeros(shown.shape).masked_fill(~shown, MIN)[None, None]
+
+        def attend(name):
+            if name == "sinks":
+                return gpt_oss(q, k, v, mask, self.sinks)
+            scores, values = scored(q, k, v, mask, 2.0)
+            return torch.softmax(scores, -1) @ values
+
+        return tuple(attend(name) for name in self.order)
+
+
+@pytest.mark.parametrize("order", [("sinks", "plain"), ("plain", "sinks", "plain", "sinks")], ids="-".join)
+def test_a_row_of_minima_is_0_with_sinks_and_the_mean_of_the_values_without(order):
+    """Both layers compare positions, but a row that sees nothing differs, so they do not share their bounds."""
+    pos = torch.arange(5) + 10
+    pos[2] = -1
+    args = (*qkv(5, heads=HEADS, heads_kv=2), pos)
+    program = exported(Positions(order), args)
+    new, report = replace_sdpa(program)
+    assert [entry.mask_form for entry in report.nodes] == ["positions"] * len(order)
+    for name, out, expected in zip(order, new.module()(*args), program.module()(*args), strict=True):
+        torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
+        assert (out[:, :, 2] == 0).all() == (name == "sinks")
+
+
+def test_the_report_names_them():
+    _, report = replace_sdpa(exported(Model(both), (*qkv(5, heads=HEADS, heads_kv=2), window(5))))
+    assert "bool, mapped, softcap 2, sinks" in format_table({"decode": report})
+    (entry,) = report.to_dict()["nodes"]
+    assert (entry["softcap"], entry["sinks"]) == (2.0, True)
+    _, report = replace_sdpa(exported(Model(shifted_only), qkv(5, heads=HEADS, heads_kv=2)))
+    assert "softcap" not in format_table({"decode": report})
+
+
+# What is not served, and what the report says of it.
+
+
+def cap_after_the_mask(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, torch.arange(64) / 64.0)
+    return torch.softmax(torch.tanh(scores / 2.0) * 2.0, -1) @ v
+
+
+def two_caps(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v, None, 2.0)
+    return torch.softmax(torch.tanh(scores), -1) @ v
+
+
+def cap_of_a_tensor(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    return torch.softmax(torch.tanh(scores / sinks[0]) * sinks[0], -1) @ v
+
+
+def cap_of_each_head(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    cap = sinks.exp()[:, None, None]
+    return torch.softmax(torch.tanh(scores / cap) * cap, -1) @ v
+
+
+def sinks_of_the_query(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, q.mean(-1, keepdim=True)], -1)
+    return torch.softmax(joined, -1)[..., :-1] @ v
+
+
+def sinks_of_the_batch(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    column = (sinks[None] * torch.arange(1, 3)[:, None])[:, :, None, None]
+    return torch.softmax(torch.cat([scores, column.expand(-1, -1, q.shape[2], -1)], -1), -1)[..., :-1] @ v
+
+
+def sinks_that_are_masked(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1) + torch.arange(65) / 65.0
+    return torch.softmax(joined, -1)[..., :-1] @ v
+
+
+def sinks_that_are_capped(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(torch.tanh(joined / 2.0) * 2.0, -1)[..., :-1] @ v
+
+
+def two_columns(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 2)], -1)
+    return torch.softmax(joined, -1)[..., :-2] @ v
+
+
+def dropped_from_the_wrong_side(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(joined, -1)[..., 1:] @ v
+
+
+def sinks_with_a_value(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(joined, -1) @ torch.cat([v, v.mean(2, keepdim=True)], 2)
+
+
+def weights_of_sinks(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    weights = torch.softmax(torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1), -1)
+    return weights[..., :-1] @ v + weights[..., -1:]
+
+
+def dropout_of_sinks(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.dropout(torch.softmax(joined, -1)[..., :-1], 0.5, True) @ v
+
+
+def another_maximum(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    return torch.softmax(scores - scores.amax(-2, keepdim=True), -1) @ v
+
+
+def a_maximum_that_is_read(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    largest = scores.amax(-1, keepdim=True)
+    return torch.softmax(scores - largest, -1) @ v + largest
+
+
+def a_maximums_place_that_is_read(q, k, v, mask, sinks):
+    scores, v = scored(q, k, v)
+    largest, place = scores.max(-1, keepdim=True)
+    return torch.softmax(scores - largest, -1) @ v + place
+
+
+def every_second_weight(q, k, v, mask, sinks):
+    """65 weights, of which a step keeps as many as there are values."""
+    scores, v = scored(q, k[:, :, :2], v[:, :, :2])
+    joined = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return torch.softmax(joined, -1)[..., ::2] @ v
+
+
+NAMED = {
+    cap_after_the_mask: "softcap (tanh) is applied to its masked scores",
+    two_caps: "several softcaps",
+    cap_of_a_tensor: "scaled by a tensor",
+    cap_of_each_head: "scaled by a tensor",
+    sinks_of_the_query: "the same for every row",
+    sinks_of_the_batch: "not one number for each head",
+    sinks_that_are_masked: "applied to its sinks as well",
+    sinks_that_are_capped: "applied to its sinks as well",
+    two_columns: "columns are joined to the scores",
+    dropped_from_the_wrong_side: "",
+    sinks_with_a_value: "columns are joined to the scores and have values",
+    weights_of_sinks: "used elsewhere",
+    dropout_of_sinks: "dropout",
+    another_maximum: "is applied to the scores",
+    a_maximum_that_is_read: "used elsewhere",
+    a_maximums_place_that_is_read: "used elsewhere",
+    every_second_weight: "",
+}
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("attention", NAMED, ids=lambda f: f.__name__)
+def test_what_is_not_served_is_named(attention, decompose):
+    if attention is dropout_of_sinks and decompose:
+        pytest.skip("a decomposed dropout multiplies by random numbers")
+    program = exported(Model(attention), qkv(5, heads=HEADS, heads_kv=2, batch=2))
+    program = program.run_decompositions() if decompose else program
+    new, report = replace_sdpa(program)
+    (entry,) = report.nodes
+    assert not entry.replaced
+    assert NAMED[attention] in entry.reason
+    assert str(new.graph) == str(program.graph)
+
+
+def test_three_dimensions_do_not_tell_heads_from_a_batch():
+    class Flat(torch.nn.Module):
+        def forward(self, q, k, v, sinks):
+            joined = torch.cat([q @ k.transpose(1, 2), sinks[:, None, None].expand(-1, q.shape[1], 1)], -1)
+            return torch.bmm(torch.softmax(joined, -1)[..., :-1], v)
+
+    args = (*(t[0] for t in qkv(5, heads=HEADS, heads_kv=HEADS)), torch.randn(HEADS))
+    _, report = replace_sdpa(exported(Flat(), args))
+    assert "not told from their batch" in report.nodes[0].reason
+
+
+def test_sinks_that_are_written_after_they_are_joined():
+    class Late(torch.nn.Module):
+        def forward(self, q, k, v, sinks):
+            column = sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)
+            joined = torch.cat([q @ k.transpose(2, 3), column], -1)
+            sinks.zero_()
+            return torch.softmax(joined, -1)[..., :-1] @ v
+
+    args = (*qkv(5, heads=HEADS, heads_kv=HEADS), torch.randn(HEADS))
+    program = exported(Late(), args)
+    new, report = replace_sdpa(program)
+    assert "written to" in report.nodes[0].reason
+    copies = [tuple(t.clone() for t in args) for _ in range(2)]
+    torch.testing.assert_close(new.module()(*copies[0]), program.module()(*copies[1]))
