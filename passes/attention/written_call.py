@@ -84,15 +84,32 @@ def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = Non
             return f"written out; {given_sinks}"
         sinks, made = given_sinks
     nodes = [operand.origin for operand in found]
-    readers = set(nodes_of(sinks)) | set(made)
-    readers |= set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
-    readers |= {step.tensor for step in written.steps if step.tensor is not None}
-    first = next(known for known in node.graph.nodes if known in readers or known is written.scores)
-    if written_between(first, node, readers):
+    if _may_be_written(written, node, nodes) or (
+        sinks is not None and _sinks_may_be_written(written, node, sinks, made)
+    ):
         return "written out; what it reads may be written to before its result is made"
     q, k, v = (origin.planned() for origin in nodes)
     grouped = any(origin.group > 1 for origin in nodes)
     return SdpaCall(node, q, k, v, mask, 0.0, False, scale, grouped, softcap, sinks)
+
+
+def _may_be_written(written: Written, result: Node, origins: Sequence[Origin]) -> bool:
+    """Whether an operand or a mask may be written between the place where the products read it and ``result``."""
+    products = (written.scores, written.scores, written.result)
+    for origin, product in zip(origins, products, strict=True):
+        if origin.may_be_written(result):
+            return True
+        if product is not result and written_between(product, result, set(nodes_of(origin.source))):
+            return True
+    masks = [step.tensor for step in written.steps if step.tensor is not None]
+    return any(written_between(mask, result, {mask}) for mask in masks)
+
+
+def _sinks_may_be_written(written: Written, result: Node, sinks: Value, made: Sequence[Node]) -> bool:
+    """Whether sinks may be written after ``made``, the nodes that make a column of them, began to read them."""
+    assert written.joined is not None
+    start = made[0] if made else written.joined.node
+    return written_between(start, result, {*nodes_of(sinks), *made})
 
 
 def _scores(steps: Sequence[Step], scale: float) -> tuple[float, float] | str:

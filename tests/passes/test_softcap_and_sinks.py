@@ -247,6 +247,47 @@ def test_a_row_of_minima_is_0_with_sinks_and_the_mean_of_the_values_without(orde
         assert (out[:, :, 2] == 0).all() == (name == "sinks")
 
 
+def test_caches_that_are_written_in_place_before_they_are_read():
+    """A program straight from ``torch.export``: the write to the values comes after the first node that is a cache."""
+
+    class Cached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sinks = torch.nn.Parameter(torch.randn(HEADS))
+            self.register_buffer("k", torch.zeros(1, 2, 64, 16))
+            self.register_buffer("v", torch.zeros(1, 2, 64, 16))
+
+        def forward(self, q, k, v, pos):
+            keys, values = self.k.index_copy_(2, pos, k), self.v.index_copy_(2, pos, v)
+            hidden = torch.arange(64) > pos[:, None]
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[None, None]
+            return gpt_oss(q, keys, values, mask, self.sinks)
+
+    args = (*qkv(5, 5, heads=HEADS, heads_kv=2), torch.arange(5) + 7)
+    program = exported(Cached(), args)
+    new, report = replace_sdpa(program)
+    (entry,) = report.nodes
+    assert (entry.op, entry.key, entry.mask) == ("flashpte::sdpa_verify", (1, 2, 64, 16), "causal"), entry.reason
+    torch.testing.assert_close(new.module()(*args), program.module()(*args), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("written", ["keys", "values", "mask"])
+def test_what_is_written_between_the_products(written):
+    class Between(torch.nn.Module):
+        def forward(self, q, k, v, mask):
+            scores = torch.tanh(q @ k.transpose(2, 3)) + mask
+            {"keys": k, "values": v, "mask": mask}[written].mul_(0.5)
+            return (torch.softmax(scores, -1) @ v) * 2.0
+
+    args = (*qkv(5, heads=HEADS, heads_kv=HEADS), window(5))
+    program = exported(Between(), args)
+    new, report = replace_sdpa(program)
+    # The values are read after they were written, so the kernel may read them there as well.
+    assert report.nodes[0].replaced == (written == "values"), report.nodes[0].reason
+    copies = [tuple(t.clone() for t in args) for _ in range(2)]
+    torch.testing.assert_close(new.module()(*copies[0]), program.module()(*copies[1]), atol=2e-6, rtol=2e-5)
+
+
 def test_the_report_names_them():
     _, report = replace_sdpa(exported(Model(both), (*qkv(5, heads=HEADS, heads_kv=2), window(5))))
     assert "bool, mapped, softcap 2, sinks" in format_table({"decode": report})
