@@ -10,6 +10,7 @@ import torch
 
 from flashpte.kernels import tuning
 from flashpte.kernels.launch import broadcast_stride, cdiv, empty_output, exponent_scale, static_int, with_unit_stride
+from flashpte.kernels.primitives import LOG2E
 
 if TYPE_CHECKING:
     from flashpte.kernels.intervals import Intervals
@@ -26,6 +27,8 @@ class AttentionCall:
         dim_order: memory order of the result's dimensions, outermost first.
         mask: ``[Bm, Hm, Lm, Nm]``, size 1 where it broadcasts; bool or float.
         intervals: the mask as intervals, instead of ``mask``.
+        softcap: limit of the scores, in their natural units; 0 for none.
+        sinks: ``[H_q]``, a score of each query head that takes part in the softmax and has no value.
     """
 
     query: torch.Tensor
@@ -36,6 +39,8 @@ class AttentionCall:
     dim_order: Sequence[int] = (0, 2, 1, 3)
     mask: torch.Tensor | None = None
     intervals: Intervals | None = None
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     # Sizes; some may be symbolic.
     batch = property(lambda self: self.query.shape[0])
@@ -58,12 +63,17 @@ class AttentionCall:
         return {"GROUP": self.group, "HEAD_DIM": self.head_dim, "V_HEAD_DIM": self.v_head_dim}
 
     @property
-    def tile_constants(self) -> dict[str, int]:
-        """Constants of the Triton kernels: columns of their tiles, and whether scores are summed in float64."""
+    def tile_constants(self) -> dict[str, int | float]:
+        """Constants of the Triton kernels: columns of their tiles, whether scores are summed in float64, the softcap.
+
+        ``SOFTCAP`` is in the units of the scores (see :mod:`flashpte.kernels.primitives`); 0 for none.
+        """
         block_d, rest = tuning.tile_columns(self.head_dim)
         block_dv = tuning.padded_head_dim(self.v_head_dim)
         exact = self.query.dtype == torch.float32
-        return {"BLOCK_D": block_d, "BLOCK_REST": rest, "BLOCK_DV": block_dv, "EXACT": exact}
+        softcap = self.softcap * (LOG2E / self.exp2_scale)
+        tiles = {"BLOCK_D": block_d, "BLOCK_REST": rest, "BLOCK_DV": block_dv}
+        return {**tiles, "EXACT": exact, "SOFTCAP": softcap}
 
     @property
     def strides(self) -> list[int]:
@@ -85,9 +95,10 @@ class AttentionCall:
         )
 
     def with_unit_strides(self) -> AttentionCall:
-        """The same call. Copies query, key or value if its last dimension is not contiguous."""
+        """The same call. Copies query, key, value or sinks if the last dimension is not contiguous."""
         query, key, value = map(with_unit_stride, (self.query, self.key, self.value))
-        return dataclasses.replace(self, query=query, key=key, value=value)
+        sinks = None if self.sinks is None else with_unit_stride(self.sinks)
+        return dataclasses.replace(self, query=query, key=key, value=value, sinks=sinks)
 
     def empty_output(self) -> torch.Tensor:
         """Uninitialized memory for the result."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
@@ -26,7 +27,7 @@ from flashpte.kernels.call import Launch
 from flashpte.kernels.facts import register
 from flashpte.kernels.launch import cdiv, dependent_launch, static_int
 from flashpte.kernels.mask import KernelMask
-from flashpte.kernels.primitives import INTERPRETED, wait_for_earlier_kernels
+from flashpte.kernels.primitives import INTERPRETED, wait_for_earlier_kernels, with_sink
 
 
 @triton.jit
@@ -116,6 +117,7 @@ def _combine_kernel(
     stats_ptr,  # float32 [rows of splits, STATS]: running maximum and sum, units of the accumulator
     counts_ptr, out_ptr, stride_ob, stride_oh, stride_om, stride_od, stride_tb, stride_th,
     heads_kv, q_len, kv_len, num_splits, short_splits,
+    sinks_ptr,  # [H_q], or None
     GROUP: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
     MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WIDTH: tl.constexpr, STATS: tl.constexpr,
@@ -146,7 +148,9 @@ def _combine_kernel(
     state = _add_splits(state, partials, s, num_splits, active, WIDTH, STATS, EXP2_SCALE, HOPPER)
     for first in range(BLOCK_S, active, BLOCK_S):
         state = _add_splits(state, partials, first + s, active, active, WIDTH, STATS, EXP2_SCALE, HOPPER)
-    out, _, total = state
+    out, row_max, total = state
+    if sinks_ptr is not None:
+        total = with_sink(total, row_max, sinks_ptr, head, EXP2_SCALE)
     out = tl.div_rn(out, tl.broadcast_to(tl.where(total == 0.0, 1.0, total), out.shape))
     if HOPPER:
         dv = dv // 32 * 32 + dv % 8 // 2 * 8 + dv % 32 // 8 * 2 + dv % 2
@@ -160,7 +164,9 @@ def _combine_kernel(
 register(_combine_kernel, "attention", early_start="DEPENDENT")
 
 
-def launch_combine(mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int) -> None:
+def launch_combine(
+    mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int, sinks: torch.Tensor | None = None
+) -> None:
     """Launches the kernel that combines the partial results of splits.
 
     Args:
@@ -169,6 +175,7 @@ def launch_combine(mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int)
             ``[B * H_kv, num_splits, L_q * H_q / H_kv]``, and possibly unused rows after these.
         heads_kv: H_kv, or H_q after a kernel that does not pack heads.
         kv_len: L_kv.
+        sinks: ``[H_q]``, which join the denominators here; ``None`` if there are none.
     """
     config, partials, out = launch.config, launch.partials, launch.out
     assert not isinstance(config, tuning.TiledConfig)
@@ -190,6 +197,7 @@ def launch_combine(mask: KernelMask, launch: Launch, heads_kv: int, kv_len: int)
         kv_len,
         launch.num_splits,
         config.short_splits,
+        sinks,
         GROUP=group,
         V_HEAD_DIM=v_head_dim,
         BLOCK_N=config.block_n,

@@ -10,6 +10,7 @@ guard is added. (A call on data has no symbolic sizes, so everything is compared
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -85,6 +86,24 @@ def why_not_mask(mask: torch.Tensor, target: Sequence[Size], equal: Equal = may_
     return None
 
 
+def why_not_scores(
+    softcap: float, sinks: torch.Tensor | None, query: torch.Tensor, equal: Equal = may_be_equal
+) -> str | None:
+    """What is wrong with a softcap or with sinks for a query ``[B, H_q, L_q, D]``, or ``None``."""
+    if not (math.isfinite(softcap) and softcap >= 0):
+        return f"softcap is {softcap}; it must be positive, or 0 for none"
+    if sinks is None:
+        return None
+    if sinks.dtype not in SUPPORTED_DTYPES:
+        return f"sinks are {sinks.dtype}: the kernels take bfloat16, float16 and float32"
+    if sinks.dim() != 1 or not equal(sinks.shape[0], query.shape[1], False):
+        sizes = ", ".join(map(str, map(printable, sinks.shape)))
+        return f"sinks [{sizes}] are not one number for each of {printable(query.shape[1])} query heads"
+    if sinks.device != query.device:
+        return f"the sinks are on {sinks.device}, the query on {query.device}"
+    return None
+
+
 def _why_not_map(given: GivenMap, call: AttentionCall) -> str | None:
     query, key, value = call.query, call.key, call.value
     tiles, counts, block_n = given
@@ -130,6 +149,8 @@ def why_not(call: AttentionCall, maps: Sequence[GivenMap] = (), most_rows: int |
     query, key, value, mask, intervals = call.query, call.key, call.value, call.mask, call.intervals
     reason = why_not_tensors(query, key, value)
     if reason is not None:
+        return reason
+    if (reason := why_not_scores(call.softcap, call.sinks, query)) is not None:
         return reason
     q_len, kv_len = query.shape[2], key.shape[2]
     if most_rows is not None and (reason := _why_not_rows(query, most_rows)):

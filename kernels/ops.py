@@ -5,7 +5,7 @@ reference, and its fake gives shape, dtype and memory layout. All three agree on
 result: ``.transpose(1, 2).view(...)`` after an attention that returns ``[B, L_q, H, D]`` memory. All three refuse what
 :mod:`flashpte.kernels.contract` refuses, before anything is launched.
 
-The operators take the arguments of :func:`operator_call`. Only ``sdpa_dispatch`` takes the last two.
+The operators take the arguments of :func:`operator_call`. Only ``sdpa_dispatch`` takes the second map.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def operator_call(
     key_values: torch.Tensor | None = None,
     few_tiles: torch.Tensor | None = None,
     few_tile_counts: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[AttentionCall, GivenMap, GivenMap]:
     """Turns an operator's arguments into the form that launchers take: the call and two maps.
 
@@ -58,12 +60,15 @@ def operator_call(
         key_bounds, key_values: a mask as :class:`flashpte.kernels.intervals.Intervals`, instead of ``attn_mask``.
         few_tiles, few_tile_counts: the map that verify walks if the mask differs between the query heads of a group
             (otherwise it walks prefill's map); ``None`` to make it at the call.
+        softcap: c, which makes a scaled score s ``c tanh(s / c)`` before the mask; 0 for none.
+        sinks: ``[H_q]``, bfloat16, float16 or float32: a score of each query head that takes part in the softmax and
+            has no value. It is not scaled, capped or masked.
 
     Raises:
         ValueError: ``key_bounds`` and ``key_values`` do not fit.
     """
     intervals = as_intervals(key_bounds, key_values)
-    call = AttentionCall(query, key, value, scale, is_causal, dim_order, attn_mask, intervals)
+    call = AttentionCall(query, key, value, scale, is_causal, dim_order, attn_mask, intervals, softcap, sinks)
     few = GivenMap(few_tiles, few_tile_counts, tuning.SPLIT_K_MAP_BLOCK_N)
     return call, GivenMap(tiles, tile_counts, None), few
 
@@ -83,9 +88,13 @@ def _operator(
         split_k: whether the first map is for the split-K kernel.
         maps: how many maps the operator takes.
     """
+    signature = inspect.signature(operator_call).replace(return_annotation=torch.Tensor)
+    if maps == 1:
+        taken = [p for name, p in signature.parameters.items() if name not in ("few_tiles", "few_tile_counts")]
+        signature = signature.replace(parameters=taken)
 
     def given(*args: Any, **kwargs: Any) -> tuple[AttentionCall, tuple[GivenMap, ...]]:
-        call, first, few = operator_call(*args, **kwargs)
+        call, first, few = operator_call(**signature.bind(*args, **kwargs).arguments)
         if split_k:
             first = first._replace(block_n=tuning.SPLIT_K_MAP_BLOCK_N)
         return call, (first, few)[:maps]
@@ -105,16 +114,11 @@ def _operator(
         out = fake(*args, **kwargs)
         call, _ = given(*args, **kwargs)
         mask = call.mask if call.intervals is None else call.intervals.dense(call.kv_len)
-        return out.copy_(attention_reference(call.query, call.key, call.value, mask, call.is_causal, call.scale))
+        masked = (call.query, call.key, call.value, mask, call.is_causal, call.scale)
+        return out.copy_(attention_reference(*masked, softcap=call.softcap, sinks=call.sinks))
 
-    signature = inspect.signature(operator_call)
-    parameters = list(signature.parameters.values())
     # PyTorch infers the schema from the signature.
-    setattr(  # noqa: B010 (functions have no such attribute to a type checker)
-        cuda,
-        "__signature__",
-        signature.replace(parameters=parameters if maps == 2 else parameters[:-2], return_annotation=torch.Tensor),
-    )
+    setattr(cuda, "__signature__", signature)  # noqa: B010 (functions have no such attribute to a type checker)
     op = cast(CustomOpDef, triton_op(f"flashpte::{name}", cuda, mutates_args=()))
     op.register_fake(fake)
     op.register_kernel("cpu")(cpu)

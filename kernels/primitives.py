@@ -10,7 +10,8 @@ Exponentials are base 2. Scores are kept as base-2 exponents (``q . k * scale * 
 bare ``exp2`` and ``EXP2_SCALE`` is 1. With a float mask or float32 tensors, scores stay in natural units
 (``q . k * scale``), and ``EXP2_SCALE`` is ``log2(e)``, which is applied to the difference from the maximum. A float
 mask's entry may be the dtype's minimum, which is finite. Multiplied by ``log2(e)`` it would become -inf, and a row that
-holds nothing else would become zeros. For float32 tensors, natural units are more exact.
+holds nothing else would become zeros. For float32 tensors, natural units are more exact. A softcap and the sinks are
+converted to the units of the scores.
 """
 
 import os
@@ -138,6 +139,40 @@ def exact_scores(q_rows, k_ptr, n, stride_kn, n_keys, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def softcapped(scores, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """``SOFTCAP tanh(scores / SOFTCAP)``, with both in the same units.
+
+    Below 1, ``tanh x`` is the convergent ``x (945 + 105 x^2 + x^4) / (945 + 420 x^2 + 15 x^4)`` of Lambert's continued
+    fraction, which is too large by at most 6.2e-8 of it. Above, it is ``(e - 1) / (e + 1)`` with ``e = exp(2 x)``. That
+    form alone would cancel for small scores. Beyond 10, float32 has no number between ``tanh x`` and 1. In float32, the
+    error of all this is at most 2.4e-7 of the result.
+
+    The hardware's own tanh (sm_75 and newer) is off by up to 2^-11 of the cap, which is 0.02 at a cap of 50.
+    """
+    x = tl.minimum(tl.maximum(scores * (1.0 / SOFTCAP), -10.0), 10.0)
+    square = x * x
+    e = tl.exp2(x * 2.8853900817779268)
+    small = square < 1.0
+    above = tl.where(small, x * (945.0 + square * (105.0 + square)), e - 1.0)
+    below = tl.where(small, 945.0 + square * (420.0 + square * 15.0), e + 1.0)
+    return SOFTCAP * (tl.div_rn(above, below) if EXACT else above / below)
+
+
+@triton.jit
+def with_sink(row_sum, row_max, sinks_ptr, head, EXP2_SCALE: tl.constexpr):
+    """``row_sum`` and the term of each row's sink, relative to the running maximum ``row_max``.
+
+    A sink has no value, so it changes the denominator alone, once for all splits. If it exceeds the maximum by so much
+    that its term is infinite, the row is 0, as it should be. ``head`` is each row's query head or that of all.
+    """
+    sink = tl.load(sinks_ptr + head).to(tl.float32)
+    if EXP2_SCALE == 1.0:
+        sink = sink * 1.4426950408889634
+    base = tl.where(row_max == float("-inf"), 0.0, row_max)
+    return row_sum + tl.exp2((sink - base) * EXP2_SCALE)
+
+
+@triton.jit
 def online_softmax(scores, row_max, row_sum, EXP2_SCALE: tl.constexpr):
     """One step of the online softmax over ``scores`` ``[R, N]`` (Milakov and Gimelshein, arXiv:1805.02867).
 
@@ -241,7 +276,7 @@ def attend_tile(
         DIMS: ``(HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)``; see :func:`tuning.tile_columns`.
         CHECK_KEYS: whether the tile may extend past the end of the keys.
         VISIBLE: ``(CAUSAL, MASK, TERMS, INDEX_TERM)``; :data:`ALL_VISIBLE` for a full tile.
-        PRECISION: ``(EXP2_SCALE, EXACT)``.
+        PRECISION: ``(EXP2_SCALE, EXACT, SOFTCAP)``.
         EARLY_VALUES: whether to load the values with the keys instead of after the softmax. In a loop that is not
             pipelined, this waits for memory once instead of twice, but needs more registers.
     """
@@ -255,6 +290,7 @@ def attend_tile(
     MASK: tl.constexpr = VISIBLE[1]
     EXP2_SCALE: tl.constexpr = PRECISION[0]
     EXACT: tl.constexpr = PRECISION[1]
+    SOFTCAP: tl.constexpr = PRECISION[2]
     k_ptr, stride_kn, v_ptr, stride_vn, kv_len = keys
     n = tl.arange(0, BLOCK_N)
     n_keys = kv_len - start_n
@@ -276,6 +312,8 @@ def attend_tile(
             k = load_tile(k_ptr, n, stride_kn, n_keys, d, HEAD_DIM, CHECK_KEYS, BLOCK_D + BLOCK_REST > HEAD_DIM)
             scores = tl.dot(q_rest, tl.trans(k), scores)
     scores = scores * qk_scale
+    if SOFTCAP > 0.0:
+        scores = softcapped(scores, SOFTCAP, EXACT)
     # Always mask the scores as well as the load. A key past the end reads as zeros, which would be a score of 0.
     if CHECK_KEYS:
         scores = tl.where((n < n_keys)[None, :], scores, float("-inf"))

@@ -41,6 +41,7 @@ from flashpte.kernels.primitives import (
     tile_runs,
     visited_key,
     wait_for_earlier_kernels,
+    with_sink,
 )
 
 
@@ -53,6 +54,7 @@ def _split_k_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
     stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
     heads_kv, q_len, kv_len, scale, short_splits,
+    sinks_ptr,  # [H_q] if there are sinks and one split, else None
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -61,7 +63,7 @@ def _split_k_kernel(
     MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
     SINGLE_SPLIT: tl.constexpr, SEPARATE_FULL: tl.constexpr, LONG_KEYS: tl.constexpr, EXACT: tl.constexpr,
-    STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, DEPENDENT: tl.constexpr,
+    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, EDGE_WEIGHT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of packed rows to one split of the keys; see :func:`flashpte.kernels.mask.strides` for the strides."""
     # Splits are the outermost grid dimension, so inactive splits come last and the others spread evenly over the GPU.
@@ -117,7 +119,7 @@ def _split_k_kernel(
             edge = consecutive_end(tiles, first, edge, MAP_BLOCK_N, BLOCK_N)
         first_key = visited_key(tiles, runs, first, full_steps, MAP_BLOCK_N, BLOCK_N)
     DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)
-    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
+    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT, SOFTCAP)
     EARLY: tl.constexpr = SEPARATE_FULL and BLOCK_R <= 16 and BLOCK_DV <= 256
     for step in tl.range(first, edge if SEPARATE_FULL else first, num_stages=STAGES):
         start_n = first_key + (step - first) * BLOCK_N
@@ -135,6 +137,8 @@ def _split_k_kernel(
     store_ok = row_ok[:, None] & (dv < V_HEAD_DIM)[None, :]
     if SINGLE_SPLIT:
         out_ptrs = out_ptr + b * stride_ob + (head * stride_oh + m.to(tl.int64) * stride_om)[:, None]
+        if sinks_ptr is not None:
+            row_sum = with_sink(row_sum, row_max, sinks_ptr, head, EXP2_SCALE)
         out = normalise(acc, row_sum).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + dv[None, :] * stride_od, out, mask=store_ok)
     else:
@@ -195,6 +199,7 @@ def launch_split_k(
             call.kv_len,
             call.scale,
             config.short_splits,
+            call.sinks if single else None,
             **call.constants,
             **call.tile_constants,
             **mask.constants,
@@ -206,7 +211,7 @@ def launch_split_k(
             **dependent_launch(call.query),
         )
     if not single:
-        launch_combine(mask, launch, heads_kv, call.kv_len)
+        launch_combine(mask, launch, heads_kv, call.kv_len, call.sinks)
     return out
 
 

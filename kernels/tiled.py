@@ -41,6 +41,7 @@ from flashpte.kernels.primitives import (
     score_scale,
     tile_runs,
     visited_key,
+    with_sink,
 )
 
 
@@ -51,12 +52,14 @@ def _tiled_kernel(
     stride_mb, stride_mh, stride_mm, stride_mn, stride_ob, stride_oh, stride_om, stride_od,
     stride_tb, stride_th, n_key_tiles, stride_bs, stride_ib, stride_it,
     q_len, kv_len, scale,
+    sinks_ptr,  # [H_q], or None
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_REST: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr, EXP2_SCALE: tl.constexpr,
-    EXACT: tl.constexpr, STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    EXACT: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, EDGE_BLOCK_N: tl.constexpr, EDGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of one tile of query rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     # Under a causal mask, the last rows see the most keys, so they start first. Query tiles are the innermost grid
@@ -117,7 +120,7 @@ def _tiled_kernel(
         edge_steps = tl.cdiv(end - edge_start, EDGE_BLOCK_N)
 
     DIMS: tl.constexpr = (HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_REST, BLOCK_DV)
-    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT)
+    PRECISION: tl.constexpr = (EXP2_SCALE, EXACT, SOFTCAP)
     for step in tl.range(0, full_steps, num_stages=STAGES):
         start_n = first_key + step * BLOCK_N
         state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, BLOCK_N, False, ALL_VISIBLE, PRECISION)
@@ -132,6 +135,8 @@ def _tiled_kernel(
         state = attend_tile(state, query_rows, keys, mask, start_n, DIMS, EDGE_BLOCK_N, True, VISIBLE, PRECISION)
 
     acc, row_max, row_sum = state
+    if sinks_ptr is not None:
+        row_sum = with_sink(row_sum, row_max, sinks_ptr, head, EXP2_SCALE)
     dv = tl.arange(0, BLOCK_DV)
     out_ptr += b * stride_ob + head * stride_oh + first_row.to(tl.int64) * stride_om
     out_ptrs = out_ptr + (r * stride_om)[:, None] + (dv * stride_od)[None, :]
@@ -168,7 +173,7 @@ def launch_tiled(
         launch_hopper(call, mask, launch, 1)
         if static_int(num_splits) != 1:
             several = enabled * torch.sym_min(1, num_splits - 1)
-            launch_combine(mask, dataclasses.replace(launch, enabled=several), call.heads_q, call.kv_len)
+            launch_combine(mask, dataclasses.replace(launch, enabled=several), call.heads_q, call.kv_len, call.sinks)
         return out
     assert isinstance(config, tuning.TiledConfig)
     tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.num_stages}
@@ -180,6 +185,7 @@ def launch_tiled(
         call.q_len,
         call.kv_len,
         call.scale,
+        call.sinks,
         **call.constants,
         **call.tile_constants,
         **mask.constants,

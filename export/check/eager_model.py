@@ -177,7 +177,8 @@ def rebuild(
         recipe = recipe.dense()
     fill_weights(model, plan_weights(model, recipe), source)
     untyped: Any = model
-    untyped.set_attn_implementation("sdpa")
+    # Models whose scores SDPA has no arguments for (softcaps, sinks) have eager attention alone.
+    untyped.set_attn_implementation("sdpa" if untyped._supports_sdpa else "eager")
     return model.eval()
 
 

@@ -1,4 +1,8 @@
-"""The attention that Hugging Face layers call during tracing: one SDPA node per layer, or else written-out products."""
+"""The attention that Hugging Face layers call during tracing: one SDPA node per layer, or else eager attention.
+
+The rewrite of attention replaces either. It gets softcaps and sinks from the operators that compute them, as it does in
+any other program.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face attention implementation: one SDPA call with grouped heads and a bool mask.
 
-    Softcapped scores and sinks, which SDPA does not have, become :func:`written_attention`.
+    Softcapped scores and sinks, which SDPA does not have, become :func:`eager_attention`.
 
     Args:
         module: the attention layer, for messages and observers.
@@ -73,14 +77,14 @@ def attend(
         observe(module, query, key, value, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if softcap is not None or sinks is not None:
-        return written_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
+        return eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return result.transpose(1, 2), None
 
 
-def written_attention(
+def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -89,7 +93,7 @@ def written_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention by plain products, for scores that SDPA has no argument for. Heads share their keys without copies.
+    """Attention as transformers' eager functions write it, for scores that SDPA has no argument for.
 
     Args:
         query: [1, H_q, T, D], any float dtype.
@@ -104,23 +108,24 @@ def written_attention(
         [1, T, H_q, D].
     """
     heads, rows, head_dim = query.shape[1:]
-    kv_heads = key.shape[1]
-    # Reshaping a transposed query would compare strides and guard on the number of rows; a copy knows its strides.
-    query = query.clone(memory_format=torch.contiguous_format)
-    grouped = query.view(1, kv_heads, heads // kv_heads * rows, head_dim)
-    scores = (grouped @ key.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
+    # The repeated heads vanish with the rewrite, whose kernels share keys and values among the heads of a group.
+    keys, values = (
+        tensor[:, :, None].expand(-1, -1, heads // tensor.shape[1], -1, -1).reshape(1, heads, -1, head_dim)
+        for tensor in (key, value)
+    )
+    scores = (query @ keys.transpose(2, 3)).float() * (head_dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.unflatten(2, (heads // kv_heads, rows)).masked_fill(~mask[:, :, None], -torch.inf)
-    if sinks is not None:
-        column = sinks.float().view(1, kv_heads, heads // kv_heads, 1, 1).expand(-1, -1, -1, rows, 1)
-        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
-        weights = weights.clone(memory_format=torch.contiguous_format)  # as for the query
-    else:
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is None:
         weights = torch.softmax(scores, -1)
-    weights = weights.to(value.dtype).flatten(2, 3)
-    attended = (weights @ value).unflatten(2, (heads // kv_heads, rows)).permute(0, 3, 1, 2, 4)
-    return attended.clone(memory_format=torch.contiguous_format).view(1, rows, heads, head_dim)
+    else:
+        column = sinks.view(1, heads, 1, 1).expand(1, heads, rows, 1)
+        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
+    result = weights.to(values.dtype) @ values
+    # [1, T, H_q, D] memory, as SDPA's result has on a CPU. The rewrite knows this form, and the kernel writes it so.
+    result = result.permute(0, 2, 1, 3).clone(memory_format=torch.contiguous_format).permute(0, 2, 1, 3)
+    return result.transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION_NAME, attend)

@@ -21,11 +21,11 @@ from flashpte.kernels.mask import KernelMask, pointers, strides
 
 
 def serves(call: AttentionCall) -> bool:
-    """Whether the kernel takes this call: Gluon can be launched, copies are aligned, and the scale is positive.
+    """Whether the kernel takes this call: no softcap or sinks, Gluon can be launched, aligned copies, a positive scale.
 
     (The scale must be positive because the kernel takes the maximum of the scores before it scales them.)
     """
-    if call.scale <= 0 or not all_of_triton(call.query):
+    if call.softcap or call.sinks is not None or call.scale <= 0 or not all_of_triton(call.query):
         return False
     return all(map(copies_in_16_bytes, (call.query, call.key, call.value)))
 

@@ -1,4 +1,4 @@
-"""One attention call: the arguments of ``scaled_dot_product_attention``, read from a node or planned."""
+"""One attention call: the arguments of ``scaled_dot_product_attention``, read from a node or planned, and some more."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class SdpaCall:
         node: the node itself.
         query, key, value, mask: arguments, as nodes or plans (``mask`` may be ``None``).
         dropout_p, is_causal, scale, enable_gqa: as in ``torch.nn.functional.scaled_dot_product_attention``.
+        softcap: limit of the scores before the mask; 0 for none.
+        sinks: ``[H_q]``, one more score of each query head, which has no value; ``None`` for none.
         dims: for each of the dimensions ``[B, H, L, D]``, the dimensions of the node's result that it represents.
     """
 
@@ -45,6 +47,8 @@ class SdpaCall:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    softcap: float = 0.0
+    sinks: Value | None = None
     dims: tuple[tuple[int, ...], ...] = ((0,), (1,), (2,), (3,))
 
     @classmethod

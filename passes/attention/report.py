@@ -31,6 +31,8 @@ class NodeRoute:
         bytes_copied: estimate of the bytes that one run writes only to hand query, key and value to this node's kernel:
             repeated heads, past keys joined with new ones, tensors in another memory layout. Uses the largest sizes the
             program admits. A copy that several nodes use is counted at the first.
+        softcap: the limit of the scores before the mask; 0 for none.
+        sinks: whether each head has one more score, without a value.
     """
 
     node: str
@@ -49,6 +51,8 @@ class NodeRoute:
     map_users: int = 0
     bytes_saved: int = 0
     bytes_copied: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
 
     @property
     def replaced(self) -> bool:

@@ -125,8 +125,9 @@ class AttentionRewrite(Rewrite):
         node = plan.call.node
         for a, b in plan.route.equal:
             require_equal(node, a, b, (plan.call.query, plan.call.key, plan.call.value, plan.call.mask))
-        operands = Inserted().insert([plan.call.query, plan.call.key, plan.call.value], node)
-        call = dataclasses.replace(plan.call, **dict(zip(("query", "key", "value"), operands, strict=True)))
+        names = ("query", "key", "value", "sinks")
+        operands = Inserted().insert([getattr(plan.call, name) for name in names], node)
+        call = dataclasses.replace(plan.call, **dict(zip(names, operands, strict=True)))
         moved = copied_bytes(call, shared.copies, scope.ranges)
         mask = shared.masks.insert(plan.mask, node)
         _replace(call, plan.route, mask)
@@ -192,7 +193,9 @@ def _replace(call: SdpaCall, decision: Route, mask: MaskPlan) -> None:
     if decision.op == DISPATCH and mask.attn_mask is not None and not shares_map(val(mask.attn_mask), group):
         arguments += mask.maps[1]
     op = getattr(getattr(torch.ops, namespace), name).default
-    new = insert(restored(call, planned(op, *arguments, near=call.node)), call.node)
+    scores: dict[str, Any] = {"softcap": call.softcap} if call.softcap else {}
+    scores |= {} if call.sinks is None else {"sinks": call.sinks}
+    new = insert(restored(call, planned(op, *arguments, near=call.node, **scores)), call.node)
     call.node.replace_all_uses_with(new)
     call.node.graph.erase_node(call.node)
     # The signatures of a program and of its modules refer to outputs by name.
@@ -236,6 +239,8 @@ def _entry(node: Node, call: SdpaCall | None, decision: Route, ranges: Ranges | 
         dtype=str(seen.dtype).removeprefix("torch.") if isinstance(seen, torch.Tensor) else "",
         mask="none" if call is None else call.mask_kind,
         branches=decision.branches,
+        softcap=0.0 if call is None else call.softcap,
+        sinks=call is not None and call.sinks is not None,
     )
 
 

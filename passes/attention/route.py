@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from flashpte.kernels.contract import MAX_ROWS, why_not_mask, why_not_tensors
+from flashpte.kernels.contract import MAX_ROWS, why_not_mask, why_not_scores, why_not_tensors
 from flashpte.passes.attention.call import SdpaCall
 from flashpte.passes.graph.values import Ranges, hint, may_be_same, printable, same_size, size_range, val
 from flashpte.passes.graph.vmap import is_batched
@@ -126,6 +126,9 @@ def _decline_reason(call: SdpaCall, sizes: _Sizes) -> str | None:
             return f"{name} has stride {printable(tensor.stride(3))} in the head dim: every call would copy it"
     if result_order(call, memory_order(val(call.node))) is None:
         return "no memory order of 4 dimensions gives the result's layout"
+    sinks = None if call.sinks is None else val(call.sinks)
+    if (reason := why_not_scores(call.softcap, sinks, query, sizes.equal)) is not None:
+        return reason
     if call.mask is None:
         return None
     return why_not_mask(val(call.mask), (*query.shape[:3], key.shape[2]), sizes.equal)

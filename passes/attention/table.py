@@ -28,7 +28,8 @@ def _bytes(count: int) -> str:
 
 def _mask(route: NodeRoute) -> str:
     form = {"positions": " by positions", "tensor": ", mapped"}.get(route.mask_form, "")
-    return route.mask + form
+    softcap = [f"softcap {route.softcap:g}"] if route.softcap else []
+    return ", ".join([route.mask + form, *softcap, *(["sinks"] if route.sinks else [])])
 
 
 def _place(route: NodeRoute) -> tuple[str, int | None]:

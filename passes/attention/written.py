@@ -2,9 +2,10 @@
 
 Eager attention has this form (``matmul``, scale, mask, ``softmax``, ``matmul``), and ``run_decompositions()`` turns
 ``scaled_dot_product_attention`` into it. Starting from a softmax over the last dimension, the pass walks forward to the
-product with the values and back to the product of queries and keys. The steps between may be a factor, a mask that is
-added, a mask that selects, a cast or a view. Anything else (a softcap, a sink, weights that are used elsewhere) is
-named in the report.
+product with the values and back to the product of queries and keys. The steps between may be a factor, a softcap
+(``c * tanh(scores / c)``), a mask that is added, a mask that selects, a column of sinks
+(:mod:`flashpte.passes.attention.written_sinks`), the maximum that is subtracted, a cast or a view. Anything else (such
+as weights that are used elsewhere) is named in the report.
 
 Three traps. A mask that selects a finite number is more than a bool mask: a fully masked row is the mean of the values.
 A factor after a mask also scales the mask. In a graph that is not functional, memory that the products read may be
@@ -19,8 +20,11 @@ import torch
 from torch.fx import Node
 
 from flashpte.passes.attention.masks.operators import constant_of
-from flashpte.passes.graph.layouts import Layouts, moved_input, regrouped
-from flashpte.passes.graph.values import aten_target, same_size, val
+from flashpte.passes.attention.safe_softmax import is_row_test, row_choice
+from flashpte.passes.attention.written_shapes import outcome, same_matrix, same_sizes
+from flashpte.passes.attention.written_sinks import Joined, drops, joined_column, shifted
+from flashpte.passes.graph.layouts import moved_input
+from flashpte.passes.graph.values import aten_target, val
 from flashpte.passes.graph.views import Kind, kind_of, packet_of
 
 aten = torch.ops.aten
@@ -28,7 +32,11 @@ aten = torch.ops.aten
 _SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax, aten.special_softmax)
 PRODUCTS = (aten.matmul, aten.bmm, aten.baddbmm)
 _DROPOUTS = (aten.dropout, aten.native_dropout, aten.feature_dropout)
-_CHECKS = (aten._assert_tensor_metadata, aten.sym_size, aten.full_like, aten.zeros_like)
+# They read no entry of the scores.
+_CHECKS = (
+    *(aten._assert_tensor_metadata, aten.sym_size, aten.full_like, aten.zeros_like, aten.ones_like),
+    *(aten.new_full, aten.new_zeros, aten.new_ones),
+)
 _CHOOSES = (aten.where, aten.masked_fill)
 # Operators that the search for the two products passes through, including those that make the pass decline.
 _BETWEEN = (
@@ -46,17 +54,16 @@ _IN_PLACE = {
     aten.mul_: aten.mul,
     aten.div_: aten.div,
     aten.masked_fill_: aten.masked_fill,
+    aten.tanh_: aten.tanh,
+    aten.sub_: aten.sub,
 }
-_NAMES = {
-    aten.tanh: "a softcap (tanh) is applied to the scores",
-    aten.cat: "columns, such as a sink, are joined to the scores",
-}
+_NAMES = {aten.cat: "columns are joined to the scores that are not one sink for each head"}
 _DEPTH = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation on the scores. ``kind`` is ``"scale"``, ``"add"`` or ``"keep"``.
+    """One operation on the scores. ``kind`` is ``"scale"``, ``"tanh"``, ``"add"`` or ``"keep"``.
 
     ``"keep"`` keeps the scores where ``tensor`` is true (false if ``flipped``) and puts ``number`` elsewhere.
     """
@@ -85,6 +92,7 @@ class Written:
         steps: the operations on the scores, in order.
         dropped: nodes between the products that count as impure. They are removed with the attention.
         uncast: the result before a cast down to 16 bits, if there is one; otherwise ``node``.
+        joined: the sinks that join the scores before the softmax and are dropped after it, if any.
     """
 
     node: Node
@@ -93,6 +101,7 @@ class Written:
     steps: tuple[Step, ...]
     dropped: tuple[Node, ...]
     uncast: Node
+    joined: Joined | None = None
 
 
 def find_written(softmax: Node) -> Written | Unserved | None:
@@ -130,15 +139,19 @@ class _Reader:
     def __init__(self, softmax: Node) -> None:
         self._softmax = softmax
         self._dropped: list[Node] = []
+        self._joined: Joined | None = None
+        # Maxima of the scores that are subtracted from them.
+        self._maxima: set[Node] = set()
 
     def read(self) -> Written:
         chain, scores, steps = self._back()
         weights, result = self._forward()
-        shape = val(self._softmax).shape
-        self._same_matrix(scores, chain)
-        self._same_matrix(self._softmax, weights)
-        node, uncast = self._outcome(result, shape)
-        return Written(node, scores, result, tuple(steps), tuple(self._dropped), uncast)
+        if not same_matrix(scores, chain) or not all(same_matrix(source, nodes) for source, nodes in weights):
+            raise _NotTaken("its scores or weights are transposed")
+        found = outcome(result, val(self._softmax).shape)
+        if found is None:
+            raise _NotTaken("the heads of its result are not those of its softmax")
+        return Written(found[0], scores, result, tuple(steps), tuple(self._dropped), found[1], self._joined)
 
     def _only_user(self, node: Node, expected: Node | None = None) -> Node:
         """The only user of a node, not counting checks."""
@@ -147,7 +160,7 @@ class _Reader:
             if packet_of(user) in _CHECKS:
                 if packet_of(user) is aten._assert_tensor_metadata:
                     self._dropped.append(user)
-            elif not self._is_safety(user, node):
+            elif user not in self._maxima and not self._is_safety(user, node):
                 users.append(user)
         if len(users) != 1 or (expected is not None and users[0] is not expected):
             raise _NotTaken("its weights or scores are also used elsewhere")
@@ -157,7 +170,7 @@ class _Reader:
         """Whether ``user`` starts the test for rows of -inf that belongs to a decomposed softmax."""
         if packet_of(user) is not aten.eq or user.args[1] != float("-inf") or node is not self._softmax.args[0]:
             return False
-        return _is_row_test(user)
+        return is_row_test(user)
 
     def _back(self) -> tuple[list[Node], Node, list[Step]]:
         """Walks back from the softmax to ``Q K``: the nodes after that product, the product, and their steps."""
@@ -183,6 +196,22 @@ class _Reader:
             packet, sides = _IN_PLACE[packet], (0,)
             self._dropped.append(node)
         source = args[0] if args else None
+        if packet is aten.tanh and isinstance(source, Node):
+            steps.append(Step("tanh"))
+            return source
+        if packet is aten.cat and self._joined is None and (joined := joined_column(node)) is not None:
+            if steps:
+                raise _NotTaken("a mask, a factor or a softcap is applied to its sinks as well")
+            self._joined = joined
+            return joined.scores
+        if packet is aten.sub and (found := shifted(node)) is not None:
+            scores, largest = found
+            # Nothing else reads the maximum, so it goes with the scores.
+            readers = [user for reader in largest.users for user in ([reader] if reader is node else reader.users)]
+            if readers != [node]:
+                raise _NotTaken("its weights or scores are also used elsewhere")
+            self._maxima.add(largest)
+            return scores
         if isinstance(source, Node) and (kind_of(node) is Kind.CAST or moved_input(node) is source):
             if not val(node).dtype.is_floating_point or val(node).dtype == torch.float64:
                 raise _NotTaken(f"its scores are cast to {val(node).dtype}")
@@ -223,16 +252,22 @@ class _Reader:
 
     def _like_scores(self, mask: Node, at: Node) -> Node:
         """The mask, if its step has the shape of the softmax or of scores with batch and heads merged."""
-        shape, wanted = val(at).shape, val(self._softmax).shape
-        if not _same_sizes(shape[-2:], wanted[-2:]) or (len(shape) != 3 and not _same_sizes(shape, wanted)):
+        shape = val(at).shape
+        wanted = val(self._softmax if self._joined is None else self._joined.scores).shape
+        if not same_sizes(shape[-2:], wanted[-2:]) or (len(shape) != 3 and not same_sizes(shape, wanted)):
             raise _NotTaken("its mask has other dimensions than its softmax")
         return mask
 
-    def _forward(self) -> tuple[list[Node], Node]:
-        """Walks from the softmax to the product with the values: the nodes between, and that product."""
+    def _forward(self) -> tuple[list[tuple[Node, list[Node]]], Node]:
+        """Walks from the softmax to the product with the values.
+
+        Returns the views between, as a source and the nodes after it, for the softmax and for the weights without
+        sinks; and that product.
+        """
         node = self._softmax
         chain: list[Node] = []
-        safe = _row_choice(node)
+        views = [(node, chain)]
+        safe = row_choice(node)
         if safe is not None:
             others = [user for user in node.users if user is not safe and packet_of(user) not in _CHECKS]
             if others:
@@ -243,7 +278,9 @@ class _Reader:
             if is_product(user):
                 if packet_of(user) is aten.baddbmm or user.args[0] is not node or user.args[1] is node:
                     raise _NotTaken("its values stand to the left of the weights")
-                return chain, user
+                if self._joined is not None and len(views) == 1:
+                    raise _NotTaken("columns are joined to the scores and have values")
+                return views, user
             packet = packet_of(user)
             if packet in _DROPOUTS:
                 if packet is not aten.dropout or (user.args[1] != 0 and user.args[2]):
@@ -252,54 +289,14 @@ class _Reader:
             elif kind_of(user) is Kind.CAST and user.args[0] is node:
                 if not val(user).dtype.is_floating_point:
                     raise _NotTaken(f"its weights are cast to {val(user).dtype}")
+            elif self._joined is not None and len(views) == 1 and drops(user, self._joined):
+                chain = []
+                views.append((user, chain))
             elif moved_input(user) is node:
                 chain.append(user)
             else:
                 raise _NotTaken(f"{_name(user)} is applied to its weights")
             node = user
-
-    @staticmethod
-    def _same_matrix(source: Node, chain: list[Node]) -> None:
-        """Checks that the nodes keep rows, columns and the order of the matrices."""
-        moving = [node for node in chain if moved_input(node) is not None]
-        layout, shape = Layouts().through(source, moving), val(source).shape
-        # Regrouping to the source's dimensions undoes what views split.
-        again = None if layout is None else regrouped(layout, shape)
-        last = val((moving or [source])[-1]).shape
-        whole = [dim for dim, size in enumerate(shape) if not same_size(size, 1)]
-        if (
-            again is None
-            or [factors[0].dim for factors in again if factors] != whole
-            or not all(len(factors) < 2 for factors in again)
-            or not all(same_size(last[at], shape[at]) for at in (-2, -1))
-        ):
-            raise _NotTaken("its scores or weights are transposed")
-
-    @staticmethod
-    def _outcome(result: Node, shape: torch.Size) -> tuple[Node, Node]:
-        """The node to replace, and the result before a cast to 16 bits (the same node if there is none)."""
-        node, lead = result, shape[:-2]
-        if not _same_sizes(val(node).shape[:-2], lead):
-            view = next(iter(node.users)) if len(node.users) == 1 else None
-            if (
-                view is None
-                or kind_of(view) is not Kind.RESHAPE
-                or not _same_sizes(val(view).shape[:-2], lead)
-                or not _same_sizes(val(view).shape[-2:], val(node).shape[-2:])
-            ):
-                raise _NotTaken("the heads of its result are not those of its softmax")
-            node = view
-        cast = next(iter(node.users)) if len(node.users) == 1 else None
-        if (
-            cast is not None
-            and kind_of(cast) is Kind.CAST
-            and val(node).dtype == torch.float32
-            and val(cast).dtype in (torch.bfloat16, torch.float16)
-            and val(cast).device == val(node).device
-        ):
-            return _behind_copy(cast), node
-        node = _behind_copy(node)
-        return node, node
 
 
 def _of_baddbmm(node: Node) -> list[Step]:
@@ -313,62 +310,6 @@ def _of_baddbmm(node: Node) -> list[Step]:
     if beta == 1:
         steps.append(Step("add", node.args[0]))  # type: ignore[arg-type]
     return [*steps, Step("scale", number=float(alpha))]
-
-
-def _behind_copy(node: Node) -> Node:
-    """The end of a ``permute -> clone -> permute`` that only changes the memory layout, or else the node itself."""
-    chain = [node]
-    while len(chain) < 4 and len(chain[-1].users) == 1:
-        user = next(iter(chain[-1].users))
-        if moved_input(user) is not chain[-1]:
-            break
-        chain.append(user)
-        if len(chain) == 4:
-            kinds = [packet_of(n) for n in chain[1:]]
-            layout = Layouts().through(node, chain[1:])
-            same = layout is not None and [f.dim for dim in layout for f in dim] == [
-                dim for dim, size in enumerate(val(node).shape) if not same_size(size, 1)
-            ]
-            moved = kinds == [aten.permute, aten.clone, aten.permute]
-            if moved and same and _same_sizes(val(user).shape, val(node).shape):
-                return user
-    return node
-
-
-def _same_sizes(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _is_row_test(node: Node) -> bool:
-    """Whether ``node`` is ``scores == -inf`` in ``~any(~(scores == -inf), -1, keepdim)``, and used for nothing else."""
-    for packet in (aten.logical_not, aten.any, aten.logical_not):
-        users = list(node.users)
-        if len(users) != 1 or packet_of(users[0]) is not packet:
-            return False
-        node = users[0]
-    return all(packet_of(user) is aten.where for user in node.users)
-
-
-def _row_choice(softmax: Node) -> Node | None:
-    """The ``where(row is all -inf, 0, softmax)`` after a softmax, if any. The kernels return 0 for such rows anyway."""
-    for user in softmax.users:
-        if packet_of(user) is not aten.where or len(user.args) < 3 or user.args[2] is not softmax:
-            continue
-        rows = user.args[0]
-        if constant_of(user.args[1], set()) != 0 or not isinstance(rows, Node):
-            continue
-        path = [rows]
-        for packet in (aten.logical_not, aten.any, aten.logical_not, aten.eq):
-            if packet_of(path[-1]) is not packet or not isinstance(path[-1].args[0], Node):
-                return None
-            path.append(path[-1].args[0])
-        any_row, equal = path[1], path[3]
-        rank = val(softmax).dim()
-        over = any_row.args[1] if len(any_row.args) > 1 else None
-        if not isinstance(over, int) or over % rank != rank - 1 or any_row.args[2:] != (True,):
-            return None
-        return user if equal.args == (softmax.args[0], float("-inf")) else None
-    return None
 
 
 def _search(node: Node, back: bool, start: bool = False) -> Node | None:

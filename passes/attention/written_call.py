@@ -17,7 +17,8 @@ from flashpte.passes.attention.call import SdpaCall
 from flashpte.passes.attention.forms import mask_source
 from flashpte.passes.attention.masks.operators import constant_of
 from flashpte.passes.attention.recover_gqa import Origin, origin_from
-from flashpte.passes.attention.written import Written
+from flashpte.passes.attention.written import Step, Written
+from flashpte.passes.attention.written_sinks import sinks_of
 from flashpte.passes.graph.aliasing import written_between
 from flashpte.passes.graph.layouts import Layout, Layouts, moved_input, regrouped
 from flashpte.passes.graph.planned import Value, nodes_of, planned, planned_size
@@ -58,32 +59,81 @@ def call_of(written: Written, constants: Mapping[str, torch.Tensor] | None = Non
     else:
         dtypes = ", ".join(str(operand.dtype) for operand in found)
         return f"written out; dtypes {dtypes}, and {val(written.node).dtype} of the result"
-    scale = found[0].factor * found[1].factor
+    scores = _scores(written.steps, found[0].factor * found[1].factor)
+    if isinstance(scores, str):
+        return f"written out; {scores}"
+    scale, softcap = scores
     if found[2].factor != 1.0:
         return "written out; its values are scaled"
     mask: Value | None = None
     kind = ""
     for step in written.steps:
-        if step.kind == "scale":
-            if mask is not None:
-                return "written out; its scores are scaled after the mask"
-            scale *= step.number
+        if step.tensor is None:
             continue
         if mask is not None and kind == "finite":
             return "written out; it has several masks, one of which hides scores by a finite number"
-        assert step.tensor is not None
         aligned = _aligned(node, step.tensor)
         mask, kind = _masked(mask, step.kind, aligned, step.number, step.flipped, kind)
         if not kind:
             return "written out; it has several masks, one of which hides scores by a finite number"
+    sinks: Value | None = None
+    made: tuple[Node, ...] = ()
+    if written.joined is not None:
+        given_sinks = sinks_of(written.joined, val(node).shape[-3] if val(node).dim() > 2 else 1, constants)
+        if isinstance(given_sinks, str):
+            return f"written out; {given_sinks}"
+        sinks, made = given_sinks
     nodes = [operand.origin for operand in found]
-    readers = set(nodes_of([(origin.source, *origin.chain) for origin in nodes]))
-    readers |= {step.tensor for step in written.steps if step.tensor is not None}
-    first = next(known for known in node.graph.nodes if known in readers or known is written.scores)
-    if written_between(first, node, readers):
+    if _may_be_written(written, node, nodes) or (
+        sinks is not None and _sinks_may_be_written(written, node, sinks, made)
+    ):
         return "written out; what it reads may be written to before its result is made"
     q, k, v = (origin.planned() for origin in nodes)
-    return SdpaCall(node, q, k, v, mask, 0.0, False, scale, any(origin.group > 1 for origin in nodes))
+    grouped = any(origin.group > 1 for origin in nodes)
+    return SdpaCall(node, q, k, v, mask, 0.0, False, scale, grouped, softcap, sinks)
+
+
+def _may_be_written(written: Written, result: Node, origins: Sequence[Origin]) -> bool:
+    """Whether an operand or a mask may be written between the place where the products read it and ``result``."""
+    products = (written.scores, written.scores, written.result)
+    for origin, product in zip(origins, products, strict=True):
+        if origin.may_be_written(result):
+            return True
+        if product is not result and written_between(product, result, set(nodes_of(origin.source))):
+            return True
+    masks = [step.tensor for step in written.steps if step.tensor is not None]
+    return any(written_between(mask, result, {mask}) for mask in masks)
+
+
+def _sinks_may_be_written(written: Written, result: Node, sinks: Value, made: Sequence[Node]) -> bool:
+    """Whether sinks may be written after ``made``, the nodes that make a column of them, began to read them."""
+    assert written.joined is not None
+    start = made[0] if made else written.joined.node
+    return written_between(start, result, {*nodes_of(sinks), *made})
+
+
+def _scores(steps: Sequence[Step], scale: float) -> tuple[float, float] | str:
+    """The scale of the scores and their softcap (0 for none), given the product's own scale; or why they have none.
+
+    ``b tanh(a s)`` is a softcap of ``|b|`` on scores with the scale ``a b``, because tanh is odd.
+    """
+    kinds = [step.kind for step in steps]
+    masked = next((place for place, kind in enumerate(kinds) if kind in ("add", "keep")), len(kinds))
+    if "tanh" in kinds[masked:]:
+        return "a softcap (tanh) is applied to its masked scores"
+    if "scale" in kinds[masked:]:
+        return "its scores are scaled after the mask"
+    limit: float | None = None
+    for step in steps[:masked]:
+        if step.kind == "tanh" and limit is not None:
+            return "it has several softcaps (tanh)"
+        if step.kind == "tanh":
+            limit = 1.0
+        elif limit is None:
+            scale *= step.number
+        else:
+            limit *= step.number
+    return (scale, 0.0) if limit is None else (scale * limit, abs(limit))
 
 
 def _operand(

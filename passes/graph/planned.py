@@ -104,7 +104,7 @@ def planned(op: Any, *args: Any, near: Value, **kwargs: Any) -> Planned:
 
 
 def _fake_result(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], near: Value) -> Any:
-    fake_args = pytree.tree_map_only((Node, Planned), lambda value: value.meta["val"], list(args))
+    fake_args, kwargs = pytree.tree_map_only((Node, Planned), lambda value: value.meta["val"], (list(args), kwargs))
     fake_mode = detect_fake_mode([*fake_args, near.meta.get("val")])
     if fake_mode is None:
         raise ValueError(f"the arguments of {op} carry no fake tensors; run the pass on an exported program")

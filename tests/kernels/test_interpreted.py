@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from attention_cases import INTERVAL_MASKS, MASKS, Case, Problem, build, check, with_intervals
-from mutants import mutant
+from mutants import mutant, own
 
 from flashpte.kernels import combine, split_k, tile_map, tiled, tuning
 from flashpte.kernels.call import NO_MAP, NO_SPLIT_K_MAP, AttentionCall, GivenMap, Launch, MapTiling, Partials
@@ -20,12 +19,6 @@ from flashpte.kernels.intervals import launch_interval_map
 from flashpte.kernels.mask import kernel_mask
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.usefixtures("poisoned_memory")]
-
-
-def own(launcher, call: AttentionCall) -> AttentionCall:
-    """The call as the launcher's package makes it: a mutant has its own class, which also chooses units."""
-    kind = sys.modules[f"{launcher.__module__.rpartition('.')[0]}.call"].AttentionCall
-    return kind(**{field.name: getattr(call, field.name) for field in dataclasses.fields(call)})
 
 
 def run(launcher, case: Case, config=None):

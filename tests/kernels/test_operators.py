@@ -49,6 +49,34 @@ def test_the_bound_admits_any_order_of_sums_and_nothing_less_exact(q_len, mask):
         check(problem, written_out(dataclasses.replace(problem, query=tf32), *orders))
 
 
+SCORES = ((2.0, None), (0.0, torch.bfloat16), (5.0, torch.float32))
+
+
+@pytest.mark.parametrize("q_len", OPS)
+@pytest.mark.parametrize(("softcap", "sinks"), SCORES)
+@pytest.mark.parametrize("mask", ["is_causal", "bool_empty_rows", "float_min_rows"])
+def test_cpu_implementation_takes_a_softcap_and_sinks(q_len, softcap, sinks, mask):
+    shape = dict(batch=2, heads_q=6, heads_kv=2, head_dim=48, dtype=torch.float32, scale=0.5)
+    problem, args = arguments(Case(q_len, 90, mask=mask, softcap=softcap, sinks=sinks, **shape))
+    check(problem, OPS[q_len](*args, softcap=softcap, sinks=problem.sinks))
+
+
+@pytest.mark.parametrize("q_len", OPS)
+@pytest.mark.parametrize(("softcap", "sinks"), SCORES)
+def test_opcheck_with_a_softcap_and_sinks(q_len, softcap, sinks):
+    problem, args = arguments(Case(q_len, 90, mask="bool_context", sinks=sinks))
+    torch.library.opcheck(OPS[q_len], args, dict(softcap=softcap, sinks=problem.sinks), test_utils=NOT_LAUNCHING)
+
+
+@pytest.mark.parametrize("op", [*OPS.values()], ids=lambda op: op._name)
+def test_a_softcap_and_sinks_are_the_last_arguments_and_have_defaults(op):
+    """Programs that were saved before there were any still load: other arguments keep their names, order and types."""
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+    maps = ["few_tiles", "few_tile_counts"] if op is sdpa_dispatch else []
+    assert names[9:] == ["key_bounds", "key_values", *maps, "softcap", "sinks"]
+    assert [argument.default_value for argument in op._opoverload._schema.arguments[-2:]] == [0.0, None]
+
+
 @pytest.mark.parametrize("q_len", OPS)
 @pytest.mark.parametrize("mask", ["none", "is_causal", "bool_head", "float_min_rows"])
 def test_opcheck(q_len, mask):
@@ -177,6 +205,14 @@ WRONG = [
     (dict(attn_mask=a_mask(3, 1, 5, 40)), "mask size 3 does not match 2"),
     (dict(attn_mask=a_mask(1, 1, 5, 40), is_causal=True), "ambiguous"),
     (dict(dim_order=[0, 1, 2, 2]), "permutation"),
+    (dict(softcap=-1.0), "softcap is -1.0; it must be positive"),
+    (dict(softcap=float("inf")), "softcap is inf"),
+    (dict(softcap=float("nan")), "softcap is nan"),
+    (dict(sinks=torch.zeros(3)), r"sinks \[3\] are not one number for each of 4 query heads"),
+    (dict(sinks=torch.zeros(1, 4)), r"sinks \[1, 4\] are not one number"),
+    (dict(sinks=torch.zeros(4, dtype=torch.float64)), "sinks are torch.float64"),
+    (dict(sinks=ints(4)), "sinks are torch.int32"),
+    (dict(sinks=torch.zeros(4, device="meta")), "the sinks are on meta, the query on"),
     (dict(key_bounds=torch.zeros(2, 1, 5)), "must be int64"),
     (dict(key_bounds=ints(4, 1, 5, dtype=torch.int64)), "without key_values there can be one"),
     (dict(key_values=ints(1, 1, 40, dtype=torch.int64)), "key_values without key_bounds"),

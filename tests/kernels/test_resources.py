@@ -96,14 +96,17 @@ def masks(q_len: int, keys: int) -> dict[str, tuple[torch.Tensor | None, Interva
     return {"positions": (None, Intervals(bounds, None)), "tensor": (dense, None)}
 
 
-def compiled(arch: str, head_dim: int, call: Call, mask: str) -> list[Compiled]:
+def compiled(
+    arch: str, head_dim: int, call: Call, mask: str, softcap: float = 0.0, sinks: bool = False
+) -> list[Compiled]:
     heads = HEADS_KV * call.group
     query = torch.empty(1, call.q_len, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2)
     key = torch.empty(1, HEADS_KV, call.keys, head_dim, dtype=torch.bfloat16)
     value = torch.empty(1, HEADS_KV, call.keys, min(head_dim, MAX_V_HEAD_DIM), dtype=torch.bfloat16)
     dense, intervals = masks(call.q_len, call.keys)[mask]
     with compiling_for(arch) as kernels:
-        call.launch(AttentionCall(query, key, value, 0.1, mask=dense, intervals=intervals))
+        scores = {"softcap": softcap, "sinks": torch.empty(heads, dtype=torch.bfloat16) if sinks else None}
+        call.launch(AttentionCall(query, key, value, 0.1, mask=dense, intervals=intervals, **scores))
     return kernels
 
 
@@ -115,6 +118,16 @@ def test_no_spills_but_those_listed_and_no_more_shared_memory_than_there_is(arch
         assert kernel.shared_memory <= tuning.limits(arch).shared_memory_per_block
         found, (allowed, _) = 4 * kernel.spilled, SPILLS.get((kernel.name, head_dim, name), (0, ""))
         assert found <= allowed, f"{kernel.name} spills {found} bytes of a thread, {allowed} are known"
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "name"), [*itertools.product(("sm_80", "sm_90"), HEAD_DIMS, NAMES)])
+def test_softcaps_and_sinks_spill_no_more(arch, head_dim, name):
+    """Every arch has the split-K and tiled kernels for them, and these spill where they spill without either."""
+    kernels = compiled(arch, head_dim, CALLS[name], "positions", softcap=50.0, sinks=True)
+    (kernel,) = (kernel for kernel in kernels if kernel.name in MAIN)
+    assert kernel.name != "_hopper_kernel"
+    assert max(kernel.shared_memory for kernel in kernels) <= tuning.limits(arch).shared_memory_per_block
+    assert 4 * kernel.spilled <= SPILLS.get((kernel.name, head_dim, name), (0, ""))[0]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -119,3 +119,28 @@ def test_hugging_face_models_as_they_are(name, fields, masks, padded):
     assert {n.key[1] for n in report.nodes} == {2}
     torch.testing.assert_close(new.module()(*args), model(*args), atol=1e-5, rtol=1e-4)
     assert check_maps(new, args) == (4 if maps else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "scores"),
+    [
+        ("Gemma2", dict(head_dim=16, attn_logit_softcapping=1.5), (1.5, False)),
+        ("GptOss", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2), (0.0, True)),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_hugging_face_eager_attention_as_it_is(name, fields, scores, padded):
+    """Softcaps and sinks, and a window in every other layer, in transformers' own eager functions."""
+    model = Tokens(hugging_face(name, attention="eager", **fields, **WINDOWED))
+    tokens = torch.randint(64, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 30, dtype=torch.int64)
+    mask[0, :7] = 0
+    args = (tokens, mask) if padded else (tokens,)
+    program = exported(model, args)
+    new, report = replace_sdpa(program)
+    attention = [node for node in report.nodes if node.replaced]
+    assert [(node.softcap, node.sinks) for node in attention] == [scores] * 4, [n.reason for n in report.declined]
+    assert not report.declined
+    assert {node.key[1] for node in attention} == {2}
+    assert {node.mask_form for node in attention} == {"positions"}
+    torch.testing.assert_close(new.module()(*args), model(*args), atol=1e-5, rtol=1e-4)

@@ -237,6 +237,8 @@ def test_report_names_the_module_and_is_json_ready():
         "dtype",
         "mask",
         "branches",
+        "softcap",
+        "sinks",
         "mask_form",
         "mask_note",
         "map_users",

@@ -252,17 +252,6 @@ def test_three_dimensions():
     rewrite(Flat(), tuple(t[0] for t in qkv(5)), False)
 
 
-def softcap(q, k, v):
-    scores = torch.tanh(q @ k.transpose(2, 3) / 50.0) * 50.0
-    return torch.softmax(scores, -1) @ v
-
-
-def sinks(q, k, v):
-    scores = q @ k.transpose(2, 3)
-    joined = torch.cat([scores, scores.new_ones(*scores.shape[:3], 1)], -1)
-    return torch.softmax(joined, -1)[..., :-1] @ v
-
-
 def dropout(q, k, v):
     return torch.dropout(torch.softmax(q @ k.transpose(2, 3), -1), 0.5, True) @ v
 
@@ -315,8 +304,6 @@ def scaled_by_a_tensor(q, k, v):
 
 
 NAMED = {
-    softcap: "softcap",
-    sinks: "sink",
     dropout: "dropout",
     returned: "used elsewhere",
     masked_then_scaled: "scaled after the mask",

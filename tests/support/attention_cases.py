@@ -48,7 +48,10 @@ LAYOUTS = ("contiguous", "blhd", "sliced", "expanded")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One attention problem; ``layout`` is the memory layout of keys and values (see :func:`keys_in`)."""
+    """One attention problem; ``layout`` is the memory layout of keys and values (see :func:`keys_in`).
+
+    ``sinks`` is the dtype of the sinks, ``None`` for none.
+    """
 
     q_len: int
     kv_len: int
@@ -63,18 +66,21 @@ class Case:
     scale: float | None = None
     dim_order: tuple[int, ...] = (0, 2, 1, 3)
     seed: int = 0
+    softcap: float = 0.0
+    sinks: torch.dtype | None = None
 
     def __str__(self) -> str:
         dv = f"v{self.v_head_dim}" if self.v_head_dim else ""
         return (
             f"B{self.batch}-H{self.heads_q}x{self.heads_kv}-M{self.q_len}-L{self.kv_len}-D{self.head_dim}{dv}"
             f"-{str(self.dtype)[6:]}-{self.mask}-{self.layout}"
+            f"{f'-cap{self.softcap}' if self.softcap else ''}{f'-sinks_{str(self.sinks)[6:]}' if self.sinks else ''}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Tensors of a case: ``query, key, value``, a 4-dimensional mask or ``None``, ``is_causal`` and ``scale``."""
+    """Tensors of a case: ``query, key, value``, a 4-dimensional mask or ``None``, and the call's other arguments."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -82,6 +88,8 @@ class Problem:
     mask: torch.Tensor | None
     is_causal: bool
     scale: float
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     def call(
         self, dim_order: tuple[int, ...] = (0, 2, 1, 3), intervals: Intervals | None = None, **changes
@@ -89,8 +97,8 @@ class Problem:
         """The problem as launchers take it; given intervals replace the mask."""
         mask = self.mask if intervals is None else None
         causal = self.is_causal and intervals is None
-        call = AttentionCall(self.query, self.key, self.value, self.scale, causal, dim_order, mask, intervals)
-        return dataclasses.replace(call, **changes)
+        masked = (self.query, self.key, self.value, self.scale, causal, dim_order, mask, intervals)
+        return dataclasses.replace(AttentionCall(*masked, self.softcap, self.sinks), **changes)
 
 
 def positions(case: Case) -> torch.Tensor:
@@ -254,6 +262,8 @@ def build(case: Case, device: str = "cpu") -> Problem:
     key = keys_in(case.layout, case.batch, case.heads_kv, case.kv_len, dim, case.dtype, generator)
     value = keys_in(case.layout, case.batch, case.heads_kv, case.kv_len, v_dim, case.dtype, generator)
     mask = make_mask(case, generator)
+    # Some sinks are below every score, some among them and some above.
+    sinks = None if case.sinks is None else 4 * torch.randn(case.heads_q, generator=generator).to(case.sinks)
     return Problem(
         _to(query, device),
         _to(key, device),
@@ -261,6 +271,8 @@ def build(case: Case, device: str = "cpu") -> Problem:
         _to(mask, device),
         case.mask == "is_causal",
         case.scale if case.scale is not None else dim**-0.5,
+        case.softcap,
+        _to(sinks, device),
     )
 
 
@@ -269,7 +281,8 @@ def exact(problem: Problem) -> torch.Tensor:
     p = problem
     query = p.query.double()
     mask = p.mask if p.mask is None or p.mask.dtype == torch.bool else p.mask.double()
-    return attention_reference(query, p.key, p.value, mask, p.is_causal, p.scale, torch.float64)
+    sinks = None if p.sinks is None else p.sinks.double()
+    return attention_reference(query, p.key, p.value, mask, p.is_causal, p.scale, torch.float64, p.softcap, sinks)
 
 
 def written_out(problem: Problem, dims: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -294,15 +307,20 @@ def written_out(problem: Problem, dims: torch.Tensor, keys: torch.Tensor) -> tor
     for d in dims.tolist():
         scores += query[..., d, None] * key[..., None, :, d]
     scores *= p.scale
+    if p.softcap:
+        scores = torch.tanh(scores / p.softcap) * p.softcap
     if p.is_causal:
         scores.masked_fill_(scores.new_ones(scores.shape[-2:]).tril() == 0, -math.inf)
     elif p.mask is not None:
         scores = scores.masked_fill(~p.mask, -math.inf) if p.mask.dtype == torch.bool else scores + p.mask.float()
-    largest = scores.amax(-1, keepdim=True)
+    sinks = None if p.sinks is None else p.sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+    largest = (scores if sinks is None else torch.cat((scores, sinks), -1)).amax(-1, keepdim=True)
     weights = torch.exp(scores - largest.masked_fill(largest == -math.inf, 0.0))
     total = weights.new_zeros(weights.shape[:3])
     for n in keys.tolist():
         total += weights[..., n]
+    if sinks is not None:
+        total += torch.exp(sinks - largest.masked_fill(largest == -math.inf, 0.0))[..., 0]
     weights /= total.masked_fill(total == 0, 1.0)[..., None]
     out = weights.new_zeros(*weights.shape[:3], value.shape[3])
     for n in keys.tolist():

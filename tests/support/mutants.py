@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 import flashpte.kernels
+from flashpte.kernels.call import AttentionCall
 
 _COUNTER = itertools.count()
+
+
+def own(launcher: Callable[..., torch.Tensor], call: AttentionCall) -> AttentionCall:
+    """The call as the launcher's package makes it: a mutant has its own class, which also chooses units."""
+    kind = sys.modules[f"{launcher.__module__.rpartition('.')[0]}.call"].AttentionCall
+    return kind(**{field.name: getattr(call, field.name) for field in dataclasses.fields(call)})
 
 
 def mutant(folder: Path, file: str, old: str, new: str, module: str) -> ModuleType:

@@ -14,11 +14,11 @@ SMALL = {
 }
 
 
-def hugging_face(name: str, config: str | None = None, **fields) -> torch.nn.Module:
+def hugging_face(name: str, config: str | None = None, attention: str = "sdpa", **fields) -> torch.nn.Module:
     """``{name}ForCausalLM`` with a ``{config or name}Config`` of :data:`SMALL` sizes; ``fields`` override them."""
     import transformers
 
     torch.manual_seed(0)
     described = getattr(transformers, f"{config or name}Config")(**{**SMALL, **fields})
-    described._attn_implementation = "sdpa"
+    described._attn_implementation = attention
     return getattr(transformers, f"{name}ForCausalLM")(described).eval()

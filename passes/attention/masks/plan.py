@@ -149,7 +149,8 @@ class Masks:
         if plan.source not in used:
             used.append(plan.source)
         if made is not None and isinstance(plan.structure, Structure):
-            self._made[plan.source, *plan.lengths] = _Made(made, before.prev)
+            key = (plan.source, *plan.lengths, plan.structure.blank_rows_average)
+            self._made[key] = _Made(made, before.prev)
             alike = self._by_structure.setdefault(self._form(plan.structure, plan.lengths), [])
             if all(other != made for _, other in alike):
                 alike.append((plan.structure.visited, made))
@@ -170,8 +171,11 @@ class Masks:
         structure = self._proofs[use]
         if isinstance(structure, str):
             return structure
+        # A row of minima averages all values, but beside a sink these weigh nothing, and the row is 0.
+        average = structure.blank_rows_average and call.sinks is None
+        structure = dataclasses.replace(structure, blank_rows_average=average)
         # Before the intervals exist, their inputs must stay unwritten. Afterwards, the intervals and the mask must.
-        made = self._made.get(use)
+        made = self._made.get((*use, average))
         if made is not None:
             read = [source, *(value for value in made.intervals if value is not None)]
             written = self._writes.between(made.until, call.node, nodes_of(read))
@@ -181,7 +185,7 @@ class Masks:
         return "it may be written to after it was computed" if written else structure
 
     def _intervals(self, source: Value, lengths: tuple, structure: Structure, call: SdpaCall) -> IntervalPlan:
-        made = self._made.get((source, *lengths))
+        made = self._made.get((source, *lengths, structure.blank_rows_average))
         if made is not None:
             return made.intervals
         # Masks with different nodes may still compare the same numbers.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from programs import calls
 from sessions import LENGTH, TOLERANCE, VERIFY, reference_model, run_session
 
 from flashpte.export.common.errors import ExportError
@@ -82,8 +83,8 @@ OWN = {
 }
 """Fields of a small config of each family besides those that all share."""
 
-BY_PRODUCTS = {"gemma2": "softcap", "gpt_oss": "sink", "granite_swa": "sink", "vaultgemma": "softcap"}
-"""Families whose attention stays plain products, and what the report says of it."""
+SCORES = {"gemma2": (2.0, False), "gpt_oss": (0.0, True), "granite_swa": (0.0, True), "vaultgemma": (2.0, False)}
+"""Families with softcapped scores or sinks: what the report says of both. SDPA has no arguments for them."""
 
 
 def tiny(model_type):
@@ -92,7 +93,7 @@ def tiny(model_type):
 
 @pytest.mark.parametrize("model_type", hugging_face.TESTED)
 def test_a_session_gives_the_logits_of_transformers(tmp_path, model_type):
-    model = reference_model(tiny(model_type), "eager" if model_type in BY_PRODUCTS else "sdpa")
+    model = reference_model(tiny(model_type), "eager" if model_type in SCORES else "sdpa")
     model.save_pretrained(tmp_path)
     options = ExportOptions("hf", checkpoint=tmp_path, dtype="float32", max_seq_len=64, verify_window=VERIFY)
     plan = plan_export(options)
@@ -104,17 +105,21 @@ def test_a_session_gives_the_logits_of_transformers(tmp_path, model_type):
     assert expected.std() > 0.05  # the logits differ enough for an error to show (Cohere's are scaled by 1/16)
     replaced, reports = replace_attention(export_programs(plan))
     assert run_session(replaced, tokens, expected) < TOLERANCE * min(1.0, float(expected.std()))
-    for report in reports.values():
-        if model_type in BY_PRODUCTS:
-            assert not report.replaced
-            assert len(report.declined) == len(plan.facts.states)
-            assert all(BY_PRODUCTS[model_type] in route.reason for route in report.declined)
-            continue
+    for method, report in reports.items():
         assert len(report.replaced) == len(plan.facts.states)
         assert not report.declined
         assert {route.mask_form for route in report.replaced} == {"positions"}
         windows = {"causal" if state.window is None else "window" for state in plan.facts.states}
         assert {route.mask for route in report.replaced} == windows
+        scores = {(route.softcap, route.sinks) for route in report.replaced}
+        assert scores == {SCORES.get(model_type, (0.0, False))}
+        # Keys and values are read where the caches hold them.
+        if model_type in SCORES:
+            assert {route.key[1] for route in report.replaced} == {COMMON["num_key_value_heads"]}
+            assert {route.bytes_copied for route in report.replaced} == {0}
+            orders = {tuple(dim for dim in node.args[8] if dim) for node in calls(replaced[method], "flashpte.sdpa_")}
+            assert method == "decode" or orders == {(2, 1, 3)}  # the layout that the next view needs; one row has any
+            assert not calls(replaced[method], "clone")
 
 
 @pytest.mark.parametrize(
