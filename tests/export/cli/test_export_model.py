@@ -129,8 +129,7 @@ def test_several_archs_go_to_their_own_lowering(export_model, monkeypatch, outpu
     ((_, arches, folder, _, methods),) = calls
     assert (arches, folder, methods) == (("sm_80", "sm_90"), output, 1)
     for wrong in ("sm_80,sm_80", "sm_80,", ","):
-        with pytest.raises(SystemExit, match="2"):
-            export_model(*SMALL, "--dry-run", "--arch", wrong)
+        assert export_model(*SMALL, "--dry-run", "--arch", wrong).code == 2
     assert export_model(*SMALL, "--dry-run", "--arch", "sm_80,sm_91").code == 2
 
 
