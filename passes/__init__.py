@@ -1,7 +1,7 @@
 """Rewrites of exported programs.
 
 ``replace_sdpa`` swaps attention for flashpte's kernels. ``rewrite_program`` runs every rewrite, including those of
-other packages. ``replace_linear`` swaps products with quantized weights. ``graph`` holds helpers that every rewrite
+other packages. ``replace_linear`` swaps products and embeddings with quantized weights. ``graph`` holds helpers that every rewrite
 needs; ``attention`` and ``linear`` hold the rewrites.
 """
 

@@ -1,4 +1,4 @@
-"""Finds products of an activation and a weight: ``linear``, ``addmm``, ``mm`` and ``matmul``."""
+"""Finds products of an activation and a weight (``linear``, ``addmm``, ``mm``, ``matmul``) and rows of a table."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def _product(node: Node, x: object, weight: object, transposed: bool, bias: obje
     if val(weight).dim() != 2 or val(x).dim() < 1 or (bias is not None and val(bias).dim() != 1):
         return None
     return Product(node, x, weight, transposed, bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """Rows of a table by their index, as ``torch.nn.Embedding`` takes them.
+
+    Attributes:
+        node: the rows, ``[..., K]``.
+        indices: integers ``[...]``.
+        weight: the table ``[N, K]``.
+    """
+
+    node: Node
+    indices: Node
+    weight: Node
+    transposed = False
+
+
+def find_lookup(node: Node) -> Lookup | None:
+    """The lookup that a node computes, or ``None``. Options of ``embedding`` say something about gradients alone."""
+    if packet_of(node) is not aten.embedding:
+        return None
+    weight, indices = node.args[:2]
+    if not isinstance(weight, Node) or not isinstance(indices, Node) or val(weight).dim() != 2:
+        return None
+    return Lookup(node, indices, weight)
