@@ -1,8 +1,8 @@
 """Rewrites of exported programs.
 
 ``replace_sdpa`` swaps attention for flashpte's kernels. ``rewrite_program`` runs every rewrite, including those of
-other packages. ``replace_linear`` swaps products and embeddings with quantized weights. ``graph`` holds helpers that every rewrite
-needs; ``attention`` and ``linear`` hold the rewrites.
+other packages. ``replace_linear`` swaps products and embeddings with quantized weights. ``graph`` holds helpers that
+every rewrite needs; ``attention`` and ``linear`` hold the rewrites.
 """
 
 from flashpte.passes.attention.report import NodeRoute, RoutingReport
