@@ -306,6 +306,8 @@ def _check_flags(args: argparse.Namespace, options: ExportOptions) -> None:
         raise UsageError("--seed belongs to --random-weights")
     if args.format == "pt2" and args.no_replace == "executorch":
         raise UsageError("--no-replace executorch needs --format pte: the kernels belong to ExecuTorch's backend")
+    if args.format == "pt2" and args.runner is not None:
+        raise UsageError("--runner needs --format pte: ExecuTorch's runners read no other")
     if args.dry_run:
         return
     check_has_weights(options)

@@ -52,6 +52,13 @@ def entries(folder):
             (*GEMMA, "--output-dir", "OUT", "--format", "pt2", "--method", "decode", "--no-replace", "executorch"),
             "--no-replace executorch needs --format pte",
         ),
+        ((*GEMMA, "--output-dir", "OUT", "--format", "pt2", "--runner", "executorch"), "--runner needs --format pte"),
+        ((*GEMMA, "--output-dir", "OUT", "--runner", "vllm"), "--runner vllm: must be executorch, executorch-text"),
+        ((*GEMMA, "--output-dir", "OUT", "--runner", "executorch", "--verify-window", "4"), "cannot be combined"),
+        (
+            (*GEMMA, "--output-dir", "OUT", "--runner", "executorch-text"),
+            "layer 0 keeps a window of 64 tokens in a ring",
+        ),
         ((*GEMMA, "--checkpoint", "x", "--output-dir", "OUT"), "--random-weights cannot be combined"),
         ((*GEMMA, "--qlinear", "5w", "--output-dir", "OUT"), "--qlinear 5w: must be 4w or 8w"),
         ((*GEMMA, "--qhead", "5w", "--output-dir", "OUT"), "--qhead 5w: must be 4w or 8w"),
