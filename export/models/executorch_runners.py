@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from flashpte.export.common.errors import ExportError, Option
+from flashpte.export.common.errors import Option, UsageError
 from flashpte.export.common.options import RUNNER, RUNNER_GEMMA, RUNNER_TEXT
 from flashpte.export.models.registry import TargetSpec
 from flashpte.export.state.layer_state import LayerState
@@ -76,16 +76,16 @@ def check_runner(
         chunk: most tokens of one forward.
 
     Raises:
-        ExportError: a layer keeps fewer positions than the context, or the target limits the tokens of a call.
+        UsageError: a layer keeps fewer positions than the context, or the target limits the tokens of a call.
     """
     if spec.min_forward > 1:
-        raise ExportError(f"{contract.title} feeds one token at a time, target {spec.name} takes {spec.min_forward}")
+        raise UsageError(f"{contract.title} feeds one token at a time, target {spec.name} takes {spec.min_forward}")
     if not contract.whole_context:
         return
     for layer, state in enumerate(states):
         slots = getattr(state, "slots", lambda length: length)(max_seq_len)
         if slots < max_seq_len:
-            raise ExportError(
+            raise UsageError(
                 f"layer {layer} keeps a window of {getattr(state, 'window', slots)} tokens in a ring of {slots} slots, "
                 f"and {contract.title} may pass up to {max_seq_len} tokens in one call: give ",
                 Option("runner", RUNNER_GEMMA),
@@ -94,7 +94,7 @@ def check_runner(
                 " or less",
             )
     if chunk < max_seq_len:
-        raise ExportError(
+        raise UsageError(
             f"{contract.title} may pass {max_seq_len} tokens in one call, which takes at most {chunk}: give ",
             Option("max_seq_len", chunk),
             " or less",
