@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pickle
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
@@ -76,15 +75,8 @@ def _lower_beside(
             send.close()
             running[receive] = arch
         while running:
-            for ready in connection.wait(list(running)):
-                assert isinstance(ready, connection.Connection)
+            for ready, message in forked.received(running):
                 arch = running[ready]
-                try:
-                    message = ready.recv()
-                except (EOFError, pickle.UnpicklingError):  # the process has ended
-                    del running[ready]
-                    ready.close()
-                    continue
                 if isinstance(message, LoweredModel):
                     models[arch] = message
                 else:

@@ -7,8 +7,10 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -47,6 +49,19 @@ def start(processes: list[BaseProcess], work: Callable[..., None], arguments: Se
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return True
+
+
+def received(running: dict[connection.Connection, Any]) -> list[tuple[connection.Connection, Any]]:
+    """Waits for running processes and returns what they sent; removes those that have ended from ``running``."""
+    messages = []
+    for ready in connection.wait(list(running)):
+        assert isinstance(ready, connection.Connection)
+        try:
+            messages.append((ready, ready.recv()))
+        except (EOFError, pickle.UnpicklingError):  # the process has ended
+            del running[ready]
+            ready.close()
+    return messages
 
 
 def end(processes: Sequence[BaseProcess]) -> None:

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import pickle
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,14 +127,7 @@ def _compile_all(
                     return compiled  # the other methods are compiled in this process
                 send.close()
                 running[receive] = id(program)
-            for ready in connection.wait(list(running)):
-                assert isinstance(ready, connection.Connection)
-                try:
-                    message = ready.recv()
-                except (EOFError, pickle.UnpicklingError):  # the process has ended
-                    del running[ready]
-                    ready.close()
-                    continue
+            for ready, message in forked.received(running):
                 if isinstance(message, _Compiled):
                     compiled[running[ready]] = message
                 elif isinstance(message, _Failed):
