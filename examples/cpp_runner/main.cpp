@@ -132,7 +132,7 @@ static Tokenizer load_tokenizer(const std::string& folder) {
   require(std::filesystem::exists(path), kFailed, path + " is missing; give --prompt-ids");
   require(hf->load(path) == tokenizers::Error::Ok, kFailed, "cannot read " + path);
   const auto encode = [hf](const std::string& text) {
-    const auto ids = hf->encode(text);
+    const auto ids = hf->encode(text, 0, 0);
     require(ids.ok(), kFailed, "the tokenizer cannot encode the prompt");
     return Tokens(ids->begin(), ids->end());
   };

@@ -1,5 +1,6 @@
 // A stand-in for ExecuTorch's HFTokenizer: the ids are the bytes, less 64.
 #pragma once
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <vector>
@@ -20,7 +21,7 @@ class Result {
 class HFTokenizer {
  public:
   Error load(const std::string&) { return Error::Ok; }
-  Result<std::vector<uint64_t>> encode(const std::string& text) const {
+  Result<std::vector<uint64_t>> encode(const std::string& text, int8_t, int8_t) const {
     std::vector<uint64_t> ids;
     for (const char c : text) ids.push_back(uint64_t(c - 64));
     return ids;
