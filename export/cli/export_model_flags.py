@@ -111,8 +111,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--gguf-file",
         type=nonempty_path,
         metavar="FILE",
-        help="GGUF file of a Llama, Qwen3 or Gemma 4 model: config, weights and tokenizer; quantized linear layers "
-        "keep their codes",
+        help="GGUF file of a Llama, Qwen3, Gemma 3 or Gemma 4 model: config, weights and tokenizer; quantized linear "
+        "layers keep their codes",
     )
     weights.add_argument(
         "--random-weights", action="store_true", help="random weights, the same for the same --seed and PyTorch"

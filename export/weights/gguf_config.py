@@ -151,7 +151,43 @@ def _gemma4(file: GgufFile) -> dict[str, Any]:
     }
 
 
-_ARCHITECTURES: dict[str, Callable[[GgufFile], dict[str, Any]]] = {"llama": _llama, "qwen3": _qwen3, "gemma4": _gemma4}
+def _gemma3(file: GgufFile) -> dict[str, Any]:
+    """A text model of Gemma 3. What a file does not say is a constant of llama.cpp (``LLM_ARCH_GEMMA3``).
+
+    These constants are the period of full layers, RoPE's base in sliding layers, and the scale of the scores: by head
+    dim, but of the 27B model, which has 62 layers, by columns per query head.
+    """
+    fields = _common(file)
+    if file.of_architecture("attn_logit_softcapping"):
+        raise ExportError(f"{file.path} has {file.architecture}.attn_logit_softcapping, which is not read")
+    if ROPE_FACTORS in file.tensors:
+        raise ExportError(f"{file.path} has tensor {ROPE_FACTORS}, which is not read for {file.architecture}")
+    layers, head_dim = fields["num_hidden_layers"], _required(file, "attention.key_length")
+    pattern = file.of_architecture("attention.sliding_window_pattern", 6)
+    sliding = pattern if isinstance(pattern, list) else [(index + 1) % pattern != 0 for index in range(layers)]
+    softcap = file.of_architecture("final_logit_softcapping")
+    full = _rope(file, head_dim) | {"rope_theta": _decimal(_required(file, "rope.freq_base"))}
+    local = _decimal(file.of_architecture("rope.freq_base_swa", 10000.0))
+    return fields | {
+        "model_type": "gemma3_text",
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": fields["hidden_size"] // fields["num_attention_heads"] if layers == 62 else head_dim,
+        "sliding_window": _required(file, "attention.sliding_window"),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in sliding],
+        "final_logit_softcapping": None if softcap is None else _decimal(softcap),
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "full_attention": full,
+        },
+    }
+
+
+_ARCHITECTURES: dict[str, Callable[[GgufFile], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
+}
 
 
 def config_fields(file: GgufFile) -> dict[str, Any]:

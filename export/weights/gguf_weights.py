@@ -67,6 +67,8 @@ class GgufWeights:
             natural = read_blocks(tensor.bytes, tensor.type, tensor.block[1])
             return natural if rows is None else Groupwise(*(t if t is None else t[rows] for t in natural))  # type: ignore[arg-type]
         dense = tensor.dequantized()
+        if self.file.architecture == "gemma3" and name.endswith("norm.weight"):
+            return dense.float() - 1  # files hold the factor, Hugging Face adds 1 to its weight
         return dense if rows is None else dense[rows]
 
     def notes(self) -> tuple[str, ...]:

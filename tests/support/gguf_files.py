@@ -29,8 +29,27 @@ SIZES = {
 }
 LLAMA = {**SIZES, "model_type": "llama", "head_dim": 64, "tie_word_embeddings": False}
 QWEN3 = {**SIZES, "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True}
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3, "gemma4_text": gguf.MODEL_ARCH.GEMMA4}
-TARGETS = {"llama": "hf", "qwen3": "hf", "gemma4_text": "gemma4-31b"}
+GEMMA3 = {
+    **SIZES,
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,  # the sixth has full attention
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "tie_word_embeddings": True,
+    "sliding_window": 8,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 50000.0},
+    },
+}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "gemma4_text": gguf.MODEL_ARCH.GEMMA4,
+}
+TARGETS = {"llama": "hf", "qwen3": "hf", "gemma3_text": "hf", "gemma4_text": "gemma4-31b"}
 
 
 def random_blocks(rows: int, columns: int, kind: gguf.GGMLQuantizationType, seed: int) -> np.ndarray:
@@ -59,9 +78,12 @@ def _metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_eos_token_id(ends[0])
     writer.add_eot_token_id(ends[1])
     if config["model_type"] != "gemma4_text":
+        ropes = config["rope_parameters"]
         writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+        writer.add_rope_freq_base(ropes.get("full_attention", ropes)["rope_theta"])
         writer.add_key_length(config["head_dim"])
+        if "sliding_window" in config:
+            writer.add_sliding_window(config["sliding_window"])
         return
     sliding = [kind == "sliding_attention" for kind in config["layer_types"]]
     counts = (config["num_global_key_value_heads"], config["num_key_value_heads"])
@@ -122,6 +144,8 @@ def write_gguf(
             continue
         heads = {"attn_q.weight": "num_attention_heads", "attn_k.weight": "num_key_value_heads"}.get(stored[6:])
         heads = config[heads] if heads is not None and kind == "llama" else None
+        added = kind == "gemma3_text" and name.endswith("norm.weight")
+        dense = dense + np.float32(added)
         of = next((of for part, of in (types or {}).items() if part in stored), "F32")
         if of in ("Q4_0", "Q4_1", "Q8_0", "BF16", "F16", "F32"):
             if heads:  # as llama.cpp's converter does
@@ -134,7 +158,7 @@ def write_gguf(
         back = gguf.dequantize(data, raw).reshape(dense.shape)
         if heads:
             back = back.reshape(heads, -1, 2, back.shape[1]).swapaxes(1, 2).reshape(back.shape)
-        held[name] = torch.from_numpy(np.array(back))
+        held[name] = torch.from_numpy(np.array(back) - np.float32(added))
     for name, data in changes.get("extra", {}).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from eager_program import EagerProgram
-from gguf_files import LLAMA, QWEN3, llama3_factors, write_gguf
+from gguf_files import GEMMA3, LLAMA, QWEN3, llama3_factors, write_gguf
 from tokenizers import pre_tokenizers
 
 from flashpte.export.check.check_program import check_program, named_weights
@@ -154,7 +154,7 @@ def same_config(config, fields):
     return {name: (value, fields.get(name)) for name, value in config.items() if fields.get(name) != value}
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [LLAMA, QWEN3, GEMMA3], ids=lambda config: config["model_type"])
 def test_the_config_is_the_one_that_was_written(config, tmp_path):
     write_gguf(tmp_path / "a.gguf", config)
     assert same_config(config, config_fields(GgufFile(tmp_path / "a.gguf"))) == {}
@@ -169,6 +169,71 @@ def test_qwen3_with_a_tied_quantized_embedding(tmp_path):
     assert "lm_head.weight" not in plan.model.state_dict()
     for name, expected in held.items():
         assert torch.equal(weight_of(plan.model, name), expected), name
+
+
+def test_gemma3(tmp_path):
+    held = write_gguf(
+        tmp_path / "a.gguf", GEMMA3, {"attn_q.": "Q5_0", "ffn_norm": "F32", "ffn": "Q4_K", "token_embd": "Q8_0"}
+    )
+    plan = planned(tmp_path / "a.gguf")
+    load_weights(plan)
+    for name, expected in held.items():
+        assert torch.equal(weight_of(plan.model, name), expected), name
+    reference = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**GEMMA3)).eval()
+    reference.load_state_dict(held, strict=False)  # the head is the embedding
+    plan.model.set_attn_implementation("sdpa")
+    reference.set_attn_implementation("sdpa")
+    ids = torch.arange(3, 40)[None]  # past the window
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids, use_cache=False).logits for model in (plan.model, reference))
+    assert torch.equal(found, expected)
+    report = checked(plan, tmp_path / "a.gguf")
+    assert report.passed, report.lines()
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": 2}, {"layer_types": ["sliding_attention", "full_attention"] * 3}),
+        ({"gemma3.final_logit_softcapping": 30.0}, {"final_logit_softcapping": 30.0}),
+        (
+            {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0, "gemma3.rope.freq_base_swa": 5e3},
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                }
+            },
+        ),
+    ],
+)
+def test_fields_that_some_files_of_gemma3_have(tmp_path, keys, changed):
+    layers = {"num_hidden_layers": 6, "layer_types": GEMMA3["layer_types"][:6]}
+    write_gguf(tmp_path / "a.gguf", {**GEMMA3, **layers}, keys=keys)
+    found = config_fields(GgufFile(tmp_path / "a.gguf"))
+    assert same_config(changed, found) == {}
+    assert get_target("hf").build(found)
+
+
+def test_the_scale_of_gemma3_27b(tmp_path):
+    config = {**GEMMA3, "num_hidden_layers": 62, "intermediate_size": 32, "layer_types": None}
+    write_gguf(tmp_path / "a.gguf", config)
+    found = config_fields(GgufFile(tmp_path / "a.gguf"))
+    assert (found["query_pre_attn_scalar"], found["layer_types"].count("full_attention")) == (256 // 4, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(keys={"gemma3.attn_logit_softcapping": 50.0}), "has gemma3.attn_logit_softcapping, which is not read"),
+        (dict(extra={"rope_freqs.weight": np.ones(16, np.float32)}), "has tensor rope_freqs.weight, which is not read"),
+        (dict(keys={"gemma3.rope.scaling.type": "yarn"}), r"has gemma3\.rope\.scaling\.type 'yarn'"),
+    ],
+)
+def test_files_of_gemma3_that_are_refused(tmp_path, changes, message):
+    write_gguf(tmp_path / "a.gguf", GEMMA3, **changes)
+    with pytest.raises(ExportError, match=message):
+        planned(tmp_path / "a.gguf")
 
 
 def test_gemma4(tmp_path):
@@ -284,7 +349,7 @@ def test_damaged_files(mixed, damage, message):
         ),
         ({}, dict(keys={"llama.expert_count": 8}), r"has experts \(llama\.expert_count\)"),
         ({}, dict(keys={"llama.rope.scaling.type": "yarn"}), r"has llama\.rope\.scaling\.type 'yarn'"),
-        ({}, dict(architecture="mamba"), "has the architecture 'mamba'; known: llama, qwen3, gemma4"),
+        ({}, dict(architecture="mamba"), "has the architecture 'mamba'; known: llama, qwen3, gemma3, gemma4"),
         ({}, dict(architecture="qwen3"), "has no qwen3|has no tensor blk.0.attn_q_norm"),
     ],
 )
