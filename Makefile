@@ -3,6 +3,7 @@
 # make test-fast  runs the tests that take a second or less: no lowering, no interpreted kernels
 # make test-sweep runs the cases of wide grids that make test leaves out (tests/support/grids.py)
 # make test-gpu   runs the tests that need a GPU
+# make test-real  downloads real models into REAL_MODELS (350 MB, once) and runs the tests with their weights
 # make lint   checks formatting, lint and types
 
 PYTHON ?= python3
@@ -10,10 +11,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= demo-output
 WORKERS ?= 2
+REAL_MODELS ?= .cache/real-models
 
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS)
 
-.PHONY: demo test test-fast test-sweep test-gpu lint check-tools clean
+.PHONY: demo test test-fast test-sweep test-gpu test-real lint check-tools clean
 
 demo: $(VENV)/.installed
 	$(BIN)/export-model --target gemma4-31b --small --random-weights --verify-window 4 --output-dir $(DEMO_OUTPUT)
@@ -21,17 +23,22 @@ demo: $(VENV)/.installed
 # Triton chooses between compiling and interpreting when a kernel is decorated, so each mode needs its own process.
 test: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not sweep" tests/kernels
-	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep"
+	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep and not real"
 
 test-fast: $(VENV)/.installed
-	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep and not lowering and not slow"
+	$(PYTEST) --dist loadgroup -m "not interpreter and not gpu and not sweep and not real and not lowering and not slow"
 
 test-sweep: $(VENV)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and sweep" tests/kernels
 	$(PYTEST) --dist loadgroup -m "sweep and not interpreter and not gpu"
 
 test-gpu: $(VENV)/.installed
-	$(PYTEST) -m gpu
+	$(PYTEST) -m "gpu and not real"
+
+# One worker: each model takes gigabytes. Tests that need a GPU are skipped without one.
+test-real: $(VENV)/.installed
+	$(BIN)/python tests/support/real_models.py "$(REAL_MODELS)"
+	FLASHPTE_REAL_MODELS="$(abspath $(REAL_MODELS))" $(BIN)/python -m pytest -q -m real tests/real
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff format --check .
