@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from host_code import checked_host_code
+from run_model_process import Ended, run_model_process
 from sessions import reference_model
 
 from flashpte.export.models.gemma4 import GEMMA4_SMALL
@@ -139,36 +137,10 @@ def model_folder(tmp_path_factory):
     return find
 
 
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self):
-        """The last line on stderr, which must be the error."""
-        line = self.err.splitlines()[-1]
-        assert line.startswith("run-model: error: "), self.err
-        return line
-
-
-@pytest.fixture(scope="session")
-def run_model_process():
-    """Calls ``run-model`` in its own process, because a process cannot use the GPU after an error on it."""
-
-    def call(*arguments, **environment):
-        code = "import sys; from flashpte.export.cli import run_main; sys.exit(run_main())"
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment},
-            timeout=300,
-        )
-        return Ended(done.returncode, done.stdout, done.stderr)
-
-    return call
+@pytest.fixture(scope="session", name="run_model_process")
+def _run_model_process():
+    """:func:`run_model_process.run_model_process`."""
+    return run_model_process
 
 
 @pytest.fixture
