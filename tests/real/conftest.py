@@ -12,7 +12,6 @@ import transformers
 from real_models import MODELS
 from real_reference import greedy, hugging_face_model
 
-PROMPT = "The capital of France is"
 NEW_TOKENS = 8
 
 
@@ -23,7 +22,10 @@ class Real:
         name: its name in ``real_models.MODELS``.
         folder: the folder of GGUF files and, by name, of exports.
         gguf_file: its file.
+        question: the text of the prompt.
     """
+
+    question = "The capital of France is"
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -43,7 +45,7 @@ class Real:
     @functools.cached_property
     def prompt(self) -> list[int]:
         """The tokens of the prompt."""
-        return list(self.tokenizer(PROMPT)["input_ids"])
+        return list(self.tokenizer(self.question)["input_ids"])
 
     @functools.cached_property
     def answer(self) -> list[int]:
