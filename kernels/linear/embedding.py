@@ -65,13 +65,10 @@ register(_quantized_embedding_kernel, "rest")
 
 def _as_call(
     indices: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor | None,
     dtype: torch.dtype,
     *numbers: int,
-) -> LinearCall:
+) -> LinearCall:  # fmt: skip
     """The table in the form of a linear layer without rows of x.
 
     Raises:
@@ -111,16 +108,10 @@ def launch_embedding(call: LinearCall, indices: torch.Tensor) -> torch.Tensor:
 
 def _quantized_embedding(
     indices: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor | None,
     dtype: torch.dtype,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+    bits: int, group: int, out_features: int, in_features: int,
+) -> torch.Tensor:  # fmt: skip
     """Dequantized rows ``indices`` of a packed table.
 
     Programs are serialized with these arguments, so their names, order and types must not change.

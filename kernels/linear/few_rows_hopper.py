@@ -332,7 +332,7 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         into: where to write the result.
     """
     fmt = call.fmt
-    x, (weight, scales, zeros, bias) = call.rows_of_x, call.tensors
+    x = call.rows_of_x
     block_m = 8 if (static_int(call.rows) or MAX_FEW_ROWS) <= 8 else 16
     blocks, steps = fmt.row_tiles // (config.block_n // 16), cdiv(fmt.column_tiles, config.column_warps)
     programs = min(config.num_programs or blocks, blocks * steps)
@@ -343,10 +343,7 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
     kernel = wrap_triton(_linear_few_rows_hopper_kernel)
     kernel[(programs * into.enabled,)](
         x,
-        weight,
-        scales,
-        zeros,
-        bias,
+        *call.tensors,
         into.out,
         partial,
         call.rows,

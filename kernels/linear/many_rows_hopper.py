@@ -323,7 +323,7 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         into: where to write the result.
     """
     fmt = call.fmt
-    x, (weight, scales, zeros, bias) = call.rows_of_x, call.tensors
+    x = call.rows_of_x
     m_blocks = cdiv(call.rows, config.block_m)
     blocks = m_blocks * cdiv(fmt.out_features, config.block_n)
     whole = config.num_programs == 0
@@ -335,19 +335,11 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
     kernel = wrap_triton(_linear_many_rows_hopper_kernel)
     kernel[(programs * into.enabled,)](
         x,
-        weight,
-        scales,
-        zeros,
-        bias,
+        *call.tensors,
         into.out,
         partial,
-        call.rows,
-        fmt.out_features,
-        fmt.in_features,
-        fmt.column_tiles,
-        fmt.row_tiles,
-        m_blocks,
-        blocks,
+        *(call.rows, fmt.out_features, fmt.in_features),
+        *(fmt.column_tiles, fmt.row_tiles, m_blocks, blocks),
         x.stride(0),
         GROUPS=fmt.groups_per_tile,
         ZEROS=fmt.has_zeros,

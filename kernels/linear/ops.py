@@ -20,16 +20,10 @@ from flashpte.kernels.linear.reference import dequantize, linear_reference
 
 def _quantized_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-) -> torch.Tensor:
+    bits: int, group: int, out_features: int, in_features: int,
+) -> torch.Tensor:  # fmt: skip
     """``x @ dequantized(weight)^T + bias``.
 
     Programs are serialized with these arguments, so their names, order and types must not change.
@@ -56,13 +50,10 @@ def _quantized_linear(
 
 def _call(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    offsets: torch.Tensor | None,
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
     *numbers: int,
-) -> LinearCall:
+) -> LinearCall:  # fmt: skip
     """The operator's arguments in the form that launchers take."""
     return LinearCall(x, weight, scales, zeros, bias, format_of(scales, zeros, offsets, *numbers), offsets)
 
