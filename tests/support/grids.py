@@ -63,9 +63,20 @@ KEPT = {
     "test_fuse.py::test_q_k_v_and_gate_up_become_one_product_each": r"1-False-False|5-(True|False)-True",
     "test_mask_structure.py::test_proven_masks_are_computed_from_positions": r"5-False-False|40-True-True",
     "test_forms.py::test_ranks": r"-(5|40)-(True|False)",
+    # Lowering takes half a minute.
+    **{
+        f"test_several_arches.py::{name}": r"side by side"
+        for name in (
+            "test_each_folder_is_an_export_of_its_own",
+            "test_weights_are_on_the_disk_once",
+            "test_the_folder_is_replaced_by_the_next_export_but_not_with_foreign_files",
+            "test_running_the_whole_folder_names_its_parts",
+        )
+    },
+    "test_softcap_and_sinks.py::test_all_three_lower": r"sm_90",
     # Families of models: one of each kind of layer.
     "test_families.py::test_a_session_gives_the_logits_of_transformers": (
-        r"\[(cohere2|exaone4|gemma2|gemma3_text|gpt_oss|granite_swa|gpt2|phi3|qwen3_moe|stablelm)\]"
+        r"\[(cohere2|gemma2|gemma3_text|gpt_oss|gpt2|phi3|qwen3_moe)\]"
     ),
     # Models of 60 layers: tracing takes a minute.
     "test_models.py::test_executorch_gemma4_has_two_masks_in_all_layers": r"12",

@@ -82,8 +82,9 @@ def stand_in(monkeypatch):
                 (result / "manifest.json").write_text('{"generator": "flashpte"}')
                 inside()
             after()
-            lowered = dataclasses.make_dataclass("Lowered", ["folder"])(output)
-            return pipeline.ExportResult(lowered, {})
+            names = ["folder", "model", "weights", "arch"]
+            lowered = dataclasses.make_dataclass("Lowered", names)(output, output / "model.pte", None, "sm_90")
+            return pipeline.ExportResult((lowered,), {})
 
         monkeypatch.setattr(pipeline, "export_model", export_model)
 

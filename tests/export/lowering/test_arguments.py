@@ -209,7 +209,7 @@ def test_a_missing_compiler_is_named(program, tmp_path, monkeypatch):
 @pytest.mark.lowering
 def test_ctrl_c_in_the_middle_leaves_nothing(program, tmp_path):
     def interrupt(stage):
-        if stage == "compiling host code":
+        if stage.startswith("compiling host code"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -91,6 +91,7 @@ def test_neither_caches_nor_masks_are_copied(source, length):
     assert buffers.count((length * KEYS, "bool")) == 1
 
 
+@pytest.mark.sweep  # what Inductor would do, in 20 s
 def test_inductor_by_itself_writes_a_mask_for_every_kernel_that_reads_it(program, tmp_path, monkeypatch):
     once = [o for o in overrides.TABLE if o.name.endswith("constrain_to_fake_tensor")]
     assert len(once) == 1

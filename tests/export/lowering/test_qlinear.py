@@ -51,7 +51,7 @@ def test_a_tied_head_and_embedding_share_their_codes(tmp_path):
     lowered = lower(programs, output_dir=tmp_path / "out", arch="sm_90", manifest=plan.manifest())
     (found,) = inspect_pte(lowered.model).methods.values()
     names = {kernel for cubin in found.library.cubins for kernel in cubin.kernels}
-    assert {"_quantized_embedding_kernel", "_linear_few_rows_kernel"} <= names
+    assert {"_quantized_embedding_kernel", "_linear_few_rows_hopper_kernel"} <= names
     assert not any("_mm_" in name for name in names)
     assert not any(re.search(r"mm_out|addmm", symbol) for symbol in found.library.undefined)
     matrices = [entry for entry in found.weights if len(entry.shape) == 2]
