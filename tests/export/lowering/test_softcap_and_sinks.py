@@ -1,8 +1,11 @@
 """Softcaps and sinks, lowered: a constant and an optional argument of the kernels that every arch has."""
 
+import re
+
 import pytest
 import torch
 from torch.export import Dim
+from wrappers import wrapper_source
 
 from flashpte.export.lowering import inspect_pte, lower
 from flashpte.passes import replace_sdpa
@@ -72,3 +75,22 @@ def test_all_three_lower(programs, arch, tmp_path):
         # The Hopper kernel takes neither.
         assert not any("_hopper_kernel" in kernel for kernel in kernels)
     assert sum("_tiled_kernel" in kernel for kernel in found["prefill"]) == 3
+
+
+def test_calls_pass_as_many_arguments_as_their_kernels_take(programs, tmp_path):
+    # Absent sinks are no argument of a call, and no parameter of its kernel.
+    source = wrapper_source(programs["decode"], tmp_path)
+    passed, taken = {}, {}
+    for name, body in re.findall(r"void call_(\w+?)\((.*?)\n\}", source, re.S):
+        if "_split_k_kernel" in name or "_combine_kernel" in name:
+            (arguments,) = re.findall(r"kernel_args_\[\] = \{([^}]+)\}", body)
+            passed.setdefault(re.sub(r"_\d+$", "", name), []).append(arguments.count("&"))
+    for file in (tmp_path / "triton").rglob("*.ptx"):
+        if file.stem in ("_split_k_kernel", "_combine_kernel"):
+            entry = file.read_text().partition(".entry")[2].partition(")\n")[0]
+            taken.setdefault(file.stem, []).append(entry.count(".param"))
+    assert len(passed["_split_k_kernel"]) == 3
+    # Combining has one kernel without sinks and one, for two calls, with them.
+    assert max(passed["_combine_kernel"]) == min(passed["_combine_kernel"]) + 1
+    for name, counts in passed.items():
+        assert set(counts) <= set(taken[name])
