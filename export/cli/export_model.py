@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flashpte.passes import RoutingReport
 
 _COLUMNS = 100
+_MANIFESTS = ("manifest.json", "*/manifest.json")  # of one architecture, or of several
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +77,7 @@ def _watch(output: Path | None) -> Callable[[], str]:
 
     def is_complete() -> str:
         # The folder is a new one; a manifest in it means that it is an export and not made by another program.
-        replaced = output is not None and identity() != before and any(output.rglob("manifest.json"))
+        replaced = output is not None and identity() != before and any(map(any, map(output.glob, _MANIFESTS)))
         return f"{output} is complete" if replaced else ""
 
     before = identity()

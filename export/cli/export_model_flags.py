@@ -72,7 +72,7 @@ def _dtype(text: str) -> str:
     return name
 
 
-def _names(text: str) -> tuple[str, ...]:
+def _arches(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     if len(set(names)) < len(names) or not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names such as sm_80,sm_90")
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
     lowering = parser.add_argument_group("lowering")
     lowering.add_argument(
         "--arch",
-        type=_names,
+        type=_arches,
         metavar="SM[,SM]",
         help="sm_80, sm_90, ... (default: the local GPU's, else sm_90); several get a folder each in --output-dir",
     )

@@ -43,13 +43,15 @@ def lower_for_each(
         The finished models, in the order of ``arches``.
     """
     tell = progress or (lambda line: None)
-    with atomic_folder(output) as (folder, _):
+    # A process that is killed may leave a folder of its own in ``scratch``, but none in the result.
+    with atomic_folder(output) as (folder, scratch):
         models: dict[str, LoweredModel] = {}
         if cpus.usable_cpus() > methods and forked.can_fork():
-            models = _lower_beside(lower, arches, folder, tell)
+            models = _lower_beside(lower, arches, scratch, tell)
         for arch in arches:
             if arch not in models:  # or its process failed: the error is then the one that a user sees
-                models[arch] = lower(arch, folder / arch, functools.partial(_tell_of, tell, arch))
+                models[arch] = lower(arch, scratch / arch, functools.partial(_tell_of, tell, arch))
+            (scratch / arch).rename(folder / arch)
         _share_equal_files([folder / arch for arch in arches], [models[arch].manifest for arch in arches])
     return tuple(_moved(models[arch], output / arch) for arch in arches)
 

@@ -158,17 +158,15 @@ def export_model(
         UsageError: the plan has no weights, or the format cannot hold its methods.
         ExportError: reading, exporting or writing failed.
     """
-    from flashpte.export.lowering import lower
+    from flashpte.export.lowering import find_arch, lower
     from flashpte.export.lowering.preflight import check_surroundings
     from flashpte.export.lowering.several_arches import lower_for_each
 
     check_has_weights(plan.options)
     check_surroundings(output_dir, plan.extra_files)  # ``lower`` checks again, but only minutes later
-    if arch is not None and not isinstance(arch, str) and len(arch) == 1:
-        (arch,) = arch
-    several = arch if arch is not None and not isinstance(arch, str) else ()
+    arches = tuple(find_arch(name).name for name in ([arch] if arch is None or isinstance(arch, str) else arch))
     # The weights' files, then the results.
-    check_free_space(output_dir, (1 + max(1, len(several))) * weight_bytes(plan.weights))
+    check_free_space(output_dir, (1 + len(arches)) * weight_bytes(plan.weights))
     with folder_beside(output_dir) as folder:
         programs = export_programs(plan, weights_folder=folder, progress=progress)
         manifest = plan.manifest()
@@ -183,7 +181,7 @@ def export_model(
         manifest["work"] = {name: product_work(program) for name, program in programs.items()}
         manifest["routing"] = {name: report.to_dict() for name, report in reports.items()}
 
-        def lower_one(name: str | None, folder: Path, progress: Progress | None) -> LoweredModel:
+        def lower_one(name: str, folder: Path, progress: Progress | None) -> LoweredModel:
             return lower(
                 programs,
                 output_dir=folder,
@@ -198,8 +196,8 @@ def export_model(
             )
 
         lowered: tuple[LoweredModel, ...]
-        if arch is None or isinstance(arch, str):
-            lowered = (lower_one(arch, output_dir, progress),)
+        if len(arches) == 1:
+            lowered = (lower_one(arches[0], output_dir, progress),)
         else:
-            lowered = lower_for_each(lower_one, several, output_dir, progress, len(programs))
+            lowered = lower_for_each(lower_one, arches, output_dir, progress, len(programs))
     return ExportResult(lowered, reports)

@@ -46,15 +46,14 @@ def compile_and_save(target: Target, original: Any) -> Callable[..., None]:
         finally:
             target.defining = False
         kernels = [value for value in scope.values() if isinstance(value, CachingAutotuner)]
-        count = target.on_kernels or (lambda done, total: None)
-        finished = fill_cache(kernels, target.processes, on_kernels=count)
+        finished = fill_cache(kernels, target.processes, on_kernels=target.on_kernels)
         for number, kernel in enumerate(kernels, 1):
             if not kernel.launchers:
                 kernel.precompile()
             launcher = _pick_launcher(kernel.launchers)
             kernel.launchers = [launcher]
             kernel.save_gpu_kernel("stream", launcher)
-            count(max(number, finished), len(kernels))
+            target.on_kernels(max(number, finished), len(kernels))
 
     return generate_and_run_autotune_block
 

@@ -134,8 +134,7 @@ def _compile_all(
                     _logger.info("the process of a method failed, so it is compiled in this one:\n%s", message.text)
                 elif isinstance(message, _Kernels):
                     kernels[ready] = message
-                    if target.on_kernels is not None:
-                        target.on_kernels(sum(k.done for k in kernels.values()), sum(k.total for k in kernels.values()))
+                    target.on_kernels(sum(k.done for k in kernels.values()), sum(k.total for k in kernels.values()))
                 elif target.on_wrapper is not None:
                     target.on_wrapper(message)
     finally:

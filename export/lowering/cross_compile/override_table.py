@@ -47,7 +47,7 @@ class Target:
     compiling: int = 0
     defining: bool = False
     on_wrapper: Callable[[str], None] | None = None
-    on_kernels: Callable[[int, int], None] | None = None
+    on_kernels: Callable[[int, int], None] = lambda done, total: None
 
 
 Make = Callable[[Target, Any], Any]

@@ -103,7 +103,9 @@ def cross_compile(
         make_cuda_home(cuda_home)
         flags = _flags(work_dir, package)
         target = override_table.Target(arch, work_dir, str(cuda_home), flags, restore_views)
-        target.on_wrapper, target.on_kernels = on_wrapper, on_kernels
+        target.on_wrapper = on_wrapper
+        if on_kernels is not None:
+            target.on_kernels = on_kernels
         table = overrides.TABLE + (overrides.EXECUTORCH_TABLE if package == "pte" else overrides.PT2_TABLE)
         with contextlib.ExitStack() as stack:
             stack.callback(forget_device)

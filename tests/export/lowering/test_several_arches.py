@@ -9,7 +9,7 @@ from flashpte.export.common import cpus
 from flashpte.export.common.errors import ExportError, ProgramError
 from flashpte.export.files.model_folder import open_folder
 from flashpte.export.files.output_folder import OutputError, check_output_folder
-from flashpte.export.lowering import inspect_pte, lower
+from flashpte.export.lowering import LoweredModel, inspect_pte, lower
 from flashpte.export.lowering.several_arches import lower_for_each
 
 pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("several_arches")]
@@ -69,21 +69,28 @@ def test_weights_are_on_the_disk_once(exported):
     assert not (folder / "sm_80/model.pte").samefile(folder / "sm_90/model.pte")
 
 
-def test_the_folder_is_replaced_by_the_next_export_but_not_with_foreign_files(exported, tmp_path):
+def test_the_folder_is_replaced_by_the_next_export_but_not_with_foreign_files(exported):
     folder, _, _ = exported
     check_output_folder(folder)
-    (folder / "notes.txt").write_text("mine")
-    try:
-        with pytest.raises(OutputError, match=r"was not written by flashpte|holds notes.txt"):
+    for name, refused in (
+        ("notes.txt", r"was not written by flashpte|holds notes.txt"),
+        ("sm_80/notes.txt", r"holds sm_80/notes.txt"),
+    ):
+        (folder / name).write_text("mine")
+        with pytest.raises(OutputError, match=refused):
             check_output_folder(folder)
-    finally:
-        (folder / "notes.txt").unlink()
-    (folder / "sm_80/notes.txt").write_text("mine")
-    try:
-        with pytest.raises(OutputError, match=r"holds sm_80/notes.txt"):
-            check_output_folder(folder)
-    finally:
-        (folder / "sm_80/notes.txt").unlink()
+        (folder / name).unlink()
+
+
+def test_what_a_killed_process_leaves_is_not_in_the_result(tmp_path):
+    def leaves_a_folder(arch, folder, progress):
+        (folder.parent / ".flashpte-left").mkdir(exist_ok=True)
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+        return LoweredModel(folder, folder / "m", None, folder / "manifest.json", arch, (), {"files": {}})
+
+    lower_for_each(leaves_a_folder, ("sm_80", "sm_90"), tmp_path / "out", methods=100)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sm_80", "sm_90"]
 
 
 def test_running_the_whole_folder_names_its_parts(exported):
