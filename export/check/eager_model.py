@@ -177,9 +177,22 @@ def rebuild(
         recipe = recipe.dense()
     fill_weights(model, plan_weights(model, recipe), source)
     untyped: Any = model
-    # Models whose scores SDPA has no arguments for (softcaps, sinks) have eager attention alone.
-    untyped.set_attn_implementation("sdpa" if untyped._supports_sdpa else "eager")
+    untyped.set_attn_implementation("sdpa" if _sdpa_serves(model) else "eager")
     return model.eval()
+
+
+def _sdpa_serves(model: nn.Module) -> bool:
+    """Whether transformers' SDPA attention computes what the model asks for.
+
+    It ignores softcaps and sinks. Some models say that they have no SDPA attention, and others do not: Gemma 2 in
+    transformers 5.17 does not, in 5.24 it does.
+    """
+    from flashpte.export.models.build import decoder_layers
+    from flashpte.export.models.probe import attention_shape
+
+    untyped: Any = model
+    shapes = map(attention_shape, decoder_layers(model))
+    return untyped._supports_sdpa and not any(shape is not None and shape.beyond_sdpa for shape in shapes)
 
 
 def _check_same_config(origin: Origin, config: Mapping[str, Any]) -> None:

@@ -24,6 +24,9 @@ ATTENTION_NAME = "fpte_attention"
 _NOT_SERVED = {"position_bias": "a bias on the scores"}
 """Options of transformers' attention functions that change the result, and what they mean."""
 
+_BEYOND_SDPA = ("softcap", "s_aux")
+"""Options that SDPA has no argument for: a softcap, and sinks."""
+
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, Mapping[str, Any]], None]
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
 
@@ -36,6 +39,11 @@ def observed(observe: Observer) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
+
+
+def is_beyond_sdpa(asked: Mapping[str, Any]) -> bool:
+    """Whether a layer's options include a softcap or sinks, which transformers' own SDPA attention ignores."""
+    return any(asked.get(name) is not None for name in _BEYOND_SDPA)
 
 
 def attend(
@@ -75,8 +83,8 @@ def attend(
             raise ExportError(f"{type(module).__name__} has {meaning} ({name}), which exports do not serve yet")
     if (observe := _observer.get()) is not None:
         observe(module, query, key, value, kwargs)
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    if softcap is not None or sinks is not None:
+    if is_beyond_sdpa(kwargs):
+        softcap, sinks = (kwargs.get(name) for name in _BEYOND_SDPA)
         return eager_attention(query, key, value, attention_mask, scaling, softcap, sinks), None
     result = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]

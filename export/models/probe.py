@@ -33,12 +33,14 @@ class AttentionShape:
         kv_heads: key/value heads H_kv.
         head_dim: D of queries, keys and values.
         window: the sliding window in tokens; ``None`` for full attention.
+        beyond_sdpa: whether the layer asks for something that SDPA has no argument for.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None
+    beyond_sdpa: bool = False
 
 
 def attention_shape(layer: nn.Module) -> AttentionShape | None:
@@ -79,7 +81,13 @@ def probe_attention(model: nn.Module, layers: nn.ModuleList) -> None:
                 f"{name} ({type(module).__name__}) has values of {value.shape[-1]} elements and keys of "
                 f"{key.shape[-1]}; caches hold one head dim"
             )
-        found[id(layer)] = AttentionShape(query.shape[1], key.shape[1], key.shape[3], asked.get("sliding_window"))
+        found[id(layer)] = AttentionShape(
+            query.shape[1],
+            key.shape[1],
+            key.shape[3],
+            asked.get("sliding_window"),
+            beyond_sdpa=attention_interface.is_beyond_sdpa(asked),
+        )
 
     untyped: Any = model
     with _fake_parameters(model) as fake, attention_interface.observed(record):
