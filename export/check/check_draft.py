@@ -119,7 +119,7 @@ def check_draft(
     found = [
         compare("draft_decode features", where, actual, truth.features, yardstick.features, yardstick.features.dtype)
     ]
-    states, missing = compare_states(program, [truth.held], [yardstick.held], part=DRAFT_PART)
+    states, missing = compare_states(program, [truth.held], [[yardstick.held]], part=DRAFT_PART)
     found += states
     allowed = compare("", "", yardstick.logits, truth.logits, yardstick.logits, yardstick.logits.dtype).max_allowed
     # proposals as ids of the draft's vocabulary, which may differ from the target's

@@ -186,15 +186,16 @@ def check_program(
     end = max(step.end for step in steps)
     rows = sorted({position for step, logits, _ in results for position in _rows(step, logits)})
     tell("evaluating the eager model")
-    expected, yardstick = (eager.evaluate(tokens[:end], rows) for eager in (reference, own))
-    comparisons = _compare_logits(results, rows, expected, yardstick)
-    comparisons += _compare_features(results, expected, yardstick)
-    found, missing = compare_states(program, expected.states, yardstick.states)
+    expected, yardsticks = reference.evaluate(tokens[:end], rows), own.evaluate_each_way(tokens[:end], rows)
+    features = yardsticks[0].features
+    comparisons = _compare_logits(results, rows, expected, yardsticks)
+    comparisons += _compare_features(results, expected, yardsticks)
+    found, missing = compare_states(program, expected.states, [run.states for run in yardsticks])
     comparisons += found
     proposals = None
-    if DRAFT_DECODE in program.signatures and yardstick.features is not None:
+    if DRAFT_DECODE in program.signatures and features is not None:
         tell("walking with the draft")
-        found, proposals, absent = check_draft(program, own, reference, tokens[:end], yardstick.features)
+        found, proposals, absent = check_draft(program, own, reference, tokens[:end], features)
         comparisons += found
         missing += absent
     agreement = None
@@ -208,7 +209,7 @@ def check_program(
         accuracy = compare_with_dense(expected.logits, dense().evaluate(tokens[:end], rows).logits)
     model.reset()
     missing += undescribed_buffers(program)
-    missing += _missing(program.signatures, yardstick, comparisons, proposals)
+    missing += _missing(program.signatures, features, comparisons, proposals)
     counts = Counter(step.method for step in steps)
     checked = TARGET_METHODS if proposals is None else METHOD_NAMES
     return CheckReport(
@@ -224,12 +225,15 @@ def check_program(
 
 
 def _missing(
-    methods: Mapping[str, Any], yardstick: Evaluation, comparisons: Sequence[Comparison], proposals: Agreement | None
+    methods: Mapping[str, Any],
+    features: torch.Tensor | None,
+    comparisons: Sequence[Comparison],
+    proposals: Agreement | None,
 ) -> list[str]:
     """Results of methods that were not compared, each with the reason."""
     compared = {comparison.what for comparison in comparisons}
     wanted = [(name, "logits") for name in TARGET_METHODS if name in methods]
-    if yardstick.features is not None:
+    if features is not None:
         wanted += [(name, "features") for name in (PREFILL, TARGET_VERIFY) if name in methods]
     found = [f"{name} {what}: no call returned any" for name, what in wanted if f"{name} {what}" not in compared]
     if proposals is not None and not proposals.above:
@@ -281,7 +285,7 @@ def _compare_logits(
     results: Results,
     rows: Sequence[int],
     expected: Evaluation,
-    yardstick: Evaluation,
+    yardsticks: Sequence[Evaluation],
 ) -> list[Comparison]:
     at = {position: index for index, position in enumerate(rows)}
     comparisons = []
@@ -293,8 +297,8 @@ def _compare_logits(
         position = rows[indices[_worst_row(actual, truth)]]
         where = next(s for s, logits in mine if position in _rows(s, logits))
         name = f"at position {position} ({where.count} tokens from {where.start})"
-        allowed = yardstick.logits[indices]
-        comparisons.append(compare(f"{method} logits", name, actual, truth, allowed, allowed.dtype))
+        own = [run.logits[indices] for run in yardsticks]
+        comparisons.append(compare(f"{method} logits", name, actual, truth, own, own[0].dtype))
     return comparisons
 
 
@@ -305,9 +309,10 @@ def _worst_row(actual: torch.Tensor, truth: torch.Tensor) -> int:
     return int((actual.double() - truth.double()).abs().amax(-1).nan_to_num(nan=torch.inf).argmax())
 
 
-def _compare_features(results: Results, expected: Evaluation, yardstick: Evaluation) -> list[Comparison]:
+def _compare_features(results: Results, expected: Evaluation, yardsticks: Sequence[Evaluation]) -> list[Comparison]:
     """Compares the features that the target's methods hand to the draft, by method."""
-    if expected.features is None or yardstick.features is None:
+    own = [run.features for run in yardsticks if run.features is not None]
+    if expected.features is None or not own:
         return []
     calls: dict[str, list[tuple[Step, torch.Tensor]]] = {}
     for step, _, features in results:
@@ -318,8 +323,8 @@ def _compare_features(results: Results, expected: Evaluation, yardstick: Evaluat
         rows = [row for step, _ in mine for row in range(step.start, step.end)]
         actual, truth = torch.cat([features for _, features in mine]), expected.features[rows]
         where = f"at position {rows[_worst_row(actual, truth)]}"
-        allowed = yardstick.features[rows]
-        comparisons.append(compare(f"{method} features", where, actual, truth, allowed, allowed.dtype))
+        allowed = [run[rows] for run in own]
+        comparisons.append(compare(f"{method} features", where, actual, truth, allowed, own[0].dtype))
     return comparisons
 
 
@@ -341,12 +346,13 @@ def _follow_greedy(
     logits += [model.decode(token) for token in forced[:-1]]
     actual = torch.cat([row[0, -1:].cpu() for row in logits])
     sequence, rows = prompt + forced[:-1], list(range(len(prompt) - 1, len(prompt) - 1 + count))
-    truth, yardstick = (eager.evaluate(sequence, rows).logits for eager in (reference, own))
-    return judge_greedy(actual, truth, yardstick, yardstick.dtype)
+    truth = reference.evaluate(sequence, rows).logits
+    yardsticks = [run.logits for run in own.evaluate_each_way(sequence, rows)]
+    return judge_greedy(actual, truth, yardsticks, yardsticks[0].dtype)
 
 
 def judge_greedy(
-    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor, dtype: torch.dtype
+    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[Comparison, Agreement]:
     """Compares logits [N, V] along a greedy sequence, and the tokens that they choose."""
     comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)

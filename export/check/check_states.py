@@ -17,7 +17,7 @@ Held = Mapping[str, torch.Tensor]
 def compare_states(
     program: RunsMethods,
     expected: Sequence[Held],
-    yardstick: Sequence[Held],
+    yardsticks: Sequence[Sequence[Held]],
     *,
     part: str = TARGET_PART,
 ) -> tuple[list[Comparison], list[str]]:
@@ -26,7 +26,7 @@ def compare_states(
     Args:
         program: the program to check, after a sequence.
         expected: what the reference's layers hold.
-        yardstick: what the layers of the eager model in the program's dtypes hold.
+        yardsticks: what the layers of the eager model in the program's dtypes hold, for each of its runs.
         part: ``target`` or ``draft``.
 
     Returns:
@@ -40,7 +40,7 @@ def compare_states(
         missing.append(
             f"{part}: the program describes {len(layers)} states, the eager model has {len(expected)} layers"
         )
-    for index, (rules, truth, own) in enumerate(zip(layers, expected, yardstick, strict=False)):
+    for index, (rules, truth, *runs) in enumerate(zip(layers, expected, *yardsticks, strict=False)):
         for name, fqn in rules.buffers.items():
             buffer = program.buffers.get(fqn)
             if buffer is None:
@@ -50,8 +50,9 @@ def compare_states(
             else:
                 held, chosen = _held(rules, buffer, truth[name])
                 group = f"draft {name}" if part == DRAFT_PART else f"{rules.kind} {name}"
-                judged = buffer.dtype if buffer.is_floating_point() else own[name].dtype
-                found = compare(group, f"in layer {index}", held, truth[name][chosen], own[name][chosen], judged)
+                judged = buffer.dtype if buffer.is_floating_point() else runs[0][name].dtype
+                own = [run[name][chosen] for run in runs]
+                found = compare(group, f"in layer {index}", held, truth[name][chosen], own, judged)
                 groups.setdefault(group, []).append(found)
     if not groups:
         missing.append(f"{part}: no state was compared")

@@ -1,11 +1,15 @@
 """Measures a program's errors against the reference and computes the allowed ones.
 
 The reference is the eager model in float32 (float64 for a float32 program). ``e`` is the error of the eager model in
-the program's own dtype against that reference. A program passes when
+the program's own dtype against that reference, the worst of its runs. A program passes when
 
 * its largest error is at most ``max(2 * largest e, floor)``; the floor is 2 ulp of the dtype at the largest reference
   value (256 ulp for float32, because compilers reorder its sums); and
 * its root mean square error is at most ``max(2 * rms e, floor)``, with the floor taken at the rms of the reference.
+
+One run is no yardstick. Real models have a few tokens whose activations are huge, and which an error of rounding moves
+a lot. The keys of SmolLM2-135M's layer 25 have a largest error of 4.7 if its eager bfloat16 model gets 1,024 tokens 256
+at a time, 2.9 in one call and 1.0 with 17 at a time, so that model itself would fail a check by one run of it.
 
 A NaN or another shape is an infinite error. A comparison of no values does not pass.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,7 +81,7 @@ def compare(
     where: str,
     actual: torch.Tensor,
     reference: torch.Tensor,
-    own: torch.Tensor,
+    own: torch.Tensor | Sequence[torch.Tensor],
     dtype: torch.dtype,
 ) -> Comparison:
     """Compares one tensor.
@@ -86,14 +91,15 @@ def compare(
         where: which tensor of the group it is.
         actual: the program's tensor.
         reference: the eager model's tensor in the wider dtype, same shape.
-        own: the eager model's tensor in the program's dtype, same shape.
+        own: the eager model's tensor in the program's dtype, same shape; or that of each of several runs.
         dtype: the program's dtype, which sets the size of an ulp.
     """
     if actual.shape != reference.shape or not actual.numel():
         shapes = f"{where} of shape {list(actual.shape)}, the model's is {list(reference.shape)}"
         return Comparison(what, shapes, math.inf, 0.0, math.inf, 0.0, 0)
     expected = reference.double()
-    error, yardstick = (actual.double() - expected).abs(), (own.double() - expected).abs()
+    error = (actual.double() - expected).abs()
+    yardsticks = [(run.double() - expected).abs() for run in ([own] if isinstance(own, torch.Tensor) else own)]
     if not bool(error.isfinite().all()):
         error = torch.where(error.isfinite(), error, math.inf)
     floor = _FLOOR_ULP.get(dtype, 2.0)
@@ -103,9 +109,9 @@ def compare(
         what=what,
         worst=where,
         max_error=float(error.max()),
-        max_allowed=max(_FACTOR * float(yardstick.max()), floor * ulp(dtype, largest)),
+        max_allowed=max(_FACTOR * max(float(run.max()) for run in yardsticks), floor * ulp(dtype, largest)),
         relative_error=_rms(error) / scale,
-        relative_allowed=max(_FACTOR * _rms(yardstick) / scale, floor * ulp(dtype, rms) / scale),
+        relative_allowed=max(_FACTOR * max(map(_rms, yardsticks)) / scale, floor * ulp(dtype, rms) / scale),
         values=error.numel(),
     )
 

@@ -76,31 +76,47 @@ class EagerModel:
             untyped: Any = model
             self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
 
-    def evaluate(self, tokens: Sequence[int], rows: Sequence[int]) -> Evaluation:
-        """One forward over a whole sequence; returns the logits at ``rows`` and the states of all layers."""
+    def evaluate(self, tokens: Sequence[int], rows: Sequence[int], chunk: int | None = None) -> Evaluation:
+        """Logits at ``rows``, which ascend, and the states of all layers after a sequence.
+
+        Args:
+            tokens: the sequence.
+            rows: positions in it.
+            chunk: most tokens of one forward; ``None`` for the whole sequence in one.
+        """
         from flashpte.export.models.eagle3_methods import recorded_taps
 
         cache = self._cache()
         taps = () if self.draft is None else self.draft.taps
-        features = None
-        with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
-            output = self._model(
-                input_ids=torch.tensor([list(tokens)], device=self.device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(list(rows), device=self.device),
-            )
-            if self.draft is not None:
-                features = self.draft.fuse(tapped)[0].cpu()
+        logits, features = [], []
+        for start in range(0, len(tokens), chunk or len(tokens)):
+            part = tokens[start : start + (chunk or len(tokens))]
+            kept = [row - start for row in rows if start <= row < start + len(part)]
+            with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
+                output = self._model(
+                    input_ids=torch.tensor([list(part)], device=self.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=torch.tensor(kept, device=self.device, dtype=torch.int64),
+                )
+                if self.draft is not None:
+                    features.append(self.draft.fuse(tapped)[0].cpu())
+            logits.append(output.logits[0].cpu())
         layers: Any = cache.layers
         return Evaluation(
-            output.logits[0].cpu(),
+            torch.cat(logits),
             tuple(
                 {name: held.cpu() for name, held in state.read_reference(layer).items()}
                 for state, layer in zip(self._states, layers, strict=True)
             ),
-            features,
+            torch.cat(features) if features else None,
         )
+
+    def evaluate_each_way(self, tokens: Sequence[int], rows: Sequence[int]) -> tuple[Evaluation, ...]:
+        """:meth:`evaluate` in one forward, in larger and in smaller chunks: the same results, rounded in other ways."""
+        length = len(tokens)
+        chunks = [None, *(size for size in (max(61, length // 64), max(17, length // 256)) if size < length)]
+        return tuple(self.evaluate(tokens, rows, chunk) for chunk in chunks)
 
     def _cache(self) -> Any:
         from transformers import Cache

@@ -43,10 +43,10 @@ def rebuilt(plan):
 def remember(function):
     known = {}
 
-    def call(tokens, rows):
-        key = tuple(tokens), tuple(rows)
+    def call(tokens, rows, *others):
+        key = tuple(tokens), tuple(rows), *others
         if key not in known:
-            known[key] = function(tokens, rows)
+            known[key] = function(tokens, rows, *others)
         return known[key]
 
     return call

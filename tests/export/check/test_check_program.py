@@ -232,6 +232,19 @@ def test_a_program_that_fails_names_itself(plan, eager):
         check(Broken(plan), plan, eager)
 
 
+def test_the_eager_model_gives_the_same_in_chunks(plan, eager):
+    _, own, reference = eager
+    tokens = torch.randint(0, 500, (130,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = [0, 59, 60, 61, 100, 129]
+    once, larger, smaller = reference.evaluate_each_way(tokens, rows)
+    assert len(own.evaluate_each_way(tokens[:40], [39])) == 2
+    assert len(own.evaluate_each_way(tokens[:17], [3])) == 1
+    for other in (larger, smaller):
+        torch.testing.assert_close(other.logits, once.logits, atol=1e-4, rtol=1e-4)
+        for held, expected in zip(other.states, once.states, strict=True):
+            torch.testing.assert_close(held, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_bound_is_twice_the_eager_error_or_two_ulp():
     reference = torch.tensor([4.0, -1.0, 2.0, 0.5])
     own = reference + torch.tensor([0.1, 0.0, -0.05, 0.0])
@@ -244,6 +257,11 @@ def test_the_bound_is_twice_the_eager_error_or_two_ulp():
     assert floor.passed
     shifted = compare("x", "", reference + torch.tensor([0.0, 0.07, 0.0, 0.0]), reference, reference, torch.bfloat16)
     assert not shifted.passed
+    # of several runs of the eager model, the worst counts
+    better = reference + torch.tensor([0.01, 0.0, 0.0, 0.0])
+    for runs in ([better, own], [own, better]):
+        assert compare("x", "", exactly, reference, runs, torch.bfloat16).max_allowed == pytest.approx(0.2, rel=1e-5)
+    assert compare("x", "", exactly, reference, [better], torch.bfloat16).max_allowed < 0.1
     # a small error everywhere: only the rms bound catches it
     everywhere = compare("x", "", own + 0.09, reference, own, torch.bfloat16)
     assert everywhere.max_error <= everywhere.max_allowed
