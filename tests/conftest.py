@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 import sys
+import tempfile
 
 import hypothesis
 import pytest
@@ -17,7 +19,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
+HEADERS = "FLASHPTE_TEST_HEADERS"  # as in tests/support/host_code.py, whose imports take seconds
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_configure(config):
+    """Gives all processes of the run one folder for precompiled headers (tests/support/host_code.py)."""
+    if not hasattr(config, "workerinput") and HEADERS not in os.environ:
+        folder = os.environ[HEADERS] = tempfile.mkdtemp(prefix="host-code-")
+        config.add_cleanup(lambda: (os.environ.pop(HEADERS), shutil.rmtree(folder, ignore_errors=True)))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -42,6 +43,15 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """A folder with the installed wheel and nothing else."""
+    folder = tmp_path_factory.mktemp("installed") / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel]
+    subprocess.run(command, check=True)
+    return folder
+
+
 def test_the_wheel_holds_what_git_knows(wheel):
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *ROOMS, "package"],
@@ -56,21 +66,17 @@ def test_the_wheel_holds_what_git_knows(wheel):
     assert held == expected
 
 
-def test_the_wheel_works_from_another_folder(wheel, tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel],
-        check=True,
-    )
+def test_the_wheel_works_from_another_folder(site, tmp_path):
     code = "import flashpte.passes, flashpte.export.cli as cli; print(flashpte.__file__); cli.main(['--list-targets'])"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout
+    assert str(site) in done.stdout
     assert "gemma4-31b" in done.stdout
 
 
@@ -91,15 +97,14 @@ def core_distributions() -> set[str]:
     return found
 
 
-def test_passes_and_kernels_import_where_the_core_alone_is_installed(wheel, tmp_path):
-    site = tmp_path / "site"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
-    subprocess.run(command, check=True)
+def test_passes_and_kernels_import_where_the_core_alone_is_installed(site, tmp_path):
+    core = tmp_path / "site"
+    shutil.copytree(site, core)
     for name in core_distributions():
         files = metadata.distribution(name).files or ()
         for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
-            if not (site / top).exists():
-                (site / top).symlink_to(metadata.distribution(name).locate_file(top))
+            if not (core / top).exists():
+                (core / top).symlink_to(metadata.distribution(name).locate_file(top))
     code = """
 import importlib.util, sys
 sys.path.insert(0, sys.argv[1])
@@ -116,7 +121,7 @@ from flashpte.export.cli import main
 sys.exit(main(["--list-targets"]))
 """
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code, site], capture_output=True, text=True
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", code, core], capture_output=True, text=True
     )
     assert done.stdout == "['flashpte::sdpa_prefill']\n", done.stderr
     assert done.returncode == 1

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from host_code import checked_host_code
+from host_code import checked_host_code, compiled_host_code
 from run_model_process import Ended, run_model_process
 from sessions import reference_model
 
@@ -62,13 +62,27 @@ TINY = {
 TARGETS = {"llama": "hf", "qwen3": "hf", "qwen3-sliding": "hf", "gemma4": "gemma4-31b"}
 
 
-@pytest.fixture(autouse=True)
-def _host_code(request):
-    """Lowering in a test checks its host code and links a stub, but for tests marked ``gpu`` or ``host_code``."""
-    if request.node.get_closest_marker("gpu") or request.node.get_closest_marker("host_code"):
+def _compiles_host_code(node):
+    return node.get_closest_marker("gpu") or node.get_closest_marker("host_code")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _host_code_of_module(request):
+    """Lowering checks its host code and links a stub, also in a module's fixtures; see :mod:`host_code`."""
+    if _compiles_host_code(request.node):
         yield
         return
     with checked_host_code():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _host_code(request):
+    """Tests marked ``gpu`` or ``host_code`` compile it."""
+    if not _compiles_host_code(request.node):
+        yield
+        return
+    with compiled_host_code():
         yield
 
 

@@ -5,7 +5,7 @@ bring along, which is the same for every program. Inside :func:`checked_host_cod
 instantiates its templates, so wrong C++ still fails. The object file that gets linked is a stub: it has AOTInductor's
 entry points and refers to the functions of libtorch that the file calls, so a function that ExecuTorch lacks is still
 refused. Tests of the library itself (its instructions, equal bytes, running it) need the real thing:
-``@pytest.mark.host_code``.
+``@pytest.mark.host_code``, or :func:`compiled_host_code` in a fixture.
 """
 
 from __future__ import annotations
@@ -24,19 +24,29 @@ from unittest import mock
 
 from flashpte.export.lowering.cross_compile.toolchain import ReproducibleFlags, find_compiler
 
+HEADERS = "FLASHPTE_TEST_HEADERS"
+"""Variable of the environment with the folder of precompiled headers, which all processes of a test run share."""
+
+_COMPILE = ReproducibleFlags.rewrite
 _ENTRY_POINTS = ("CreateWithDevice", "Delete", "GetNumInputs", "GetNumOutputs", "Run")
 
 
 @contextlib.contextmanager
 def checked_host_code() -> Iterator[None]:
     """Inside, lowering in this process checks each method's host code and links a stub in its place."""
-    rewrite = ReproducibleFlags.rewrite
     _folder()  # made here, because lowering compiles methods in processes of their own
 
     def check_only(self: ReproducibleFlags, command_line: str) -> str:
-        return _check_only(rewrite(self, command_line))
+        return _check_only(_COMPILE(self, command_line))
 
     with mock.patch.object(ReproducibleFlags, "rewrite", check_only):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_host_code() -> Iterator[None]:
+    """Inside, lowering compiles host code as users do, also inside of :func:`checked_host_code`."""
+    with mock.patch.object(ReproducibleFlags, "rewrite", _COMPILE):
         yield
 
 
@@ -94,4 +104,4 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 
 def _folder() -> Path:
-    return Path(_temporary().name)
+    return Path(os.environ.get(HEADERS) or _temporary().name)

@@ -67,7 +67,13 @@ def start(*arguments, **kwargs):
     command = [sys.executable, "-c", "import sys; from flashpte.export.cli import main; sys.exit(main())"]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *map(str, arguments)], text=True, env=environment, **kwargs)
+    # A process that nohup or a shell's background job started ignores signals, and its children inherit that.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        return subprocess.Popen([*command, *map(str, arguments)], text=True, env=environment, **kwargs)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -94,11 +100,16 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize(("number", "said"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "terminated")])
 def test_termination_cleans_up_and_handlers_are_put_back(export_model, stand_in, tmp_path, output, number, said):
     stand_in(inside=lambda: signal.raise_signal(number))
-    result = export_model(*GEMMA, "--output-dir", output)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        result = export_model(*GEMMA, "--output-dir", output)
+        after = signal.getsignal(number)
+    finally:
+        signal.signal(number, before)
     assert result.code == 128 + number
     assert result.err.splitlines() == [f"export-model: {said}; nothing written"]
     assert not entries(tmp_path)
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert after is signal.SIG_DFL
 
 
 def test_an_ignored_hangup_stays_ignored(export_model, stand_in, output):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from host_code import compiled_host_code
 from torch.library import triton_op, wrap_triton
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -97,14 +98,15 @@ def lowered(programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lowered")
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
-    return lower(
-        {name: replace_sdpa(program)[0] for name, program in programs.items()},
-        output_dir=folder / "out",
-        arch="sm_90",
-        constant_methods={"get_max_seq_len": KEYS, "use_kv_cache": True},
-        manifest={"target": "test"},
-        extra_files=[tokenizer],
-    )
+    with compiled_host_code():
+        return lower(
+            {name: replace_sdpa(program)[0] for name, program in programs.items()},
+            output_dir=folder / "out",
+            arch="sm_90",
+            constant_methods={"get_max_seq_len": KEYS, "use_kv_cache": True},
+            manifest={"target": "test"},
+            extra_files=[tokenizer],
+        )
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from host_code import checked_host_code
 
 from flashpte.export.common import cpus
 from flashpte.export.lowering import LoweringError, lower
@@ -64,8 +63,7 @@ def lowered(folder, processes, second=None):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    with checked_host_code():  # as for every test, which comes later than this fixture
-        files, elsewhere = lowered(tmp_path_factory.mktemp("alone") / "out", processes=1)
+    files, elsewhere = lowered(tmp_path_factory.mktemp("alone") / "out", processes=1)
     assert elsewhere == 0
     return files
 

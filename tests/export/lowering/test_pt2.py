@@ -3,6 +3,7 @@ import zipfile
 
 import pytest
 import torch
+from host_code import compiled_host_code
 
 from flashpte.export.files.pte_contents import read_library
 from flashpte.export.lowering import lower
@@ -16,7 +17,8 @@ pytestmark = [pytest.mark.lowering, pytest.mark.xdist_group("pt2")]
 def package(programs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pt2") / "out"
     program, _ = replace_sdpa(programs["decode"])
-    return lower({"decode": program}, output_dir=folder, arch="sm_80", format="pt2")
+    with compiled_host_code():
+        return lower({"decode": program}, output_dir=folder, arch="sm_80", format="pt2")
 
 
 def test_it_holds_code_weights_and_metadata_once(package, programs):
