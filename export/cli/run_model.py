@@ -107,13 +107,13 @@ def _perplexity(options: RunOptions, progress: StageLog, out: TextIO) -> int:
     from flashpte.export.runtime.generate import check_prompt
     from flashpte.export.runtime.language_model import LanguageModel
     from flashpte.export.runtime.perplexity import measure, program_logits, program_window
-    from flashpte.export.runtime.text import has_tokenizer, load_tokenizer, read_text
+    from flashpte.export.runtime.text import has_tokenizer, open_tokenizer, read_text
 
     assert options.perplexity is not None
     folder = read_folder(options.model_dir, unverified=options.unverified)
     if not has_tokenizer(folder):
         raise ExportError(f"{folder.path} has no tokenizer: export a checkpoint that has one")
-    tokens = list(load_tokenizer(folder.path)(read_text(options.perplexity))["input_ids"])
+    tokens = list(open_tokenizer(folder)(read_text(options.perplexity))["input_ids"])
     check_prompt(tokens, folder.constants.get("get_vocab_size"))
     program, _ = _open(options, progress)
     model = LanguageModel(program)

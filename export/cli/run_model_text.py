@@ -71,13 +71,13 @@ def generate_text(options: RunOptions, progress: StageLog, out: TextIO, opened: 
     from flashpte.export.runtime.generate import check_prompt
     from flashpte.export.runtime.language_model import plan_chunks, read_limits
     from flashpte.export.runtime.speculate import check_speculation, has_draft
-    from flashpte.export.runtime.text import StreamingText, encode_prompt, has_tokenizer, load_tokenizer, stop_ids
+    from flashpte.export.runtime.text import StreamingText, encode_prompt, has_tokenizer, open_tokenizer, stop_ids
     from flashpte.export.speculative import Stop
 
     folder = read_folder(options.model_dir, unverified=options.unverified)
     tokenizer = None
     if has_tokenizer(folder):
-        tokenizer = load_tokenizer(folder.path)
+        tokenizer = open_tokenizer(folder, chat=options.chat)
     elif options.prompt is not None:
         raise ExportError(f"{folder.path} has no tokenizer: give --prompt-ids, or export a checkpoint that has one")
     if options.prompt_ids is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from flashpte.export.common.errors import ExportError, Option, UsageError, wanted
 from flashpte.export.common.options import DTYPE_NAMES, TARGET_VERIFY, ExportOptions, check_options
+from flashpte.export.files.tokenizer_json import describe_tokenizer_json
 from flashpte.export.models.build import ModelFacts, attention_of, cut_layers, decoder_layers, describe
 from flashpte.export.models.eagle3_methods import draft_constants
 from flashpte.export.models.executorch_runners import RunnerContract, check_runner, find_runner
@@ -148,6 +149,7 @@ class ExportPlan:
             "weight_formats": self.recipe.to_dict(),
             "states": [rules.to_dict() for rules in self.states],
             "tokenizer": [path.name for path in self.extra_files],
+            "tokenizer_json": describe_tokenizer_json(self.extra_files),
         }
         if self.runner is not None:
             manifest["runner"] = self.runner.name

@@ -8,6 +8,7 @@ from typing import Any
 
 from flashpte.export.common.errors import ExportError, Option
 from flashpte.export.files.model_folder import ModelFolder
+from flashpte.export.files.tokenizer_json import json_tokenizer
 
 _NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -16,6 +17,19 @@ def has_tokenizer(folder: ModelFolder) -> bool:
     """Whether the export holds a tokenizer."""
     files = folder.manifest["files"]
     return any(name in files for name in _NAMES[:2]) or _NAMES[3] in files
+
+
+def open_tokenizer(folder: ModelFolder, *, chat: bool = False) -> Any:
+    """The tokenizer of an export, by the tokenizers library alone where that is enough.
+
+    Args:
+        folder: the export.
+        chat: whether its chat template is needed, which transformers reads.
+
+    Raises:
+        ExportError: the files cannot be read as a tokenizer.
+    """
+    return (None if chat else json_tokenizer(folder.path, folder.manifest)) or load_tokenizer(folder.path)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -57,7 +71,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt, with the special tokens that the tokenizer adds.
 
     Args:
-        tokenizer: from :func:`load_tokenizer`.
+        tokenizer: from :func:`open_tokenizer`.
         prompt: the text.
         chat: put the prompt into the tokenizer's chat template, as a user's turn.
 
