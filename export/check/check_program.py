@@ -28,6 +28,7 @@ from flashpte.export.check.check_states import compare_states, undescribed_buffe
 from flashpte.export.check.check_weights import WeightsReport, compare_weights, weights_of_methods
 from flashpte.export.check.compare import Comparison, compare
 from flashpte.export.check.eager_model import EagerModel, Evaluation
+from flashpte.export.check.runs import compare_with_runs
 from flashpte.export.check.walk import Step, plan_walk
 from flashpte.export.common.options import DRAFT_DECODE, METHOD_NAMES, PREFILL, TARGET_METHODS, TARGET_VERIFY
 from flashpte.export.common.tables import table_lines
@@ -186,12 +187,16 @@ def check_program(
     end = max(step.end for step in steps)
     rows = sorted({position for step, logits, _ in results for position in _rows(step, logits)})
     tell("evaluating the eager model")
-    expected, yardsticks = reference.evaluate(tokens[:end], rows), own.evaluate_each_way(tokens[:end], rows)
-    features = yardsticks[0].features
-    comparisons = _compare_logits(results, rows, expected, yardsticks)
-    comparisons += _compare_features(results, expected, yardsticks)
-    found, missing = compare_states(program, expected.states, [run.states for run in yardsticks])
-    comparisons += found
+    expected = reference.evaluate(tokens[:end], rows)
+    missing: list[str] = []
+
+    def compare_walk(runs: Sequence[Evaluation]) -> list[Comparison]:
+        found, missing[:] = compare_states(program, expected.states, [run.states for run in runs])
+        logits, features = _compare_logits(results, rows, expected, runs), _compare_features(results, expected, runs)
+        return logits + features + found
+
+    comparisons, yardstick = compare_with_runs(own, tokens[:end], rows, compare_walk, tell)
+    features = yardstick.features
     proposals = None
     if DRAFT_DECODE in program.signatures and features is not None:
         tell("walking with the draft")
@@ -201,7 +206,7 @@ def check_program(
     agreement = None
     if model.limits.decode:
         tell("following a greedy sequence")
-        teacher, agreement = _follow_greedy(model, own, reference, tokens)
+        teacher, agreement = _follow_greedy(model, own, reference, tokens, tell)
         comparisons.append(teacher)
     accuracy: Accuracy | str | None = dense if isinstance(dense, str) else None
     if callable(dense):
@@ -333,6 +338,7 @@ def _follow_greedy(
     own: EagerModel,
     reference: EagerModel,
     tokens: Sequence[int],
+    tell: Callable[[str], None],
 ) -> tuple[Comparison, Agreement]:
     length = model.limits.max_seq_len
     window = min((rules.most_back for rules in model.program.states if rules.most_back is not None), default=None)
@@ -347,13 +353,15 @@ def _follow_greedy(
     actual = torch.cat([row[0, -1:].cpu() for row in logits])
     sequence, rows = prompt + forced[:-1], list(range(len(prompt) - 1, len(prompt) - 1 + count))
     truth = reference.evaluate(sequence, rows).logits
-    yardsticks = [run.logits for run in own.evaluate_each_way(sequence, rows)]
-    return judge_greedy(actual, truth, yardsticks, yardsticks[0].dtype)
+
+    def compare_text(runs: Sequence[Evaluation]) -> list[Comparison]:
+        own_logits = [run.logits for run in runs]
+        return [compare("teacher-forced logits", "of the sequence", actual, truth, own_logits, own_logits[0].dtype)]
+
+    (comparison,), _ = compare_with_runs(own, sequence, rows, compare_text, tell)
+    return comparison, judge_choices(comparison, actual, truth)
 
 
-def judge_greedy(
-    actual: torch.Tensor, truth: torch.Tensor, yardstick: torch.Tensor | Sequence[torch.Tensor], dtype: torch.dtype
-) -> tuple[Comparison, Agreement]:
-    """Compares logits [N, V] along a greedy sequence, and the tokens that they choose."""
-    comparison = compare("teacher-forced logits", "of the sequence", actual, truth, yardstick, dtype)
-    return comparison, judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)
+def judge_choices(comparison: Comparison, actual: torch.Tensor, truth: torch.Tensor) -> Agreement:
+    """Compares the tokens that two logits [N, V] choose, whose ``comparison`` says how far they may differ."""
+    return judge(actual.argmax(-1), truth, 2 * comparison.max_allowed)

@@ -6,9 +6,10 @@ program, and neither cache nor attention of flashpte.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,47 +77,61 @@ class EagerModel:
             untyped: Any = model
             self.draft = eager_draft(draft, untyped.get_input_embeddings().weight)
 
-    def evaluate(self, tokens: Sequence[int], rows: Sequence[int], chunk: int | None = None) -> Evaluation:
-        """Logits at ``rows``, which ascend, and the states of all layers after a sequence.
+    def evaluate(self, tokens: Sequence[int], rows: Sequence[int], noise: int = 0) -> Evaluation:
+        """One forward over a whole sequence; returns the logits at ``rows`` and the states of all layers.
 
         Args:
             tokens: the sequence.
             rows: positions in it.
-            chunk: most tokens of one forward; ``None`` for the whole sequence in one.
+            noise: a seed; each layer's output is then multiplied by 1 plus up to half an ulp (uniform), as if it had
+                been rounded once more. 0 for none.
         """
         from flashpte.export.models.eagle3_methods import recorded_taps
 
         cache = self._cache()
         taps = () if self.draft is None else self.draft.taps
-        logits, features = [], []
-        for start in range(0, len(tokens), chunk or len(tokens)):
-            part = tokens[start : start + (chunk or len(tokens))]
-            kept = [row - start for row in rows if start <= row < start + len(part)]
-            with torch.no_grad(), recorded_taps(self._model, taps) as tapped:
-                output = self._model(
-                    input_ids=torch.tensor([list(part)], device=self.device),
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=torch.tensor(kept, device=self.device, dtype=torch.int64),
-                )
-                if self.draft is not None:
-                    features.append(self.draft.fuse(tapped)[0].cpu())
-            logits.append(output.logits[0].cpu())
+        features = None
+        with torch.no_grad(), self._noise(noise), recorded_taps(self._model, taps) as tapped:
+            output = self._model(
+                input_ids=torch.tensor([list(tokens)], device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(list(rows), device=self.device),
+            )
+            if self.draft is not None:
+                features = self.draft.fuse(tapped)[0].cpu()
         layers: Any = cache.layers
         return Evaluation(
-            torch.cat(logits),
+            output.logits[0].cpu(),
             tuple(
                 {name: held.cpu() for name, held in state.read_reference(layer).items()}
                 for state, layer in zip(self._states, layers, strict=True)
             ),
-            torch.cat(features) if features else None,
+            features,
         )
 
-    def evaluate_each_way(self, tokens: Sequence[int], rows: Sequence[int]) -> tuple[Evaluation, ...]:
-        """:meth:`evaluate` in one forward, in larger and in smaller chunks: the same results, rounded in other ways."""
-        length = len(tokens)
-        chunks = [None, *(size for size in (max(61, length // 64), max(17, length // 256)) if size < length)]
-        return tuple(self.evaluate(tokens, rows, chunk) for chunk in chunks)
+    @contextlib.contextmanager
+    def _noise(self, seed: int) -> Iterator[None]:
+        from flashpte.export.models.build import decoder_layers
+
+        if not seed:
+            yield
+            return
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        def disturbed(hidden: torch.Tensor) -> torch.Tensor:
+            unit = torch.rand(hidden.shape, generator=generator, device=hidden.device, dtype=torch.float64) * 2 - 1
+            return (hidden.double() * (1 + unit * torch.finfo(hidden.dtype).eps / 2)).to(hidden.dtype)
+
+        def after_layer(_module: nn.Module, _args: Any, output: Any) -> Any:
+            return (disturbed(output[0]), *output[1:]) if isinstance(output, tuple) else disturbed(output)
+
+        handles = [layer.register_forward_hook(after_layer) for layer in decoder_layers(self._model)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _cache(self) -> Any:
         from transformers import Cache

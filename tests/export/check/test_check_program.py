@@ -7,10 +7,11 @@ import pytest
 import torch
 from eager_program import EagerProgram, small_plan
 
-from flashpte.export.check.check_program import check_program, judge_greedy, named_weights
+from flashpte.export.check.check_program import check_program, judge_choices, named_weights
 from flashpte.export.check.check_weights import WeightsReport, compare_weights
-from flashpte.export.check.compare import compare, ulp
+from flashpte.export.check.compare import Comparison, compare, ulp
 from flashpte.export.check.eager_model import eager_pair, rebuild, reference_dtype
+from flashpte.export.check.runs import RUNS, compare_with_runs
 from flashpte.export.check.walk import Step, plan_walk
 from flashpte.export.runtime import ProgramError
 from flashpte.export.runtime.language_model import Limits, read_limits
@@ -232,17 +233,48 @@ def test_a_program_that_fails_names_itself(plan, eager):
         check(Broken(plan), plan, eager)
 
 
-def test_the_eager_model_gives_the_same_in_chunks(plan, eager):
+def test_runs_of_the_eager_model_differ_by_rounding(plan, eager):
     _, own, reference = eager
-    tokens = torch.randint(0, 500, (130,), generator=torch.Generator().manual_seed(1)).tolist()
-    rows = [0, 59, 60, 61, 100, 129]
-    once, larger, smaller = reference.evaluate_each_way(tokens, rows)
-    assert len(own.evaluate_each_way(tokens[:40], [39])) == 2
-    assert len(own.evaluate_each_way(tokens[:17], [3])) == 1
-    for other in (larger, smaller):
-        torch.testing.assert_close(other.logits, once.logits, atol=1e-4, rtol=1e-4)
-        for held, expected in zip(other.states, once.states, strict=True):
-            torch.testing.assert_close(held, expected, atol=1e-4, rtol=1e-4)
+    tokens, rows = torch.randint(0, 500, (130,), generator=torch.Generator().manual_seed(1)).tolist(), [0, 60, 129]
+    truth, plain, one, again, other = (
+        model.evaluate(tokens, rows, *noise)
+        for model, noise in ((reference, ()), (own, ()), (own, (1,)), (own, (1,)), (own, (2,)))
+    )
+    assert torch.equal(one.logits, again.logits)
+    assert not torch.equal(one.logits, other.logits)
+    errors = [float((run.logits.double() - truth.logits).square().mean().sqrt()) for run in (plain, one, other)]
+    assert max(errors) < 2 * min(errors)
+    assert torch.equal(own.evaluate(tokens, list(rows)).logits, plain.logits)  # no hook is left
+
+
+def _counted(comparisons):
+    """A comparison for ``compare_with_runs`` and the numbers of runs that it saw; each run gives the next verdict."""
+    seen = []
+
+    def compare_runs(runs):
+        seen.append(len(runs))
+        return [comparisons[min(len(runs), len(comparisons)) - 1]]
+
+    return compare_runs, seen
+
+
+def test_more_runs_follow_while_a_comparison_fails(eager):
+    _, own, _ = eager
+    passed, failed = (Comparison("x", "", error, 1.0, 0.0, 1.0, 1) for error in (0.5, 1.5))
+    hopeless = Comparison("x", "", math.inf, 1.0, math.inf, 1.0, 1)
+    for verdicts, expected in (
+        ([passed], [1]),
+        ([failed, failed, passed], [1, 2, 3]),
+        ([failed], list(range(1, RUNS + 1))),
+        ([hopeless], [1]),
+    ):
+        compare_runs, seen = _counted(verdicts)
+        lines = []
+        (last,), first = compare_with_runs(own, [1, 2, 3], [2], compare_runs, lines.append)
+        assert seen == expected
+        assert last is verdicts[-1]
+        assert len(lines) == len(expected) - 1
+        assert torch.equal(first.logits, own.evaluate([1, 2, 3], [2]).logits)
 
 
 def test_the_bound_is_twice_the_eager_error_or_two_ulp():
@@ -279,13 +311,14 @@ def test_clear_choices_must_agree_and_close_ones_may_turn():
     own = truth + 0.02
     near = truth.clone()
     near[0, 1] += 0.03  # changes the first choice
-    comparison, agreement = judge_greedy(near, truth, own, torch.bfloat16)
+    comparison = compare("x", "", near, truth, own, torch.bfloat16)
+    agreement = judge_choices(comparison, near, truth)
     assert comparison.passed
     assert (agreement.tokens, agreement.agreeing, agreement.above, agreement.wrong) == (3, 2, 2, ())
     assert agreement.passed
     far = truth.clone()
     far[2, 3] = 9.0
-    _, agreement = judge_greedy(far, truth, own, torch.bfloat16)
+    agreement = judge_choices(compare("x", "", far, truth, own, torch.bfloat16), far, truth)
     assert agreement.wrong == (2,)
     assert not agreement.passed
     assert agreement.margins == pytest.approx((0.01, 5.0, 5.0), abs=1e-4)
