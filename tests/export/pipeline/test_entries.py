@@ -20,11 +20,11 @@ from flashpte.export.weights import random
 
 
 @pytest.fixture
-def flags(tiny, tmp_path):
-    """Flags of an export of one layer."""
+def flags(request, tiny, tmp_path):
+    """Flags of an export of one layer; tests may add some."""
     (tmp_path / "config.json").write_text(json.dumps({**tiny("llama"), "num_hidden_layers": 1}))
     flags = ("--target", "hf", "--config", str(tmp_path / "config.json"), "--random-weights", "--max-seq-len", "64")
-    return (*flags, "--arch", "sm_80", "-q")
+    return (*flags, *getattr(request, "param", ()), "--arch", "sm_80", "-q")
 
 
 @pytest.fixture
@@ -125,26 +125,30 @@ def test_one_method_is_rewritten_as_with_all(flags, plan):
     assert whole.shape == (6, 3)
 
 
-def in_process(*arguments):
-    """Runs ``export-model`` in a forked process."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(main([*map(str, arguments)])))
-    process.start()
-    process.join()
-    return process.exitcode
+def side_by_side(*command_lines):
+    """Runs ``export-model`` in forked processes, one for each list of arguments; returns their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=lambda line=line: os._exit(main([*map(str, line)]))) for line in command_lines]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.mark.lowering
 @pytest.mark.xdist_group("entries")
+@pytest.mark.parametrize("flags", [("--max-prefill-chunk", "2")], ids=["small"], indirect=True)
 def test_entries_in_separate_processes_give_the_bytes_of_one_export(plan, flags, tmp_path, capfd):
-    folder = plan.parent
-    for entry in ("prefill-sm_80", "decode-sm_80"):
-        assert in_process("--plan", plan, "--entry", entry, "-q") == 0
-    assert sorted(path.name for path in (folder / "plan.parts").iterdir()) == ["decode-sm_80.zip", "prefill-sm_80.zip"]
-    assert in_process("--plan", plan, "--entry", "join", "-q") == 0
     assert main([*flags, "--output-dir", str(tmp_path / "direct")]) == 0
-    assert files(folder / "out") == files(tmp_path / "direct")
-    part = folder / "plan.parts" / "decode-sm_80.zip"
-    part.write_bytes((folder / "plan.parts" / "prefill-sm_80.zip").read_bytes())
+    folder = plan.parent / "plan.parts"
+    lines = [("--plan", plan, "--entry", entry, "-q") for entry in ("prefill-sm_80", "decode-sm_80", "join")]
+    assert side_by_side(*lines[:2]) == [0, 0]
+    assert sorted(path.name for path in folder.iterdir()) == ["decode-sm_80.zip", "prefill-sm_80.zip"]
+    assert side_by_side(lines[2]) == [0]
+    assert files(plan.parent / "out") == files(tmp_path / "direct")
+    (folder / "decode-sm_80.zip").write_bytes((folder / "prefill-sm_80.zip").read_bytes())
     capfd.readouterr()
-    assert in_process("--plan", plan, "--entry", "join", "-q") == 1
-    assert "decode-sm_80.zip" in capfd.readouterr().err
+    assert side_by_side(lines[2]) == [1]
+    assert "decode-sm_80.zip holds prefill for sm_80, not decode for sm_80" in capfd.readouterr().err
+    assert files(plan.parent / "out") == files(tmp_path / "direct")
