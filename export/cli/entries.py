@@ -64,7 +64,7 @@ def check_entry_flags(args: argparse.Namespace, parser: Parser) -> None:
 
 
 def write_plan(args: argparse.Namespace, options: ExportOptions) -> int:
-    """Writes the plan of an export and prints its entries.
+    """Writes the plan of an export and prints the commands of its entries, one a line; the last one joins.
 
     Raises:
         UsageError, ExportError: the export cannot be planned, or the file cannot be written.
@@ -72,12 +72,11 @@ def write_plan(args: argparse.Namespace, options: ExportOptions) -> int:
     with quiet_libraries(args.verbose):
         from flashpte.export.pipeline.entries import plan_entries
 
-        plan_file, plan = plan_entries(options, args.output_dir, arch=args.arch)
+        plan_file = plan_entries(options, args.output_dir, arch=args.arch)
         write_plan_file(plan_file, args.plan)
     with stdout_may_close():
-        print(*(command_line(args.plan, entry.id) for entry in plan_file.entries), sep="\n")
-        print(f"{command_line(args.plan, JOIN)}  # after the others")
-        print(*plan.model_notes, sep="\n", end="\n" if plan.model_notes else "")
+        for id in (*(entry.id for entry in plan_file.entries), JOIN):
+            print(command_line(args.plan, id))
     return EXIT_OK
 
 

@@ -18,7 +18,7 @@ from flashpte.export.lowering.cross_compile.answers import Answer
 from flashpte.export.lowering.cross_compile.methods import MethodKept
 from flashpte.export.lowering.executorch import write_pte
 from flashpte.export.lowering.parts import Part, build_versions, write_part
-from flashpte.export.lowering.plain_errors import plain_errors
+from flashpte.export.lowering.plain_errors import LoweringError, plain_errors
 from flashpte.export.lowering.preflight import check_programs, check_request, check_tools
 from flashpte.export.lowering.program_digest import program_digest
 from flashpte.passes.graph.subclasses import unwrap_weights
@@ -67,8 +67,12 @@ def compile_method(
     # Before compiling, which may set guards on the program's dynamic sizes.
     part = Part(method, target.name, program_digest(program, attention), plan, build_versions())
 
+    saved = False
+
     def save(answer: Answer) -> None:
+        nonlocal saved
         write_part(path, part, answer)
+        saved = True
 
     def host_code(source: str) -> None:
         tell(Counted("compiling host code", 1, 1))
@@ -83,4 +87,6 @@ def compile_method(
             cross_compile(target, scratch, "pte", restore_views, host_code, on_kernels, keep=save),
         ):
             write_pte({method: program}, scratch, attention, {})
+    if not saved:
+        raise LoweringError(f"compiling failed: method {method} computes nothing")
     return path

@@ -125,7 +125,10 @@ def read_part(path: Path) -> Part:
         header = _header(archive, path)
         if archive.testzip() is not None:
             raise zipfile.BadZipFile
-        return Part(**{field.name: header[field.name] for field in dataclasses.fields(Part)})
+        part = Part(**{field.name: header[field.name] for field in dataclasses.fields(Part)})
+        if not isinstance(part.versions, dict):
+            raise TypeError(part.versions)
+    return part
 
 
 def read_answer(path: Path, library: Path) -> Answer:

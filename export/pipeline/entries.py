@@ -29,27 +29,21 @@ from flashpte.export.pipeline.programs import (
 )
 
 
-def plan_entries(
-    options: ExportOptions, output_dir: Path, *, arch: str | Sequence[str] | None = None
-) -> tuple[PlanFile, ExportPlan]:
-    """Divides an export into entries. It becomes a ``.pte``; a ``.pt2`` has one method and nothing to divide.
+def plan_entries(options: ExportOptions, output_dir: Path, *, arch: str | Sequence[str] | None = None) -> PlanFile:
+    """Divides an export to a ``.pte`` into entries, for :func:`~flashpte.export.files.plan_file.write_plan_file`.
 
     Args:
         options: what to export.
         output_dir: folder that the last entry writes.
         arch: as for :func:`~flashpte.export.pipeline.export_model`.
 
-    Returns:
-        The plan for a file, and the plan of the export that it divides.
-
     Raises:
         UsageError, ExportError: as for :func:`~flashpte.export.pipeline.plan_export`, or a compiler is missing.
     """
     check_has_weights(options)
     check_tools()
-    plan = plan_export(options)
-    methods = tuple(method.name for method in plan.methods)
-    return PlanFile(options, output_dir, arch_names(arch), methods, build_versions()), plan
+    methods = tuple(method.name for method in plan_export(options).methods)
+    return PlanFile(options, output_dir, arch_names(arch), methods, build_versions())
 
 
 def part_path(parts: Path, entry: Entry) -> Path:

@@ -22,9 +22,11 @@ from flashpte.export.weights import random
 @pytest.fixture
 def flags(request, tiny, tmp_path):
     """Flags of an export of one layer; tests may add some."""
-    (tmp_path / "config.json").write_text(json.dumps({**tiny("llama"), "num_hidden_layers": 1}))
-    flags = ("--target", "hf", "--config", str(tmp_path / "config.json"), "--random-weights", "--max-seq-len", "64")
-    return (*flags, *getattr(request, "param", ()), "--arch", "sm_80", "-q")
+    more = getattr(request, "param", ())
+    if "--small" not in more:
+        (tmp_path / "config.json").write_text(json.dumps({**tiny("llama"), "num_hidden_layers": 1}))
+        more = ("--target", "hf", "--config", str(tmp_path / "config.json"), *more)
+    return (*more, "--random-weights", "--max-seq-len", "64", "--arch", "sm_80", "-q")
 
 
 @pytest.fixture
@@ -56,6 +58,13 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+GEMMA = ("--target", "gemma4-31b", "--small", "--layers", "1")
+DRAFT = ("--target", "gemma4-31b", "--small", "--layers", "2", "--chain", "3")
+
+
+@pytest.mark.parametrize(
+    "flags", [(), (*GEMMA, "--qrecipe", "default"), DRAFT], ids=["dense", "quantized", "draft"], indirect=True
+)
 def test_an_entry_reads_no_weights_and_agrees_with_the_join(plan, no_compiler, monkeypatch):
     read, joined = random.RandomWeights.read, []
     monkeypatch.setattr(random.RandomWeights, "read", mock.Mock(side_effect=AssertionError("a weight was read")))
@@ -73,7 +82,8 @@ def test_an_entry_reads_no_weights_and_agrees_with_the_join(plan, no_compiler, m
 
     monkeypatch.setattr("flashpte.export.lowering.lower", lower)
     join_entries(plan_file, folder)
-    assert joined == [("prefill", "sm_80"), ("decode", "sm_80")]
+    assert joined == [(entry.method, entry.arch) for entry in plan_file.entries]
+    assert len(joined) >= 2
 
 
 def test_parts_are_missing_or_of_another_plan(plan, flags, no_compiler, tmp_path):
