@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashpte.export.cli.endings import EXIT_OK, quiet_libraries, report_errors, stdout_may_close
+from flashpte.export.cli.entries import check_entry_flags, run_entry, write_plan
 from flashpte.export.cli.export_model_flags import build_parser, check_arguments
-from flashpte.export.cli.flag_names import flag_name
+from flashpte.export.cli.export_result import print_result
 from flashpte.export.cli.progress import StageLog
 from flashpte.export.cli.report_file import write_report
 from flashpte.export.common.options import ExportOptions
@@ -23,8 +23,6 @@ from flashpte.export.models.registry import list_targets
 
 if TYPE_CHECKING:
     from flashpte.export.lowering import LoweredModel
-    from flashpte.export.pipeline import ExportPlan
-    from flashpte.passes import RoutingReport
 
 _COLUMNS = 100
 _MANIFESTS = ("manifest.json", "*/manifest.json")  # of one architecture, or of several
@@ -49,15 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str], verbose: bool) -> int:
     is_complete = _watch(None)
 
-    def export() -> int:
+    def watch(output: Path) -> None:
         nonlocal is_complete
-        args = build_parser().parse_args(arguments)
+        is_complete = _watch(output)
+
+    def export() -> int:
+        parser = build_parser()
+        args = parser.parse_args(arguments)
         if args.list_targets:
             with stdout_may_close():
                 _print_targets()
             return EXIT_OK
+        check_entry_flags(args, parser)
+        if args.entry is not None:
+            return run_entry(args, watch)
         options = check_arguments(args)
-        is_complete = _watch(args.output_dir)
+        if args.plan is not None:
+            return write_plan(args, options)
+        watch(args.output_dir)
         return _export(args, options)
 
     return report_errors(
@@ -111,55 +118,7 @@ def _export(args: argparse.Namespace, options: ExportOptions) -> int:
             result = export_model(plan, args.output_dir, arch=args.arch, format=args.format, progress=progress)
             lowered, reports = result.lowered, result.reports
     with stdout_may_close():
-        _print_result(options, lowered, reports)
-        for note in (*plan.model_notes, *(f"weights: {note}" for note in plan.weight_notes)):
-            print(note)
-        if lowered:
-            print(_next(plan, lowered[0]))
+        print_result(plan, lowered, reports)
     if args.report is not None:
         write_report(args.report, {**plan.manifest(), "attention": options.attention}, reports)
     return EXIT_OK
-
-
-def _print_result(
-    options: ExportOptions, lowered: Sequence[LoweredModel], reports: Mapping[str, RoutingReport]
-) -> None:
-    from flashpte.passes import format_table
-
-    if reports:
-        print(format_table(reports))
-    else:
-        print(f"attention was not replaced (--no-replace {options.attention})")
-    if reports and not options.midm_sdpa:
-        print("target_verify: attention was not replaced (--no-midm-sdpa)")
-    for model in lowered:
-        print()
-        for path in sorted(model.folder.iterdir()):
-            print(f"{_size(path.stat().st_size):>10}  {path}")
-    if len(lowered) > 1:
-        print("\nequal files, such as the weights, are on the disk once (hard links)")
-
-
-def _next(plan: ExportPlan, model: LoweredModel) -> str:
-    """What to type next."""
-    folder = shlex.quote(str(model.folder))
-    if plan.runner is not None:
-        files = " ".join(path.name for path in (model.model, model.weights) if path is not None)
-        return f"next: give {files} of {folder} to {plan.runner.title} (docs/executorch.md)"
-    source = "".join(
-        f" {flag_name(name)} {shlex.quote(str(path))}"
-        for name in ("checkpoint", "gguf_file", "draft")
-        if (path := getattr(plan.options, name)) is not None
-    )
-    check = "" if model.weights is None else f"  run-model {folder} --check{source}\n"
-    prompt = '--prompt "The capital of France is"' if plan.extra_files else "--prompt-ids 1,2,3"
-    return f"next, on an {model.arch} GPU:\n{check}  run-model {folder} {prompt}\n  run-model {folder} --profile"
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"

@@ -6,8 +6,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from flashpte.export.cli.parser import add_verbosity, check_least, new_parser, nonempty_path
-from flashpte.export.cli.report_file import check_report_path
+from flashpte.export.cli.entries import add_entry_flags
+from flashpte.export.cli.parser import Parser, add_verbosity, check_least, new_parser, nonempty_path
+from flashpte.export.cli.report_file import check_output_file
 from flashpte.export.common.errors import ExportError, UsageError
 from flashpte.export.common.options import (
     CHAIN_RANGE,
@@ -56,6 +57,10 @@ examples:
   # the file that ExecuTorch's own runner calls
   export-model --target hf --checkpoint Qwen3-8B --runner executorch --output-dir out
 
+  # on several machines: write a plan, and run each of its entries (decode-sm_90, ..., and at last join) somewhere
+  export-model --target hf --checkpoint Qwen3-8B --arch sm_80,sm_90 --output-dir out --plan plan.json
+  export-model --plan plan.json --entry decode-sm_90
+
   # which kernel would each attention node get? writes nothing
   export-model --target gemma4-31b --dry-run
 
@@ -79,7 +84,7 @@ def _arches(text: str) -> tuple[str, ...]:
     return names
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of ``export-model``."""
     parser = new_parser("export-model", _DESCRIPTION, _EPILOG)
 
@@ -209,6 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--report", type=nonempty_path, metavar="FILE", help="write the routing of every attention node as JSON"
     )
     add_verbosity(output)
+    add_entry_flags(parser)
     return parser
 
 
@@ -289,8 +295,9 @@ def check_arguments(args: argparse.Namespace) -> ExportOptions:
     _check_overlaps(args)
     if not args.dry_run:
         check_output_dir(args.output_dir)
-    if args.report is not None:
-        check_report_path(args.report)
+    for flag, path in (("--report", args.report), ("--plan", args.plan)):
+        if path is not None:
+            check_output_file(flag, path)
     return options
 
 
@@ -317,6 +324,7 @@ def _check_flags(args: argparse.Namespace, options: ExportOptions) -> None:
         raise UsageError("--format pt2 holds one method: add --method, for example --method decode")
 
 
+_FILES = ("--report", "--plan")
 _INPUTS = ("--checkpoint", "--gguf-file", "--config", "--draft")
 
 
@@ -369,20 +377,21 @@ def check_output_dir(path: Path) -> None:
 
 
 def _check_overlaps(args: argparse.Namespace) -> None:
-    """Refuses an input inside the output folder or at the report's path, because an export replaces both."""
+    """Refuses an input inside the output folder or at a written file's path, because an export replaces both."""
     paths = {
         flag: _resolve(flag, getattr(args, flag[2:].replace("-", "_")))
-        for flag in ("--output-dir", "--report", *_INPUTS)
+        for flag in ("--output-dir", *_FILES, *_INPUTS)
         if getattr(args, flag[2:].replace("-", "_")) is not None
     }
     if (recipe := _recipe_file(args)) is not None:
         paths["--qrecipe"] = _resolve("--qrecipe", Path(recipe))
-    output, report = paths.get("--output-dir"), paths.get("--report")
+    output = paths.get("--output-dir")
     for flag, path in paths.items():
         if flag != "--output-dir" and output is not None and not args.dry_run and output in (path, *path.parents):
             raise UsageError(f"{flag} {path} is in the --output-dir, which is replaced as a whole: keep them apart")
-        if flag in (*_INPUTS, "--qrecipe") and report == path:
-            raise UsageError(f"--report and {flag} name the same file")
+        for written in _FILES:
+            if flag in (*_INPUTS, "--qrecipe") and paths.get(written) == path:
+                raise UsageError(f"{written} and {flag} name the same file")
 
 
 def _resolve(flag: str, path: Path) -> Path:

@@ -10,30 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.files.atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from flashpte.passes import RoutingReport
 
 
-def check_report_path(path: Path) -> None:
-    """Checks that ``--report`` can be written, and leaves no file behind.
+def check_output_file(flag: str, path: Path) -> None:
+    """Checks that the file of a flag such as ``--report`` can be written, and leaves no file behind.
 
     Raises:
         ExportError: it cannot be written.
     """
     try:
         if path.is_dir():
-            raise ExportError(f"--report {path} is a folder; give a file")
+            raise ExportError(f"{flag} {path} is a folder; give a file")
         if _is_special(path):
             if not os.access(path, os.W_OK):
-                raise ExportError(f"--report {path} cannot be written: no permission")
+                raise ExportError(f"{flag} {path} cannot be written: no permission")
             return
         folder = path.resolve().parent
         if not folder.is_dir():
-            raise ExportError(f"--report {path}: the folder {folder} does not exist")
+            raise ExportError(f"{flag} {path}: the folder {folder} does not exist")
         handle, probe = tempfile.mkstemp(prefix=".export-model-", dir=folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ExportError(f"--report {path} cannot be written: {_reason(error)}") from error
+        raise ExportError(f"{flag} {path} cannot be written: {_reason(error)}") from error
     os.close(handle)
     os.unlink(probe)
 
@@ -50,7 +51,8 @@ def write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, Rou
         if _is_special(path):
             path.write_text(text, encoding="utf-8")
         else:
-            _replace(path.resolve(), text)
+            with atomic_file(path.resolve()) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     except (OSError, RuntimeError) as error:
         raise ExportError(f"--report {path} cannot be written: {_reason(error)}") from error
 
@@ -58,15 +60,6 @@ def write_report(path: Path, model: Mapping[str, Any], reports: Mapping[str, Rou
 def _is_special(path: Path) -> bool:
     """Whether the path is a pipe, a terminal or a device such as /dev/null, which must not be replaced by a file."""
     return path.exists() and not path.is_file()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".export-model-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

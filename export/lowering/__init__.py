@@ -2,8 +2,11 @@
 
 from flashpte.export.files.output_folder import OutputError, check_output_folder
 from flashpte.export.files.pte_contents import ContentsError, PteContents, inspect_pte
-from flashpte.export.lowering.api import LoweredModel, LoweringError, lower
+from flashpte.export.lowering.api import LoweredModel, lower
 from flashpte.export.lowering.cross_compile import ARCHES, CrossCompileError, GpuArch, UnknownArchError, find_arch
+from flashpte.export.lowering.one_method import compile_method
+from flashpte.export.lowering.parts import PartError
+from flashpte.export.lowering.plain_errors import LoweringError
 from flashpte.export.lowering.self_check import SelfCheckError
 
 __all__ = [
@@ -14,10 +17,12 @@ __all__ = [
     "LoweredModel",
     "LoweringError",
     "OutputError",
+    "PartError",
     "PteContents",
     "SelfCheckError",
     "UnknownArchError",
     "check_output_folder",
+    "compile_method",
     "find_arch",
     "inspect_pte",
     "lower",

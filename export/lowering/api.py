@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import itertools
-import os
-import re
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from flashpte.export.common.errors import ExportError
+from flashpte.export.common.errors import UsageError
 from flashpte.export.common.gc_tuning import fewer_collections
 from flashpte.export.common.options import Attention, Format
 from flashpte.export.common.progress import Counted, counter
 from flashpte.export.files.manifest import build_manifest, describe_files, write_manifest
 from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.files.names import MANIFEST_NAME, PT2_NAME
-from flashpte.export.files.output_folder import OutputError, atomic_folder, check_free_space
+from flashpte.export.files.output_folder import atomic_folder, check_free_space
 from flashpte.export.lowering.aot_inductor import write_pt2
 from flashpte.export.lowering.cross_compile import cross_compile, find_arch
 from flashpte.export.lowering.describe_methods import describe_method
@@ -34,8 +28,10 @@ from flashpte.export.lowering.executorch import (
     mutable_buffer_metadata,
     write_pte,
 )
-from flashpte.export.lowering.explain import explain, origin
+from flashpte.export.lowering.parts import check_part, read_answer
+from flashpte.export.lowering.plain_errors import plain_errors
 from flashpte.export.lowering.preflight import check_programs, check_request, check_surroundings
+from flashpte.export.lowering.program_digest import program_digest
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
 from flashpte.passes.graph.subclasses import unwrap_weights
 
@@ -77,6 +73,7 @@ def lower(
     manifest: Mapping[str, Any] | None = None,
     extra_files: Sequence[Path] = (),
     device_tensors: bool = False,
+    compiled: Mapping[str, Path] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoweredModel:
     """Compiles programs for a GPU and writes them to a folder; this machine needs no GPU.
@@ -100,21 +97,29 @@ def lower(
         extra_files: files copied into the folder, such as a tokenizer.
         device_tensors: methods of the ``.pte`` take and return tensors in GPU memory; otherwise the program copies them
             from and to host memory.
+        compiled: files of methods that :func:`compile_method` has compiled, by method; the others are compiled here
+            (``pte`` only). The bytes are the same.
         progress: called with a short line at each stage.
 
     Raises:
         UnknownArchError: ``arch`` is not in the table.
         UsageError: the arguments do not fit together.
         ExportError: the output cannot be written, a tool is missing, a program cannot be compiled
-            (:class:`LoweringError`), or the result failed its check.
+            (:class:`LoweringError`), a file in ``compiled`` is damaged or does not belong to its program
+            (:class:`PartError`), or the result failed its check.
     """
     output = Path(output_dir)
     target = find_arch(arch)
     constants = dict(constant_methods or {})
+    parts = dict(compiled or {})
     check_request(programs, format, attention, constants, manifest or {})
+    if parts and (format != "pte" or not parts.keys() <= programs.keys()):
+        raise UsageError(f"compiled methods ({', '.join(parts)}) must be methods of the programs, and the format pte")
     check_surroundings(output, extra_files)
     programs = {name: unwrap_weights(program) for name, program in programs.items()}
     check_programs(programs, format)
+    for name, path in parts.items():
+        check_part(path, method=name, arch=target.name, program=program_digest(programs[name], attention))
     check_free_space(output, _needed_bytes(programs) + _SPARE_BYTES)
     if format == "pte":
         constants.setdefault(MUTABLE_BUFFER_METADATA, mutable_buffer_metadata(programs))
@@ -127,12 +132,21 @@ def lower(
         wrappers = itertools.count(1)
 
         def host_code(source: str) -> None:
-            tell(Counted("compiling host code", next(wrappers), len(programs)))
+            tell(Counted("compiling host code", next(wrappers), len(left)))
 
-        tell(f"compiling {', '.join(programs)} for {target.name}")
+        left = [name for name in programs if name not in parts]
+        tell(f"compiling {', '.join(left)} for {target.name}" if left else f"joining {', '.join(parts)}")
         with (
-            _plain_errors("compiling failed", output, format),
-            cross_compile(target, scratch, format, restore_views, host_code, counter(progress, "compiling kernels")),
+            plain_errors("compiling failed", output, format),
+            cross_compile(
+                target,
+                scratch,
+                format,
+                restore_views,
+                host_code,
+                counter(progress, "compiling kernels"),
+                answers={name: read_answer(path, scratch / f"{name}.so") for name, path in parts.items()},
+            ),
         ):
             if format == "pte":
                 written = write_pte(programs, folder, attention, constants, device_tensors)
@@ -143,13 +157,13 @@ def lower(
             if can_disassemble()
             else "checking the result (no objdump: AVX-512 is not looked for)"
         )
-        with _plain_errors("checking the result failed", output, format):
+        with plain_errors("checking the result failed", output, format):
             if format == "pte":
                 check_pte(folder, programs, target, attention)
             else:
                 check_pt2(folder / PT2_NAME, target)
         tell("writing the manifest")
-        with _plain_errors("writing the output failed", output, format):
+        with plain_errors("writing the output failed", output, format):
             for file in extra_files:
                 shutil.copyfile(file, folder / Path(file).name)
             document = build_manifest(
@@ -172,69 +186,6 @@ def lower(
         methods=tuple(programs),
         manifest=document,
     )
-
-
-_ERROR_LINE = re.compile(r"\berror: |multiple definition|undefined reference|cannot find")
-
-
-class LoweringError(ExportError):
-    """A program could not be compiled; ``__cause__`` is the compiler's own error."""
-
-
-@contextlib.contextmanager
-def _plain_errors(what: str, output: Path, package: str) -> Iterator[None]:
-    """Turns an error of a compiler or of the disk into one line, with the original as its cause."""
-    handled = sys.exception()  # an exception that the caller already handles is not a cause of ours
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:
-        chain = list(_chain(error, handled))
-        if any(map(_is_full_disk, chain)):
-            raise OutputError(f"disk full at {_full_folder(chain, output.absolute().parent)}") from error
-        for inner in chain:  # one of our errors, wrapped by a compiler
-            if isinstance(inner, ExportError):
-                if inner is error:
-                    raise
-                raise inner from error
-        if (meaning := explain(chain, package)) is not None:
-            raise LoweringError(f"{what}: {meaning}") from error
-        raise LoweringError(f"{what}: {type(error).__name__}: {_summary(str(error)) or origin(error)}") from error
-
-
-def _chain(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes, up to ``handled``."""
-    seen: set[int] = {id(handled)}
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if current is not None and id(current) not in seen:
-            seen.add(id(current))
-            yield current
-            waiting += [getattr(current, "inner_exception", None), current.__cause__, current.__context__]
-
-
-_FULL_DISK = os.strerror(errno.ENOSPC)
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    said = (str(error), *(str(getattr(error, name, "")) for name in ("stderr", "output")))
-    return getattr(error, "errno", None) == errno.ENOSPC or any(_FULL_DISK in text for text in said)
-
-
-def _full_folder(chain: Sequence[BaseException], parent: Path) -> str:
-    """Names the disk that is full: that of the temporary folder, where compilers write, or of the output's parent."""
-    said = " ".join(f"{error} {getattr(error, 'filename', '')}" for error in chain)
-    temporary = tempfile.gettempdir()
-    return temporary if str(parent) not in said and f"{temporary}/" in said else str(parent)
-
-
-def _summary(message: str) -> str:
-    """Shortens a compiler's message to one line: its lines that report errors, or else its first ones."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR_LINE.search(line)]
-    return " ".join((errors or lines)[:3])[:400]
 
 
 def _needed_bytes(programs: Mapping[str, ExportedProgram]) -> int:

@@ -35,8 +35,6 @@ def check_surroundings(output: Path, extra_files: Sequence[Path]) -> None:
         ExportError: a file or tool is missing, a file cannot be read, the output folder cannot be written, or
             ``TRITON_INTERPRET=1`` is set.
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
     check_output_folder(output)
     taken = {*OUTPUT_NAMES}
     for file in map(Path, extra_files):
@@ -49,6 +47,17 @@ def check_surroundings(output: Path, extra_files: Sequence[Path]) -> None:
         if file.name in taken:
             raise UsageError(f"extra file {file} would replace another file of that name in the output")
         taken.add(file.name)
+    check_tools()
+
+
+def check_tools() -> None:
+    """Checks what compiling needs of this process and machine.
+
+    Raises:
+        CrossCompileError: a compiler or header is missing, or ``TRITON_INTERPRET=1`` is set.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CrossCompileError("TRITON_INTERPRET=1 is set: kernels decorated under it cannot be compiled; unset it")
     find_compiler()
     find_cccl_include()
 

@@ -128,12 +128,25 @@ class ExportResult:
     """The result of :func:`export_model`.
 
     Attributes:
+        plan: what was exported.
         lowered: the lowered files, one for each architecture.
         reports: the reports of the replace pass, by method.
     """
 
+    plan: ExportPlan
     lowered: tuple[LoweredModel, ...]
     reports: dict[str, RoutingReport]
+
+
+def arch_names(arch: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The architectures that :func:`export_model` compiles for.
+
+    Raises:
+        UnknownArchError: one is not in the table.
+    """
+    from flashpte.export.lowering import find_arch
+
+    return tuple(find_arch(name).name for name in ([arch] if arch is None or isinstance(arch, str) else arch))
 
 
 def export_model(
@@ -142,6 +155,7 @@ def export_model(
     *,
     arch: str | Sequence[str] | None = None,
     format: Format = "pte",
+    compiled: Mapping[str, Mapping[str, Path]] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Exports the programs, replaces attention and lowers them; ``export-model --help`` describes the command line.
@@ -152,19 +166,20 @@ def export_model(
         arch: GPU architecture (``sm_90``); ``None`` for the local GPU's, or ``sm_90`` without a GPU. Several get a
             folder each, ``output_dir/sm_80`` and so on, with weights that are stored once.
         format: ``"pte"``, or ``"pt2"`` for one method as a plain AOTInductor package.
+        compiled: files of methods that are compiled already, by architecture and method (:mod:`.entries`).
         progress: called with the name of each stage.
 
     Raises:
         UsageError: the plan has no weights, or the format cannot hold its methods.
         ExportError: reading, exporting or writing failed.
     """
-    from flashpte.export.lowering import find_arch, lower
+    from flashpte.export.lowering import lower
     from flashpte.export.lowering.preflight import check_surroundings
     from flashpte.export.lowering.several_arches import lower_for_each
 
     check_has_weights(plan.options)
     check_surroundings(output_dir, plan.extra_files)  # ``lower`` checks again, but only minutes later
-    arches = tuple(find_arch(name).name for name in ([arch] if arch is None or isinstance(arch, str) else arch))
+    arches = arch_names(arch)
     # The weights' files, then the results.
     check_free_space(output_dir, (1 + len(arches)) * weight_bytes(plan.weights))
     with folder_beside(output_dir) as folder:
@@ -192,6 +207,7 @@ def export_model(
                 manifest=manifest,
                 extra_files=plan.extra_files,
                 device_tensors=plan.runner is not None and plan.runner.device_tensors,
+                compiled=(compiled or {}).get(name),
                 progress=progress,
             )
 
@@ -200,4 +216,4 @@ def export_model(
             lowered = (lower_one(arches[0], output_dir, progress),)
         else:
             lowered = lower_for_each(lower_one, arches, output_dir, progress, len(programs))
-    return ExportResult(lowered, reports)
+    return ExportResult(plan, lowered, reports)

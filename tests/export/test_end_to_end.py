@@ -305,3 +305,16 @@ def test_the_same_input_gives_the_same_bytes(fresh, one_after_another):
     """The bytes are equal in another folder, with another hash seed and after another arch in the same process."""
     (out, _), (again, _) = fresh, one_after_another["sm_90"]
     assert {f.name: f.read_bytes() for f in again.iterdir()} == {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+@pytest.mark.sweep
+def test_entries_in_fresh_processes_give_the_same_bytes(checkpoint, draft, fresh, tmp_path):
+    """Each method is compiled in a process of its own, in another folder, with another hash seed and no weights."""
+    flags, plan = arguments(checkpoint, draft, tmp_path / "model", "sm_90"), tmp_path / "plan.json"
+    export([*flags, "--plan", str(plan)], cwd=tmp_path, hash_seed="3")
+    for number, entry in enumerate(json.loads(plan.read_text())["entries"]):
+        export(entry["run"][1:], cwd=tmp_path, hash_seed=str(4 + number))
+    out, _ = fresh
+    assert {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()} == {
+        f.name: f.read_bytes() for f in out.iterdir()
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,12 @@ class HostBackedCuda(torch.Tensor):
     """A host tensor whose ``device`` is cuda:0, which the package records.
 
     ``is_cuda`` stays False because the writers use it to decide how to read the storage, which is on the host.
+
+    Attributes:
+        program_name: name of the program's tensor that it was made from; ``None`` for any other.
     """
 
+    program_name: str | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
@@ -51,20 +55,9 @@ def host_backed(tensor: torch.Tensor) -> HostBackedCuda:
     return torch.Tensor._make_subclass(HostBackedCuda, tensor)
 
 
-def host_storages(programs: Iterable[ExportedProgram]) -> dict[int, torch.UntypedStorage]:
-    """The storages of all parameters, buffers and constants of programs, by address."""
-    storages = (
-        tensor.untyped_storage()
-        for program in programs
-        for pool in (program.state_dict, program.constants)
-        for tensor in pool.values()
-        if isinstance(tensor, torch.Tensor)
-    )
-    return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
-
-
-def _fake_cuda(mode: FakeTensorMode, host: torch.Tensor) -> torch.Tensor:
+def _fake_cuda(mode: FakeTensorMode, name: str, host: torch.Tensor) -> torch.Tensor:
     backed = host_backed(host)
+    backed.program_name = name
     with mode:
         # ``host_backed`` made a tensor with gaps dense: use the new strides, not the original's.
         fake = torch.empty_strided(backed.size(), backed.stride(), dtype=backed.dtype, device="cuda:0")
@@ -91,14 +84,14 @@ def move_program(
     mode = detect_fake_mode(metadata) or FakeTensorMode(allow_non_fake_inputs=True)
     hosts: dict[str, HostBackedCuda] = {}
     for name, tensor in list(program.state_dict.items()):
-        fake = _fake_cuda(mode, tensor)
+        fake = _fake_cuda(mode, name, tensor)
         hosts[name] = getattr(fake, _HOST)
         if isinstance(tensor, torch.nn.Parameter):
             fake = torch.nn.Parameter(fake, requires_grad=False)
         program._state_dict[name] = fake
     for name, tensor in list(program.constants.items()):
         if isinstance(tensor, torch.Tensor):
-            fake = _fake_cuda(mode, tensor)
+            fake = _fake_cuda(mode, name, tensor)
             hosts[name] = getattr(fake, _HOST)
             program._constants[name] = fake
     if program.example_inputs is not None:

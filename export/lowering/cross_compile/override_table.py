@@ -8,13 +8,14 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashpte.export.common import cpus
+from flashpte.export.lowering.cross_compile.answers import Answer
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, ReproducibleFlags
 from flashpte.kernels.tuning import GpuArch
 
@@ -36,6 +37,8 @@ class Target:
         restore_views: whether view copies become views before ExecuTorch's backend compiles a program.
         on_wrapper: called with the C++ source of each method's wrapper.
         on_kernels: called with how many kernels are compiled and how many there are, in the methods at work.
+        answers: compiled methods by name, which are not compiled again.
+        keep: takes the answer of the only method; ExecuTorch's code then ends with a ``methods.MethodKept``.
     """
 
     arch: GpuArch
@@ -48,6 +51,8 @@ class Target:
     defining: bool = False
     on_wrapper: Callable[[str], None] | None = None
     on_kernels: Callable[[int, int], None] = lambda done, total: None
+    answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
+    keep: Callable[[Answer], None] | None = None
 
 
 Make = Callable[[Target, Any], Any]

@@ -9,13 +9,14 @@ import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from flashpte.export.lowering.cross_compile import override_table, overrides
+from flashpte.export.lowering.cross_compile.answers import Answer
 from flashpte.export.lowering.cross_compile.device_guard import ensure_cuda_device_guard
 from flashpte.export.lowering.cross_compile.forget_device import forget_device
 from flashpte.export.lowering.cross_compile.gemm_choice import make_chooser
@@ -81,6 +82,8 @@ def cross_compile(
     restore_views: bool = True,
     on_wrapper: Callable[[str], None] | None = None,
     on_kernels: Callable[[int, int], None] | None = None,
+    answers: Mapping[str, Answer] | None = None,
+    keep: Callable[[Answer], None] | None = None,
 ) -> Iterator[None]:
     """Inside, PyTorch, Triton and ExecuTorch compile for ``arch``, with or without a GPU.
 
@@ -91,6 +94,10 @@ def cross_compile(
         restore_views: pass views to kernels as strides (``pte`` only; a ``pt2`` program already has views).
         on_wrapper: called with the C++ source of each compiled program's wrapper.
         on_kernels: called with how many of the kernels known so far are compiled, and how many are known.
+        answers: compiled methods by name; ExecuTorch's backend gets them instead of compiling these methods (``pte``
+            only). Their libraries must be in ``work_dir``, and are taken away.
+        keep: called with the answer of the only method that is lowered, which ends the lowering with a
+            :class:`~.methods.MethodKept` (``pte`` only).
 
     Raises:
         CrossCompileError: a compiler or header is missing, PyTorch no longer has a name that must be replaced, or
@@ -103,7 +110,7 @@ def cross_compile(
         make_cuda_home(cuda_home)
         flags = _flags(work_dir, package)
         target = override_table.Target(arch, work_dir, str(cuda_home), flags, restore_views)
-        target.on_wrapper = on_wrapper
+        target.on_wrapper, target.answers, target.keep = on_wrapper, answers or {}, keep
         if on_kernels is not None:
             target.on_kernels = on_kernels
         table = overrides.TABLE + (overrides.EXECUTORCH_TABLE if package == "pte" else overrides.PT2_TABLE)

@@ -90,7 +90,7 @@ def stand_in(monkeypatch):
             after()
             names = ["folder", "model", "weights", "arch"]
             lowered = dataclasses.make_dataclass("Lowered", names)(output, output / "model.pte", None, "sm_90")
-            return pipeline.ExportResult((lowered,), {})
+            return pipeline.ExportResult(plan, (lowered,), {})
 
         monkeypatch.setattr(pipeline, "export_model", export_model)
 

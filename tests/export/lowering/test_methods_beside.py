@@ -78,10 +78,10 @@ def test_the_bytes_are_those_of_one_process(alone, tmp_path, caplog):
 def test_a_process_that_dies_is_made_up_for(alone, tmp_path, monkeypatch):
     work = methods._work
 
-    def die_of_the_second(target, program, specs, known, library, *rest):
+    def die_of_the_second(target, job, library, *rest):
         if library.stem == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        work(target, program, specs, known, library, *rest)
+        work(target, job, library, *rest)
 
     monkeypatch.setattr(methods, "_work", die_of_the_second)
     files, elsewhere = lowered(tmp_path / "out", processes=2)

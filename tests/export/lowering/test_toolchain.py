@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashpte.export.lowering.api import LoweringError, _summary
 from flashpte.export.lowering.cross_compile import toolchain
 from flashpte.export.lowering.cross_compile.toolchain import (
     CrossCompileError,
@@ -17,6 +16,7 @@ from flashpte.export.lowering.cross_compile.toolchain import (
     find_cccl_include,
     find_compiler,
 )
+from flashpte.export.lowering.plain_errors import LoweringError, _summary
 
 
 def test_one_cubin_under_two_kernel_names_links(tmp_path):
