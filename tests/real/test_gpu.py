@@ -44,10 +44,11 @@ def test_the_answer_is_that_of_the_eager_model(real, export):
 
 def test_the_check_passes(real, export):
     done = run_model_process(export, "--check", "--gguf-file", real.gguf_file, "--json", "-q", seconds=SECONDS)
-    assert done.code == 0, (done.err[-2000:], done.out[-3000:])
+    assert done.code in (0, 1), (done.err[-2000:], done.out[-3000:])
     report = json.loads(done.out)
     print(json.dumps({name: report[name] for name in ("comparisons", "teacher_forced")}, indent=1))
-    assert report["passed"]
+    assert report["passed"], [comparison for comparison in report["comparisons"] if not comparison["passed"]]
+    assert done.code == 0
     kinds = ("full", "sliding") if real.name.startswith("gemma") else ("full",)
     assert {"prefill logits", "decode logits", "target_verify logits", *(f"{kind} keys" for kind in kinds)} <= {
         comparison["what"] for comparison in report["comparisons"]
