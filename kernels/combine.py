@@ -207,7 +207,7 @@ def launch_combine(
         BLOCK_DV=tile.block_dv,
         WIDTH=partials.width,
         STATS=partials.numbers,
-        SLICE=config.block_dv if isinstance(config, tuning.HopperConfig) else partials.width,
+        SLICE=config.stored_columns if isinstance(config, tuning.HopperConfig) else partials.width,
         **{name: mask.constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
         num_warps=1,
         **dependent_launch(out),

@@ -59,6 +59,37 @@ def _give_back(empty, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
+def _scores(q_smem, k_smem, slot, S_LAYOUT: gl.constexpr):
+    """Issues ``Q K``, one product for each block of columns. Each adds to the scores of the one before."""
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    for i in gl.static_range(len(q_smem)):
+        s = warpgroup_mma(q_smem[i], k_smem[i].index(slot).permute((1, 0)), s, use_acc=i > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add_values(p, v_smem, slot, acc):
+    """Issues ``P V``, one product for each block of columns. Each has its own accumulator."""
+    added = (warpgroup_mma(p, v_smem[0].index(slot), acc[0], is_async=True),)
+    if len(acc) == 2:
+        # The same registers: the layout of P does not depend on the columns of V, but its name does.
+        same = gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=acc[1].type.layout, k_width=2))
+        added = (added[0], warpgroup_mma(same, v_smem[1].index(slot), acc[1], is_async=True))
+    return added
+
+
+@gluon.jit
+def _rescaled(acc, rescale):
+    """All blocks of the accumulator times ``rescale``, which has the rows of the first block."""
+    scaled = (acc[0] * rescale[:, None],)
+    if len(acc) == 2:
+        rows: gl.constexpr = gl.SliceLayout(1, acc[1].type.layout)
+        scaled = (scaled[0], acc[1] * gl.convert_layout(rescale, rows)[:, None])
+    return scaled
+
+
+@gluon.jit
 def _lane_sums(x):
     """``x [64, N]`` summed over the columns that each thread holds, ``[64, 4]``. Threads exchange nothing."""
     N: gl.constexpr = x.shape[1]
@@ -95,12 +126,12 @@ def _step(
     step,
     n_steps,
     state,  # acc, p, row_max, row_sum
-    smem,  # q, k, v, barriers
+    smem,  # q, k, v (one or two blocks of columns each), barriers
     mask,
     visited,  # for partial tiles; see start_of
     kv_len,
     qk_scale,
-    MAP_BLOCK_N: gl.constexpr,
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
     EDGE: gl.constexpr,
     VISIBLE: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
@@ -110,44 +141,55 @@ def _step(
     q_smem, k_smem, v_smem, barriers = smem
     _, k_full, v_full, k_empty, v_empty = barriers
     S_LAYOUT: gl.constexpr = row_max.type.layout.parent
-    ACC_LAYOUT: gl.constexpr = acc.type.layout
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    V_STAGES: gl.constexpr = v_smem.shape[0]
+    ACC_LAYOUT: gl.constexpr = acc[0].type.layout
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    V_STAGES: gl.constexpr = v_smem[0].shape[0]
+    BLOCK_D: gl.constexpr = q_smem[0].shape[1]
+    dtype: gl.constexpr = k_smem[0].dtype
     slot = step % STAGES
     previous = (step - 1) % V_STAGES
     if EDGE:
-        start = start_of(visited, step, n_steps, VISIBLE[1] != 0, MAP_BLOCK_N, BLOCK_N)
+        start = start_of(visited, step, n_steps, MAP[0], MAP[1], BLOCK_N)
     # cp.async writes shared memory through the generic proxy, like ordinary stores, but matrix instructions read it
     # through the async proxy. (TMA copies need no fence.)
     fence_async_shared()
-    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-    acc = warpgroup_mma(p, v_smem.index(previous), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
-    _give_back(k_empty.index(slot), q_smem.shape[1])
+    s = _scores(q_smem, k_smem, slot, S_LAYOUT)
+    acc = _add_values(p, v_smem, previous, acc)
+    s = warpgroup_mma_wait(len(acc), deps=[s])
+    _give_back(k_empty.index(slot), BLOCK_D)
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if EDGE:
         s = _masked(s, start, mask, kv_len, VISIBLE)
-    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, k_smem.dtype)
+    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
     # Wait here for the tiles of the next step. These branches keep ptxas from moving the wait for P V above the
     # exponentials, which would undo the overlap.
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
-    acc, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc, p, p_next, row_sum])
-    _give_back(v_empty.index(previous), q_smem.shape[1])
-    return acc * rescale[:, None], p_next, row_max, row_sum
+    if len(acc) == 2:
+        first, second, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p, p_next, row_sum])
+        acc = (first, second)
+    else:
+        first, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc[0], p, p_next, row_sum])
+        acc = (first,)
+    _give_back(v_empty.index(previous), BLOCK_D)
+    return _rescaled(acc, rescale), p_next, row_max, row_sum
 
 
 @gluon.jit
 def _eight_in_a_row(x):
     """``x [64, N]`` of 16 bits in a layout in which a thread holds 16 bytes of a row, and four threads 64 bytes."""
     N: gl.constexpr = x.shape[1]
-    LANES: gl.constexpr = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    # With 16 columns, four threads have 64 bytes of two rows.
+    LANES: gl.constexpr = [[0, 8], [8, 0] if N == 16 else [0, 16], [1, 0], [2, 0], [4, 0]]
     WARPS: gl.constexpr = [[16, 0], [32, 0]]
     REGISTERS: gl.constexpr = (
-        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]]
+        [[0, 1], [0, 2], [0, 4]]
+        if N == 16
+        else [[0, 1], [0, 2], [0, 4], [8, 0]]
+        if N == 32
+        else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]]
         if N == 64
         else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]]
         if N == 128
@@ -186,6 +228,45 @@ def _store_result(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: 
 
 
 @gluon.jit
+def _store_results(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: gl.constexpr):
+    """Stores every block of the accumulator; see :func:`_store_result`."""
+    _store_result(acc[0], row_sum, rows, v_width, out, PACK, STORES)
+    if len(acc) == 2:
+        N: gl.constexpr = acc[0].shape[1]
+        more = (out[0] + N * out[3], out[1], out[2], out[3])
+        _store_result(acc[1], row_sum, rows, v_width - N, more, PACK, STORES)
+
+
+@gluon.jit
+def _largest_exponent(acc):
+    """The largest exponent in each row, as an integer. Infinities and NaN do not count.
+
+    Without the sign bit, floats are ordered like their bits. Adding 1 to the exponent of inf or NaN overflows it, so
+    these become small.
+    """
+    size = acc.to(gl.uint32, bitcast=True) * 2 + 0x01000000
+    return (gl.max(size, 1) >> 24).to(gl.int32)
+
+
+@gluon.jit
+def _store_columns(acc, inverse, acc_ptr, rows, WIDTH: gl.constexpr):
+    """Stores ``acc * inverse`` as float16, in the order in which the threads of a row hold its columns."""
+    first_row, n_rows = rows
+    N: gl.constexpr = acc.shape[1]
+    IN_A_ROW: gl.constexpr = 4 if N >= 32 else N // 8  # pairs of each 32 columns that a thread holds
+    stored = (acc * inverse[:, None]).to(gl.float16)
+    stored = gl.reshape(stored, [64, N // (8 * IN_A_ROW), IN_A_ROW, 4, 2])
+    stored = _eight_in_a_row(gl.reshape(gl.permute(stored, [0, 1, 3, 2, 4]), [64, N]))
+    HELD: gl.constexpr = stored.type.layout
+    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, HELD))
+    dv = gl.arange(0, N, layout=gl.SliceLayout(0, HELD))
+    if N < 32:
+        dv = dv // (2 * IN_A_ROW) * 8 + dv % (2 * IN_A_ROW)  # where they would be among 32 columns
+    acc_rows = gl.multiple_of(acc_ptr + r.to(gl.int64) * WIDTH, 16)
+    gl.store(acc_rows[:, None] + dv[None, :], stored, mask=(r < n_rows)[:, None])
+
+
+@gluon.jit
 def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constexpr):
     """Stores a split's result for 64 rows: the accumulator as float16, and the maximum, sum and unit of each row.
 
@@ -199,22 +280,17 @@ def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constex
     acc_ptr, stats_ptr, unit_at = partial
     WIDTH: gl.constexpr = STORES[1]
     STATS: gl.constexpr = STORES[2]
-    BLOCK_DV: gl.constexpr = acc.shape[1]
-    ACC_LAYOUT: gl.constexpr = acc.type.layout
-    # Without the sign bit, floats are ordered like their bits. Adding 1 to the exponent of inf or NaN overflows it, so
-    # these become small.
-    size = acc.to(gl.uint32, bitcast=True) * 2 + 0x01000000
-    exponent = gl.maximum((gl.max(size, 1) >> 24).to(gl.int32) - 15, 7)
+    ACC_LAYOUT: gl.constexpr = acc[0].type.layout
+    largest = _largest_exponent(acc[0])
+    if len(acc) == 2:
+        largest = gl.maximum(largest, gl.convert_layout(_largest_exponent(acc[1]), gl.SliceLayout(1, ACC_LAYOUT)))
+    exponent = gl.maximum(largest - 15, 7)
     unit = (exponent << 23).to(gl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
-    stored = (acc * inverse[:, None]).to(gl.float16)
-    stored = gl.reshape(stored, [64, BLOCK_DV // 32, 4, 4, 2])
-    stored = _eight_in_a_row(gl.reshape(gl.permute(stored, [0, 1, 3, 2, 4]), [64, BLOCK_DV]))
-    HELD: gl.constexpr = stored.type.layout
-    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, HELD))
-    dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, HELD))
-    acc_rows = gl.multiple_of(acc_ptr + r.to(gl.int64) * WIDTH, 16)
-    gl.store(acc_rows[:, None] + dv[None, :], stored, mask=(r < n_rows)[:, None])
+    _store_columns(acc[0], inverse, acc_ptr, rows, WIDTH)
+    if len(acc) == 2:
+        inverse = gl.convert_layout(inverse, gl.SliceLayout(1, acc[1].type.layout))
+        _store_columns(acc[1], inverse, acc_ptr + acc[0].shape[1], rows, WIDTH)
     of_unit = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
     gl.store(stats_ptr + of_unit.to(gl.int64) * STATS + unit_at, unit, mask=of_unit < n_rows)
     # If consumers share rows, both store the same maximum and sum.
@@ -230,7 +306,7 @@ def consumer(
     tiles,  # the tile list of the map's row
     results,  # out: out_ptr, stride_om, stride_oh, stride_od; partial: acc_ptr, stats_ptr, index of the unit
     mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
-    smem,  # q, k, v, barriers
+    smem,  # q, k, v (one or two blocks of columns each), barriers
     limits,  # kv_len, qk_scale, v_width
     PACK: gl.constexpr,
     MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
@@ -242,12 +318,12 @@ def consumer(
     q_smem, k_smem, v_smem, barriers = smem
     kv_len, qk_scale, v_width = limits
     out, partial = results
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    BLOCK_DV: gl.constexpr = v_smem.shape[2]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    V_STAGES: gl.constexpr = v_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    BLOCK_D: gl.constexpr = q_smem[0].shape[1]
+    BLOCK_DV: gl.constexpr = v_smem[0].shape[2]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    V_STAGES: gl.constexpr = v_smem[0].shape[0]
     MASK: gl.constexpr = VISIBLE[1]
-    MAP_BLOCK_N: gl.constexpr = MAP[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -256,7 +332,7 @@ def consumer(
     q_full, k_full, v_full, k_empty, _ = barriers
     first_step, n_full, n_listed, _, partial_base, active = visit
     visited = (tiles, first_step, partial_base)
-    dtype: gl.constexpr = k_smem.dtype
+    dtype: gl.constexpr = k_smem[0].dtype
     row = first_row + gl.arange(0, 64, layout=ROWS)
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_row = gl.minimum(row, n_rows - 1)
@@ -276,19 +352,21 @@ def consumer(
 
     row_max = gl.full([64], float("-inf"), gl.float32, ROWS)
     row_sum = _lane_sums(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT))
-    acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
+    acc = (gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT),)
+    if len(v_smem) == 2:
+        REST: gl.constexpr = v_smem[1].shape[2]
+        REST_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16])
+        acc = (acc[0], gl.zeros([64, REST], gl.float32, REST_LAYOUT))
     n_steps = n_listed
     if MASK != 0:
         # If there is no tile to visit, visit one that is fully masked.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(visited, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    start = start_of(visited, 0, n_listed, MAP[0], MAP[1], BLOCK_N)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
-    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), s, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    _give_back(k_empty.index(0), q_smem.shape[1])
+    s = warpgroup_mma_wait(0, deps=[_scores(q_smem, k_smem, 0, S_LAYOUT)])
+    _give_back(k_empty.index(0), BLOCK_D)
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if n_full == 0:
@@ -299,23 +377,24 @@ def consumer(
     state = (acc, p, row_max, row_sum)
     full_end = gl.maximum(n_full, 1)
     for step in range(1, full_end):
-        state = _step(
-            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, False, VISIBLE, EXP2_SCALE
-        )
+        state = _step(step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP, False, VISIBLE, EXP2_SCALE)
     for step in range(full_end, n_steps):
-        state = _step(
-            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, True, VISIBLE, EXP2_SCALE
-        )
+        state = _step(step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP, True, VISIBLE, EXP2_SCALE)
     acc, p, row_max, row_sum = state
     fence_async_shared()
-    acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % V_STAGES), acc, is_async=True)
+    acc = _add_values(p, v_smem, (n_steps - 1) % V_STAGES, acc)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROWS)
     # row is needed only for storing. Depending on the wait keeps it from being computed, and spilled, before the loops.
-    acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
+    if len(acc) == 2:
+        first, second, p, row = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p, row])
+        acc = (first, second)
+    else:
+        first, p, row = warpgroup_mma_wait(0, deps=[acc[0], p, row])
+        acc = (first,)
 
     if STORES[0]:  # noqa: SIM114 (this condition is a compile-time constant, the next is not)
-        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
+        _store_results(acc, row_sum, rows, v_width, out, PACK, STORES)
     elif active == 1:
-        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
+        _store_results(acc, row_sum, rows, v_width, out, PACK, STORES)
     else:
         _store_partial(acc, row_max, row_sum, row, rows, partial, STORES)
