@@ -124,7 +124,7 @@ def _combine_kernel(
     SLICE: tl.constexpr,  # columns that share a unit
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LONG_KEYS: tl.constexpr, EXP2_SCALE: tl.constexpr,
     # Whether the Hopper kernel stored the splits. There, a split that is alone writes the result, and other splits
-    # store in the format of _store_partial.
+    # store in the format of store_partial.
     HOPPER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip

@@ -25,10 +25,11 @@ def _block(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS
 @gluon.jit
 def _blocks(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, REST: gl.constexpr):
     """One or two blocks of columns of the same tiles. ``REST`` is 0 if the first block holds the whole rows."""
-    blocks = (_block(dtype, SLOTS, ROWS, COLUMNS),)
+    first = _block(dtype, SLOTS, ROWS, COLUMNS)
     if REST > 0:
-        blocks = (blocks[0], _block(dtype, SLOTS, ROWS, REST))
-    return blocks
+        return first, _block(dtype, SLOTS, ROWS, REST)
+    else:  # a compile-time condition: without else, the compiler would go on to the next line
+        return (first,)
 
 
 @gluon.jit

@@ -61,12 +61,12 @@ def _copy_by_map(tensor_maps, first, full, tile, slot):
 def _make_maps(ptr, rows, columns, stride, tile):
     """A tensor map for every block of columns of a matrix ``[rows, columns]``. Beyond these, maps read zeros."""
     FIRST: gl.constexpr = [tile[0].shape[1], tile[0].shape[2]]
-    maps = (tma.make_tensor_descriptor(ptr, [rows, columns], [stride, 1], FIRST, tile[0].index(0).layout),)
+    first = tma.make_tensor_descriptor(ptr, [rows, columns], [stride, 1], FIRST, tile[0].index(0).layout)
     if len(tile) == 2:
         REST: gl.constexpr = [tile[1].shape[1], tile[1].shape[2]]
-        more = tma.make_tensor_descriptor(ptr, [rows, columns], [stride, 1], REST, tile[1].index(0).layout)
-        maps = (maps[0], more)
-    return maps
+        return first, tma.make_tensor_descriptor(ptr, [rows, columns], [stride, 1], REST, tile[1].index(0).layout)
+    else:  # a compile-time condition: without else, the compiler would go on to the next line
+        return (first,)
 
 
 @gluon.jit
