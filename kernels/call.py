@@ -154,8 +154,8 @@ class Partials:
         """Allocates for ``config``'s kernel and the result ``out [B, H_q, L_q, D_v]``. One split has ``None`` rows."""
         width, numbers, dtype = out.shape[3], 2, torch.float32
         if isinstance(config, tuning.HopperConfig):
-            width = cdiv(width, config.columns) * config.columns
-            numbers, dtype = 2 + width // config.block_dv, torch.float16
+            units = cdiv(width, config.columns) * (2 if config.share_rows else 1)
+            width, numbers, dtype = units * config.stored_columns, 2 + units, torch.float16
         if rows is None:
             return cls(out, out, width, numbers)
         stats = out.new_empty((rows, numbers), dtype=torch.float32)

@@ -124,7 +124,7 @@ def _combine_kernel(
     SLICE: tl.constexpr,  # columns that share a unit
     CAUSAL: tl.constexpr, MASK: tl.constexpr, LONG_KEYS: tl.constexpr, EXP2_SCALE: tl.constexpr,
     # Whether the Hopper kernel stored the splits. There, a split that is alone writes the result, and other splits
-    # store in the format of _store_partial.
+    # store in the format of store_partial.
     HOPPER: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def launch_combine(
         BLOCK_DV=tile.block_dv,
         WIDTH=partials.width,
         STATS=partials.numbers,
-        SLICE=config.block_dv if isinstance(config, tuning.HopperConfig) else partials.width,
+        SLICE=config.stored_columns if isinstance(config, tuning.HopperConfig) else partials.width,
         **{name: mask.constants[name] for name in ("MAP_BLOCK_M", "MAP_BLOCK_N", "CAUSAL", "MASK", "EXP2_SCALE")},
         num_warps=1,
         **dependent_launch(out),

@@ -10,7 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashpte.kernels.hopper.schedule import EACH_UP_TO, start_of
+from flashpte.kernels.hopper.schedule import EACH_UP_TO, FIRST_TILES, start_of
+from flashpte.kernels.hopper.store import store_partial, store_results
 
 
 @gluon.jit
@@ -59,6 +60,51 @@ def _give_back(empty, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
+def _scores(q_smem, k_smem, slot, S_LAYOUT: gl.constexpr):
+    """Issues ``Q K``, one product for each block of columns. Each adds to the scores of the one before."""
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    for i in gl.static_range(len(q_smem)):
+        s = warpgroup_mma(q_smem[i], k_smem[i].index(slot).permute((1, 0)), s, use_acc=i > 0, is_async=True)
+    return s
+
+
+@gluon.jit
+def _add_values(p, v_smem, slot, acc):
+    """Issues ``P V``, one product for each block of columns. Each has its own accumulator."""
+    first = warpgroup_mma(p, v_smem[0].index(slot), acc[0], is_async=True)
+    if len(acc) == 2:
+        # The same registers: the layout of P does not depend on the columns of V, but its name does.
+        same = gl.convert_layout(p, gl.DotOperandLayout(operand_index=0, parent=acc[1].type.layout, k_width=2))
+        return first, warpgroup_mma(same, v_smem[1].index(slot), acc[1], is_async=True)
+    else:  # a compile-time condition: without else, the compiler would go on to the next line
+        return (first,)
+
+
+@gluon.jit
+def _rescaled(acc, rescale):
+    """All blocks of the accumulator times ``rescale``, which has the rows of the first block."""
+    first = acc[0] * rescale[:, None]
+    if len(acc) == 2:
+        rows: gl.constexpr = gl.SliceLayout(1, acc[1].type.layout)
+        return first, acc[1] * gl.convert_layout(rescale, rows)[:, None]
+    else:
+        return (first,)
+
+
+@gluon.jit
+def _accumulators(v_smem):
+    """Zeros for every block of columns of the values."""
+    N: gl.constexpr = v_smem[0].shape[2]
+    first = gl.zeros([64, N], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16]))
+    if len(v_smem) == 2:
+        REST: gl.constexpr = v_smem[1].shape[2]
+        return first, gl.zeros([64, REST], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST, 16]))
+    else:
+        return (first,)
+
+
+@gluon.jit
 def _lane_sums(x):
     """``x [64, N]`` summed over the columns that each thread holds, ``[64, 4]``. Threads exchange nothing."""
     N: gl.constexpr = x.shape[1]
@@ -95,12 +141,12 @@ def _step(
     step,
     n_steps,
     state,  # acc, p, row_max, row_sum
-    smem,  # q, k, v, barriers
+    smem,  # q, k, v (one or two blocks of columns each), barriers
     mask,
     visited,  # for partial tiles; see start_of
     kv_len,
     qk_scale,
-    MAP_BLOCK_N: gl.constexpr,
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N, TMA
     EDGE: gl.constexpr,
     VISIBLE: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
@@ -110,117 +156,44 @@ def _step(
     q_smem, k_smem, v_smem, barriers = smem
     _, k_full, v_full, k_empty, v_empty = barriers
     S_LAYOUT: gl.constexpr = row_max.type.layout.parent
-    ACC_LAYOUT: gl.constexpr = acc.type.layout
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    V_STAGES: gl.constexpr = v_smem.shape[0]
+    ACC_LAYOUT: gl.constexpr = acc[0].type.layout
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    V_STAGES: gl.constexpr = v_smem[0].shape[0]
+    BLOCK_D: gl.constexpr = q_smem[0].shape[1]
+    dtype: gl.constexpr = k_smem[0].dtype
     slot = step % STAGES
     previous = (step - 1) % V_STAGES
     if EDGE:
-        start = start_of(visited, step, n_steps, VISIBLE[1] != 0, MAP_BLOCK_N, BLOCK_N)
+        start = start_of(visited, step, n_steps, MAP[0], MAP[1], BLOCK_N)
     # cp.async writes shared memory through the generic proxy, like ordinary stores, but matrix instructions read it
-    # through the async proxy. (TMA copies need no fence.)
-    fence_async_shared()
-    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), s, use_acc=False, is_async=True)
-    acc = warpgroup_mma(p, v_smem.index(previous), acc, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
-    _give_back(k_empty.index(slot), q_smem.shape[1])
+    # through the async proxy. TMA copies need no fence, and copy all but the first tiles.
+    if MAP[2]:
+        if step <= FIRST_TILES:
+            fence_async_shared()
+    else:
+        fence_async_shared()
+    s = _scores(q_smem, k_smem, slot, S_LAYOUT)
+    acc = _add_values(p, v_smem, previous, acc)
+    s = warpgroup_mma_wait(len(acc), deps=[s])
+    _give_back(k_empty.index(slot), BLOCK_D)
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if EDGE:
         s = _masked(s, start, mask, kv_len, VISIBLE)
-    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, k_smem.dtype)
+    p_next, rescale, row_max, row_sum = _softmax(s, row_max, row_sum, qk_scale, ACC_LAYOUT, EXP2_SCALE, dtype)
     # Wait here for the tiles of the next step. These branches keep ptxas from moving the wait for P V above the
     # exponentials, which would undo the overlap.
     mbarrier.wait(k_full.index((step + 1) % STAGES), ((step + 1) // STAGES) & 1, pred=step + 1 < n_steps)
     mbarrier.wait(v_full.index(step % V_STAGES), (step // V_STAGES) & 1)
-    acc, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc, p, p_next, row_sum])
-    _give_back(v_empty.index(previous), q_smem.shape[1])
-    return acc * rescale[:, None], p_next, row_max, row_sum
-
-
-@gluon.jit
-def _eight_in_a_row(x):
-    """``x [64, N]`` of 16 bits in a layout in which a thread holds 16 bytes of a row, and four threads 64 bytes."""
-    N: gl.constexpr = x.shape[1]
-    LANES: gl.constexpr = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
-    WARPS: gl.constexpr = [[16, 0], [32, 0]]
-    REGISTERS: gl.constexpr = (
-        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]]
-        if N == 64
-        else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64]]
-        if N == 128
-        else [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]]
-    )
-    return gl.convert_layout(x, gl.DistributedLinearLayout(REGISTERS, LANES, WARPS, [], [64, N]))
-
-
-@gluon.jit
-def _store_result(acc, row_sum, rows, v_width, out, PACK: gl.constexpr, STORES: gl.constexpr):
-    """Stores ``acc / row_sum`` as 64 rows of the result. A row that sees nothing is 0, even if hidden values are NaN.
-
-    With ``WIDE_STORES``, lanes that share a row exchange their columns first, so that each lane stores 16 bytes, and
-    four lanes 64 bytes, at once. That takes 4 KB of shared memory.
-    """
-    first_row, n_rows = rows
-    out_ptr, stride_om, stride_oh, stride_od = out
-    WIDE_STORES: gl.constexpr = STORES[3]
-    ROWS_ALIGNED: gl.constexpr = STORES[4]
-    total = gl.convert_layout(row_sum, gl.SliceLayout(1, acc.type.layout))
-    weight = 1.0 / gl.where(total == 0.0, 1.0, total)
-    acc = gl.where((total == 0.0)[:, None], 0.0, acc * weight[:, None])
-    result = acc.to(out_ptr.dtype.element_ty)
-    if WIDE_STORES:
-        result = _eight_in_a_row(result)
-    OUT: gl.constexpr = result.type.layout
-    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
-    dv = gl.arange(0, result.shape[1], layout=gl.SliceLayout(0, OUT))
-    out_rows = out_ptr + (r // PACK).to(gl.int64) * stride_om
-    if PACK > 1:
-        out_rows += (r % PACK).to(gl.int64) * stride_oh
-    if ROWS_ALIGNED:
-        out_rows = gl.multiple_of(out_rows, 16)
-    ok = (r < n_rows)[:, None] & (dv < v_width)[None, :]
-    gl.store(out_rows[:, None] + (dv * stride_od)[None, :], result, mask=ok)
-
-
-@gluon.jit
-def _store_partial(acc, row_max, row_sum, row, rows, partial, STORES: gl.constexpr):
-    """Stores a split's result for 64 rows: the accumulator as float16, and the maximum, sum and unit of each row.
-
-    Columns are stored in the order in which the threads of a row hold them, so each thread stores 16 bytes and
-    exchanges nothing. For example, the first thread holds columns 0, 1, 8, 9, 16, 17, 24 and 25 of each 32. A unit
-    depends on the largest value of the row. It is a power of two, so it changes no bit of the other values. The largest
-    value is 2^14 to 2^15 units, infinities aside. Units are at least 2^-120, so that neither they nor their inverses
-    overflow.
-    """
-    first_row, n_rows = rows
-    acc_ptr, stats_ptr, unit_at = partial
-    WIDTH: gl.constexpr = STORES[1]
-    STATS: gl.constexpr = STORES[2]
-    BLOCK_DV: gl.constexpr = acc.shape[1]
-    ACC_LAYOUT: gl.constexpr = acc.type.layout
-    # Without the sign bit, floats are ordered like their bits. Adding 1 to the exponent of inf or NaN overflows it, so
-    # these become small.
-    size = acc.to(gl.uint32, bitcast=True) * 2 + 0x01000000
-    exponent = gl.maximum((gl.max(size, 1) >> 24).to(gl.int32) - 15, 7)
-    unit = (exponent << 23).to(gl.float32, bitcast=True)
-    inverse = ((254 - exponent) << 23).to(gl.float32, bitcast=True)
-    stored = (acc * inverse[:, None]).to(gl.float16)
-    stored = gl.reshape(stored, [64, BLOCK_DV // 32, 4, 4, 2])
-    stored = _eight_in_a_row(gl.reshape(gl.permute(stored, [0, 1, 3, 2, 4]), [64, BLOCK_DV]))
-    HELD: gl.constexpr = stored.type.layout
-    r = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, HELD))
-    dv = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, HELD))
-    acc_rows = gl.multiple_of(acc_ptr + r.to(gl.int64) * WIDTH, 16)
-    gl.store(acc_rows[:, None] + dv[None, :], stored, mask=(r < n_rows)[:, None])
-    of_unit = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC_LAYOUT))
-    gl.store(stats_ptr + of_unit.to(gl.int64) * STATS + unit_at, unit, mask=of_unit < n_rows)
-    # If consumers share rows, both store the same maximum and sum.
-    stats = stats_ptr + row.to(gl.int64) * STATS
-    gl.store(stats, row_max, mask=row < n_rows)
-    gl.store(stats + 1, row_sum, mask=row < n_rows)
+    if len(acc) == 2:
+        first, second, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p, p_next, row_sum])
+        acc = (first, second)
+    else:
+        first, p, p_next, row_sum = warpgroup_mma_wait(0, deps=[acc[0], p, p_next, row_sum])
+        acc = (first,)
+    _give_back(v_empty.index(previous), BLOCK_D)
+    return _rescaled(acc, rescale), p_next, row_max, row_sum
 
 
 @gluon.jit
@@ -230,10 +203,10 @@ def consumer(
     tiles,  # the tile list of the map's row
     results,  # out: out_ptr, stride_om, stride_oh, stride_od; partial: acc_ptr, stats_ptr, index of the unit
     mask,  # mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride
-    smem,  # q, k, v, barriers
+    smem,  # q, k, v (one or two blocks of columns each), barriers
     limits,  # kv_len, qk_scale, v_width
     PACK: gl.constexpr,
-    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N, TMA
     VISIBLE: gl.constexpr,  # CAUSAL, MASK, TERMS, INDEX_TERM
     EXP2_SCALE: gl.constexpr,
     STORES: gl.constexpr,  # SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED
@@ -242,21 +215,19 @@ def consumer(
     q_smem, k_smem, v_smem, barriers = smem
     kv_len, qk_scale, v_width = limits
     out, partial = results
-    BLOCK_N: gl.constexpr = k_smem.shape[1]
-    BLOCK_DV: gl.constexpr = v_smem.shape[2]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    V_STAGES: gl.constexpr = v_smem.shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[1]
+    BLOCK_D: gl.constexpr = q_smem[0].shape[1]
+    STAGES: gl.constexpr = k_smem[0].shape[0]
+    V_STAGES: gl.constexpr = v_smem[0].shape[0]
     MASK: gl.constexpr = VISIBLE[1]
-    MAP_BLOCK_N: gl.constexpr = MAP[1]
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     first_row, n_rows = rows
     mask_ptr, stride_mm, stride_mh, stride_mn, side_stride, values_ptr, values_stride = mask
     q_full, k_full, v_full, k_empty, _ = barriers
     first_step, n_full, n_listed, _, partial_base, active = visit
     visited = (tiles, first_step, partial_base)
-    dtype: gl.constexpr = k_smem.dtype
+    dtype: gl.constexpr = k_smem[0].dtype
     row = first_row + gl.arange(0, 64, layout=ROWS)
     # Rows past the end repeat the last one, so that the pointers stay in range.
     safe_row = gl.minimum(row, n_rows - 1)
@@ -276,19 +247,18 @@ def consumer(
 
     row_max = gl.full([64], float("-inf"), gl.float32, ROWS)
     row_sum = _lane_sums(gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT))
-    acc = gl.zeros([64, BLOCK_DV], gl.float32, ACC_LAYOUT)
+    acc = _accumulators(v_smem)
+    ACC_LAYOUT: gl.constexpr = acc[0].type.layout
     n_steps = n_listed
     if MASK != 0:
         # If there is no tile to visit, visit one that is fully masked.
         n_steps = gl.maximum(n_listed, 1)
-    start = start_of(visited, 0, n_listed, MASK != 0, MAP_BLOCK_N, BLOCK_N)
+    start = start_of(visited, 0, n_listed, MAP[0], MAP[1], BLOCK_N)
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
     fence_async_shared()
-    s = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
-    s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), s, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=[s])
-    _give_back(k_empty.index(0), q_smem.shape[1])
+    s = warpgroup_mma_wait(0, deps=[_scores(q_smem, k_smem, 0, S_LAYOUT)])
+    _give_back(k_empty.index(0), BLOCK_D)
     if EXP2_SCALE != 1.0:
         s = s * qk_scale
     if n_full == 0:
@@ -299,23 +269,24 @@ def consumer(
     state = (acc, p, row_max, row_sum)
     full_end = gl.maximum(n_full, 1)
     for step in range(1, full_end):
-        state = _step(
-            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, False, VISIBLE, EXP2_SCALE
-        )
+        state = _step(step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP, False, VISIBLE, EXP2_SCALE)
     for step in range(full_end, n_steps):
-        state = _step(
-            step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP_BLOCK_N, True, VISIBLE, EXP2_SCALE
-        )
+        state = _step(step, n_steps, state, smem, seen, visited, kv_len, qk_scale, MAP, True, VISIBLE, EXP2_SCALE)
     acc, p, row_max, row_sum = state
     fence_async_shared()
-    acc = warpgroup_mma(p, v_smem.index((n_steps - 1) % V_STAGES), acc, is_async=True)
+    acc = _add_values(p, v_smem, (n_steps - 1) % V_STAGES, acc)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), ROWS)
     # row is needed only for storing. Depending on the wait keeps it from being computed, and spilled, before the loops.
-    acc, p, row = warpgroup_mma_wait(0, deps=[acc, p, row])
+    if len(acc) == 2:
+        first, second, p, row = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p, row])
+        acc = (first, second)
+    else:
+        first, p, row = warpgroup_mma_wait(0, deps=[acc[0], p, row])
+        acc = (first,)
 
     if STORES[0]:  # noqa: SIM114 (this condition is a compile-time constant, the next is not)
-        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
+        store_results(acc, row_sum, rows, v_width, out, PACK, STORES)
     elif active == 1:
-        _store_result(acc, row_sum, rows, v_width, out, PACK, STORES)
+        store_results(acc, row_sum, rows, v_width, out, PACK, STORES)
     else:
-        _store_partial(acc, row_max, row_sum, row, rows, partial, STORES)
+        store_partial(acc, row_max, row_sum, row, rows, partial, STORES)

@@ -14,6 +14,25 @@ from flashpte.kernels.primitives import wait_for_earlier_kernels
 
 
 @gluon.jit
+def _block(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Shared memory of ``SLOTS`` tiles, or of one without slots, which matrix instructions read."""
+    SWIZZLE: gl.constexpr = 128 if COLUMNS >= 64 else 2 * COLUMNS
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
+    SHAPE: gl.constexpr = [SLOTS, ROWS, COLUMNS] if SLOTS > 0 else [ROWS, COLUMNS]
+    return gl.allocate_shared_memory(dtype, SHAPE, SHARED)
+
+
+@gluon.jit
+def _blocks(dtype: gl.constexpr, SLOTS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, REST: gl.constexpr):
+    """One or two blocks of columns of the same tiles. ``REST`` is 0 if the first block holds the whole rows."""
+    first = _block(dtype, SLOTS, ROWS, COLUMNS)
+    if REST > 0:
+        return first, _block(dtype, SLOTS, ROWS, REST)
+    else:  # a compile-time condition: without else, the compiler would go on to the next line
+        return (first,)
+
+
+@gluon.jit
 def _hopper_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, interval_values_ptr, tiles_ptr, counts_ptr, out_ptr,
     acc_ptr,  # float16 [B, heads, num_splits, L_q * PACK, WIDTH]
@@ -28,6 +47,7 @@ def _hopper_kernel(
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     GROUP: tl.constexpr, PACK: tl.constexpr,
     HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    REST_D: tl.constexpr, REST_DV: tl.constexpr,  # columns of a second block of keys and of values, or 0
     WIDTH: tl.constexpr, STATS: tl.constexpr,
     BLOCK_N: tl.constexpr, MAP_BLOCK_M: tl.constexpr, MAP_BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, TERMS: tl.constexpr, INDEX_TERM: tl.constexpr,
@@ -39,7 +59,7 @@ def _hopper_kernel(
 ):  # fmt: skip
     """Attention of one tile of rows; see :func:`flashpte.kernels.mask.strides` for the strides."""
     BLOCK_M: gl.constexpr = 64 if SHARE_ROWS else 128
-    COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV  # columns of V per program
+    COLUMNS: gl.constexpr = 2 * BLOCK_DV if SHARE_ROWS else BLOCK_DV + REST_DV  # columns of V per program
     V_SLICES: gl.constexpr = (V_HEAD_DIM + COLUMNS - 1) // COLUMNS
     KV_GROUP: gl.constexpr = GROUP // PACK
     n_rows = q_len * PACK
@@ -79,16 +99,15 @@ def _hopper_kernel(
         stats_ptr += first_partial * STATS
 
     dtype: gl.constexpr = k_ptr.dtype.element_ty
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q0 = gl.allocate_shared_memory(dtype, [64, BLOCK_D], SHARED)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], SHARED)
-    v0 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
+    q0 = _blocks(dtype, 0, 64, BLOCK_D, REST_D)
+    k_smem = _blocks(dtype, STAGES, BLOCK_N, BLOCK_D, REST_D)
+    v0 = _blocks(dtype, V_STAGES, BLOCK_N, BLOCK_DV, REST_DV)
     if SHARE_ROWS:
         q1 = q0
-        v1 = gl.allocate_shared_memory(dtype, [V_STAGES, BLOCK_N, BLOCK_DV], SHARED)
+        v1 = _blocks(dtype, V_STAGES, BLOCK_N, BLOCK_DV, REST_DV)
     else:
-        q1 = gl.allocate_shared_memory(dtype, [64, BLOCK_D], SHARED)
+        q1 = _blocks(dtype, 0, 64, BLOCK_D, REST_D)
         v1 = v0
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -119,8 +138,8 @@ def _hopper_kernel(
     MORE_COLUMNS: gl.constexpr = BLOCK_DV if SHARE_ROWS else 0
     VISIBLE: gl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
     STORES: gl.constexpr = (SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED)
-    COPIED: gl.constexpr = (HEAD_DIM, V_HEAD_DIM % BLOCK_DV != 0, SHARE_ROWS)
-    MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N)
+    COPIED: gl.constexpr = (HEAD_DIM, BLOCK_D + REST_D != HEAD_DIM, V_HEAD_DIM % (BLOCK_DV + REST_DV) != 0, SHARE_ROWS)
+    MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N, TMA)
     # Arguments of the first consumer, then of the second.
     rows_0 = (first_row, n_rows)
     partial_0 = (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV)

@@ -51,6 +51,7 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
     if mask.constants["MASK"] and mask.constants["MAP_BLOCK_N"] % config.block_n:
         tile = mask.constants["MAP_BLOCK_N"]
         raise ValueError(f"tiles of {config.block_n} keys do not divide the map's {tile}")
+    block_d, rest_d = tuning.hopper_columns(call.head_dim, config.two_blocks)
     slices = cdiv(call.v_head_dim, config.columns)
     programs = cdiv(call.q_len * pack, config.block_m) * slices * (call.heads_q // pack) * call.batch
     tiles = {"BLOCK_N": config.block_n, "BLOCK_DV": config.block_dv, "SHARE_ROWS": config.share_rows, "TMA": config.tma}
@@ -71,7 +72,9 @@ def launch_hopper(call: AttentionCall, mask: KernelMask, launch: Launch, pack: i
         config.short_splits,
         **call.constants,
         PACK=pack,
-        BLOCK_D=max(64, tuning.padded_head_dim(call.head_dim)),
+        BLOCK_D=block_d,
+        REST_D=rest_d,
+        REST_DV=config.rest_dv,
         WIDTH=partials.width,
         STATS=partials.numbers,
         **tiles,

@@ -15,6 +15,7 @@ from flashpte.kernels.tuning.configs import (
     HopperConfig,
     SplitKConfig,
     TiledConfig,
+    hopper_columns,
     padded_head_dim,
     tile_columns,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "choose_split_k",
     "choose_tiled",
     "current_arch",
+    "hopper_columns",
     "hopper_registers",
     "limits",
     "padded_head_dim",

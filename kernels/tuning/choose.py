@@ -29,6 +29,7 @@ from flashpte.kernels.tuning.hopper import (
     little_for_each,
     programs_of,
     reads_keys_twice,
+    two_tiles_of_128_keys,
 )
 
 # With at least this many results and D_v above 256, a step combines fewer splits.
@@ -62,7 +63,9 @@ def tiled_map_block(head_dim: int, v_head_dim: int) -> tuple[int, int]:
     It depends on the head dims alone, so that a program is rewritten without knowing the arch. The tiles chosen for any
     arch divide it.
     """
-    return (128, 128) if max(head_dim, v_head_dim) <= 128 else (128, 64)
+    if max(head_dim, v_head_dim) > 128 and not two_tiles_of_128_keys(head_dim, v_head_dim):
+        return 128, 64
+    return 128, 128
 
 
 def _fit(
@@ -186,7 +189,7 @@ def choose_split_k(shape: AttentionShape, arch: GpuArch) -> SplitKConfig:
 def choose_tiled(shape: AttentionShape, arch: GpuArch) -> TiledConfig:
     """Tiles for prefill: the map's tile if it fits, and smaller for a short L_q, little shared memory or float32."""
     width = shape.width
-    rows, block_n = tiled_map_block(shape.head_dim, shape.v_head_dim)
+    rows, block_n = 128, 128 if width <= 128 else 64
     stages = 3 if width <= 128 else 2
     if width > 256:
         rows = 64

@@ -103,8 +103,9 @@ class TiledConfig:
 class HopperConfig:
     """Tiles of the Hopper kernel: query rows by ``block_n`` keys, and columns of V.
 
-    Each of two consumer warp groups has 64 rows and ``block_dv`` columns. The groups have different rows, or with
-    ``share_rows`` the same rows and different columns.
+    Each of two consumer warp groups has 64 rows and ``block_dv`` columns, and ``rest_dv`` more in a second block. The
+    groups have different rows, or with ``share_rows`` the same rows and different columns. With ``two_blocks``, queries
+    and keys have a second block as well if their head dim has one (:func:`hopper_columns`).
 
     Shared memory holds ``num_stages`` tiles of keys and ``num_stages + more_v_stages`` tiles of values, which are held
     longer. Each must be at least two, because a consumer waits for the next tile before it gives back the last tile of
@@ -131,6 +132,8 @@ class HopperConfig:
     more_v_stages: int = 0
     wide_stores: bool = False
     tma: bool = False
+    two_blocks: bool = False
+    rest_dv: int = 0
 
     @property
     def block_m(self) -> int:
@@ -140,7 +143,12 @@ class HopperConfig:
     @property
     def columns(self) -> int:
         """Columns of V per program."""
-        return 2 * self.block_dv if self.share_rows else self.block_dv
+        return 2 * self.block_dv if self.share_rows else self.block_dv + self.rest_dv
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns that a warp group stores in a row of partial results, which share a unit. A multiple of 32."""
+        return self.block_dv + -(-self.rest_dv // 32) * 32
 
     def __post_init__(self) -> None:
         fewest = self.num_stages + min(0, self.more_v_stages)
@@ -148,6 +156,12 @@ class HopperConfig:
             raise ValueError(f"the kernel for Hopper needs at least two stages of keys and of values, got {fewest}")
         if self.tma and self.share_rows:
             raise ValueError("the kernel for Hopper does not copy by tensor maps where warp groups share rows")
+        if self.two_blocks and (self.share_rows or self.block_n < 64):
+            raise ValueError(
+                "the kernel for Hopper has one block of columns below 64 keys or if warp groups share rows"
+            )
+        if self.rest_dv and not self.two_blocks:
+            raise ValueError("the kernel for Hopper has a second block of values only with two blocks")
 
 
 Config = SplitKConfig | TiledConfig | HopperConfig
@@ -179,6 +193,18 @@ def tile_columns(head_dim: int) -> tuple[int, int]:
 def padded_head_dim(head_dim: int) -> int:
     """Columns of all tiles that hold ``head_dim``."""
     return sum(tile_columns(head_dim))
+
+
+def hopper_columns(head_dim: int, two_blocks: bool = True) -> tuple[int, int]:
+    """Columns of a tile of the Hopper kernel, and of a second tile for the rest of each row (0 for none).
+
+    Both are powers of two. The first is at least 64, because swizzling works on 128 bytes of a row, and the second is
+    at least 16. Two tiles are narrower than one for 80 columns (64 + 16), 96 (64 + 32), 160 (128 + 32), 192 (128 + 64)
+    and fewer, but not for 112 or 224. Wider rows than 256 have one.
+    """
+    whole = max(64, padded_head_dim(head_dim))
+    half, rest = whole // 2, max(16, next_power_of_2(head_dim - whole // 2))
+    return (half, rest) if two_blocks and 64 <= half <= 128 and rest < half else (whole, 0)
 
 
 def even(splits: int, tiles: int | None = None) -> int:

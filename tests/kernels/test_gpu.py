@@ -15,7 +15,7 @@ from flashpte.kernels import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_veri
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 LENGTHS = (1, 7, 50, 63, 64, 100, 130, 511, 1000, 1025, 2048, 3000)
-HEAD_DIMS = (16, 64, 80, 96, 112, 128, 192, 256, 320, 512)
+HEAD_DIMS = (16, 64, 72, 80, 96, 112, 128, 160, 192, 256, 320, 512)
 
 
 def run(case: Case):
@@ -84,7 +84,7 @@ def test_few_rows_and_keys_by_the_kernel_for_hopper(case, monkeypatch):
 
 
 @pytest.mark.parametrize("kv_len", [2047, 2048, 5000])
-@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 160, 192, 256, 512])
 @pytest.mark.parametrize("mask", ["none", "bool_context", "bool_window", "float_min_rows"])
 def test_prefill_of_few_rows_splits_the_keys(kv_len, head_dim, mask):
     check(*run(Case(200, kv_len, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16, mask=mask)))
@@ -166,7 +166,7 @@ def test_large_scores_do_not_overflow():
         check(p, op(p.query, p.key, p.value, p.mask, None, None, False, p.scale, [0, 2, 1, 3]))
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("kv_len", [1, 7, 130, 3000])
 def test_prefill_of_keys_that_lie_in_memory_in_any_way(kv_len, head_dim):
     """One row for all keys, heads inside rows, wider rows, and a longer cache with no numbers after the keys."""
@@ -268,7 +268,7 @@ def test_results_do_not_depend_on_the_tiles():
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 16, 300])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256, 320, 512])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 160, 192, 256, 320, 512])
 def test_every_tile_of_the_table(q_len, head_dim):
     """The table's choice for this GPU and any length, group and batch, on one problem with its own splits."""
     arch, tiles = tuning.current_arch(torch.device("cuda")), {}
@@ -288,7 +288,7 @@ def test_every_tile_of_the_table(q_len, head_dim):
         check(p, launch(p.call(), config=config))
 
 
-@pytest.mark.parametrize("head_dim", [128, 256, 512])
+@pytest.mark.parametrize("head_dim", [80, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("q_len", [8, 16, 70])
 def test_splits_leave_values_of_any_size(q_len, head_dim):
     """Partial results of the Hopper kernel's splits are exact for powers of 2; an infinity changes no other column."""
@@ -310,13 +310,16 @@ def test_splits_leave_values_of_any_size(q_len, head_dim):
 
 
 @pytest.mark.parametrize("dim_order", [(0, 2, 1, 3), (0, 1, 2, 3), (0, 1, 3, 2)])
-@pytest.mark.parametrize("head_dim", [64, 112, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 160, 192, 256])
 def test_wide_stores(head_dim, dim_order, poisoned_memory):
     """Stores results in every memory order, including problems where columns beyond the head dim are computed."""
     p = build(Case(300, 700, batch=2, heads_q=4, heads_kv=2, head_dim=head_dim, dtype=torch.bfloat16), "cuda")
-    width, registers = tuning.padded_head_dim(head_dim), tuning.hopper_registers(head_dim)
-    config = tuning.HopperConfig(64, width, 2, *registers, wide_stores=True)
-    check(p, tiled.launch_tiled(p.call(dim_order), config=config))
+    registers = tuning.hopper_registers(head_dim)
+    for two_blocks, wide in ((False, True), (True, True), (True, False)):
+        width, rest = tuning.hopper_columns(head_dim, two_blocks)
+        blocks = {"two_blocks": two_blocks, "rest_dv": rest}
+        config = tuning.HopperConfig(64, width, 2, *registers, wide_stores=wide, **blocks)
+        check(p, tiled.launch_tiled(p.call(dim_order), config=config))
 
 
 def steps_in_a_graph(op, rows: int, buffer: int, form: str):

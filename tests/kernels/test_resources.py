@@ -47,7 +47,7 @@ CALLS = {
 }
 NAMES = tuple(name for name in CALLS if not name.endswith(" keys"))
 LATENT = 576  # keys of two tiles; values are narrower
-RAGGED = (96, 192, 320)  # head dims that leave part of a tile's columns zero
+RAGGED = (80, 96, 160, 192, 320)  # head dims that are no power of two
 CASES = [
     *itertools.product(ARCHES, HEAD_DIMS, NAMES, ["positions"]),
     *itertools.product(ARCHES, HEAD_DIMS, ["decode", "verify 16", "prefill"], ["tensor"]),
@@ -79,6 +79,7 @@ SPILLS = {
     ("_tiled_kernel", LATENT, "prefill"): (240, WIDE),
     ("_hopper_kernel", 64, "prefill"): FEW,
     ("_hopper_kernel", 128, "prefill"): (100, SPLIT),
+    ("_hopper_kernel", 160, "prefill"): (32, SPLIT),
     ("_hopper_kernel", 256, "prefill"): (16, SPLIT),
     ("_hopper_kernel", 512, "prefill"): FEW,
     ("_hopper_kernel", 320, "prefill"): FEW,

@@ -24,7 +24,7 @@ SHAPES = [
         (1, 3, 8),
         (None, 1, 4, 16, 512),
         (None, 50, 4096, 131072),
-        (16, 64, 80, 128, 192, 256, 320, 512),
+        (16, 64, 80, 128, 160, 192, 256, 320, 512),
         (torch.bfloat16, torch.float32),
     )
 ]
@@ -58,6 +58,12 @@ def test_hopper_tiles_divide_the_map_and_fit():
                 assert map_m == config.block_m
                 assert map_n % config.block_n == 0
                 assert config.num_stages >= 2
+                columns = sum(tuning.hopper_columns(shape.head_dim, config.two_blocks))
+                values = config.num_stages + config.more_v_stages
+                tiles = config.num_stages * columns + values * config.columns
+                exchange = 4096 * config.wide_stores
+                needed = (128 * columns + config.block_n * tiles) * 2 + exchange + 1024
+                assert needed <= tuning.limits(arch).shared_memory_per_block
                 # Two consumer warp groups and one producer warp group share the registers of a multiprocessor.
                 assert 128 * (2 * config.consumer_registers + config.producer_registers) <= 65536
 
@@ -91,6 +97,64 @@ def test_hopper_kernel_with_one_stage_would_wait_for_ever(stages, more):
 def test_warp_groups_that_share_rows_copy_without_tensor_maps():
     with pytest.raises(ValueError, match="does not copy by tensor maps where warp groups share rows"):
         tuning.HopperConfig(64, 128, 3, share_rows=True, tma=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "blocks"),
+    [
+        (16, (64, 0)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (88, (64, 32)),
+        (96, (64, 32)),
+        (104, (128, 0)),
+        (128, (128, 0)),
+        (136, (128, 16)),
+        (160, (128, 32)),
+        (168, (128, 64)),
+        (192, (128, 64)),
+        (200, (256, 0)),
+        (256, (256, 0)),
+        (320, (512, 0)),
+        (512, (512, 0)),
+    ],
+)
+def test_blocks_of_columns_of_the_hopper_kernel(head_dim, blocks):
+    assert tuning.hopper_columns(head_dim) == blocks
+    assert tuning.hopper_columns(head_dim, two_blocks=False) == (max(64, tuning.padded_head_dim(head_dim)), 0)
+
+
+@pytest.mark.parametrize(
+    ("dims", "block_n", "two_blocks"),
+    [
+        ((64, 64), 128, False),
+        ((80, 80), 128, True),
+        ((96, 64), 128, True),
+        ((64, 80), 128, True),
+        ((160, 160), 128, True),
+        ((192, 128), 128, True),
+        ((128, 192), 64, True),
+        ((192, 192), 64, True),
+        ((224, 224), 64, False),
+        ((80, 512), 32, False),
+        ((320, 96), 32, False),
+    ],
+)
+def test_prefill_of_rows_in_two_blocks(dims, block_n, two_blocks):
+    shape = AttentionShape(1, 4, 2, 300, 4096, *dims, torch.bfloat16)
+    config = tuning.choose_hopper(shape, tuning.limits("sm_90"))
+    assert (config.block_n, config.two_blocks) == (block_n, two_blocks)
+    assert config.columns >= min(dims[1], 256)
+
+
+def test_tiles_of_two_blocks_of_columns_are_wide_and_not_shared():
+    with pytest.raises(ValueError, match="one block of columns below 64 keys or if warp groups share rows"):
+        tuning.HopperConfig(64, 64, 3, share_rows=True, two_blocks=True)
+    with pytest.raises(ValueError, match="one block of columns below 64 keys"):
+        tuning.HopperConfig(32, 64, 3, two_blocks=True)
+    with pytest.raises(ValueError, match="only with two blocks"):
+        tuning.HopperConfig(64, 64, 3, rest_dv=32)
 
 
 def test_choices_are_frozen_and_repeatable():

@@ -77,7 +77,8 @@ def _prefill_tiles(case: Case, arch: tuning.GpuArch, wide: bool) -> Iterator[Con
     if hopper is not None:
         yield dataclasses.replace(hopper, tma=not hopper.tma)
         for block_n, stages in itertools.product((32, 64, 128) if wide else (64, 128), (2, 3, 4)):
-            if map_n % block_n == 0 and _fits(block_n, stages, case, arch):
+            too_small = hopper.two_blocks and block_n < 64
+            if map_n % block_n == 0 and not too_small and _fits(block_n, stages, case, arch):
                 more = max(hopper.more_v_stages, 2 - stages)
                 yield dataclasses.replace(hopper, block_n=block_n, num_stages=stages, more_v_stages=more)
     base = tuning.choose_tiled(shape, arch)
