@@ -10,7 +10,7 @@ each. A consumer issues ``Q K`` of tile ``i`` and ``P V`` of tile ``i - 1`` toge
 * Prefill: each consumer has its own rows. If D_v is above 256, the accumulator does not fit in registers. Two programs
   then share the columns of V, and each computes all scores, which is 1.5x the minimum arithmetic. A few rows with a
   long context fill the GPU by splitting the keys.
-  Rows of 65 to 96 or 129 to 192 columns are two blocks of columns (:func:`flashpte.kernels.tuning.hopper_columns`):
+  Rows of 80, 96, 160 or 192 columns are two blocks of columns (:func:`flashpte.kernels.tuning.hopper_columns`):
   scores are the sum of two products, and ``P V`` has two accumulators.
 * Few rows (``share_rows``): the ``L_q x H_q / H_kv`` rows that read the same keys are packed into one tile of 64 rows.
   Both consumers compute its scores, and each has half of the columns of V. The kernel is still memory-bound: on an

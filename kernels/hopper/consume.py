@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flashpte.kernels.hopper.schedule import EACH_UP_TO, FIRST_TILES, start_of
+from flashpte.kernels.hopper.schedule import EACH_UP_TO, start_of
 from flashpte.kernels.hopper.store import store_partial, store_results
 
 
@@ -146,7 +146,7 @@ def _step(
     visited,  # for partial tiles; see start_of
     kv_len,
     qk_scale,
-    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N, TMA
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
     EDGE: gl.constexpr,
     VISIBLE: gl.constexpr,
     EXP2_SCALE: gl.constexpr,
@@ -167,12 +167,8 @@ def _step(
     if EDGE:
         start = start_of(visited, step, n_steps, MAP[0], MAP[1], BLOCK_N)
     # cp.async writes shared memory through the generic proxy, like ordinary stores, but matrix instructions read it
-    # through the async proxy. TMA copies need no fence, and copy all but the first tiles.
-    if MAP[2]:
-        if step <= FIRST_TILES:
-            fence_async_shared()
-    else:
-        fence_async_shared()
+    # through the async proxy. (TMA copies need no fence.)
+    fence_async_shared()
     s = _scores(q_smem, k_smem, slot, S_LAYOUT)
     acc = _add_values(p, v_smem, previous, acc)
     s = warpgroup_mma_wait(len(acc), deps=[s])
@@ -206,7 +202,7 @@ def consumer(
     smem,  # q, k, v (one or two blocks of columns each), barriers
     limits,  # kv_len, qk_scale, v_width
     PACK: gl.constexpr,
-    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N, TMA
+    MAP: gl.constexpr,  # MAPPED, MAP_BLOCK_N
     VISIBLE: gl.constexpr,  # CAUSAL, MASK, TERMS, INDEX_TERM
     EXP2_SCALE: gl.constexpr,
     STORES: gl.constexpr,  # SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED

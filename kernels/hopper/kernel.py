@@ -139,7 +139,7 @@ def _hopper_kernel(
     VISIBLE: gl.constexpr = (CAUSAL, MASK, TERMS, INDEX_TERM)
     STORES: gl.constexpr = (SINGLE_SPLIT, WIDTH, STATS, WIDE_STORES, ROWS_ALIGNED)
     COPIED: gl.constexpr = (HEAD_DIM, BLOCK_D + REST_D != HEAD_DIM, V_HEAD_DIM % (BLOCK_DV + REST_DV) != 0, SHARE_ROWS)
-    MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N, TMA)
+    MAP: gl.constexpr = (MASK != 0, MAP_BLOCK_N)
     # Arguments of the first consumer, then of the second.
     rows_0 = (first_row, n_rows)
     partial_0 = (acc_ptr, stats_ptr, 2 + dv_first // BLOCK_DV)

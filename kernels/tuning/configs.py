@@ -199,12 +199,14 @@ def hopper_columns(head_dim: int, two_blocks: bool = True) -> tuple[int, int]:
     """Columns of a tile of the Hopper kernel, and of a second tile for the rest of each row (0 for none).
 
     Both are powers of two. The first is at least 64, because swizzling works on 128 bytes of a row, and the second is
-    at least 16. Two tiles are narrower than one for 80 columns (64 + 16), 96 (64 + 32), 160 (128 + 32), 192 (128 + 64)
-    and fewer, but not for 112 or 224. Wider rows than 256 have one.
+    at least 16. 80 columns (64 + 16), 96 (64 + 32), 160 (128 + 32) and 192 (128 + 64) have two tiles, without padding.
+    Other widths between them (72, 136) would fit in two as well, but that has not run on a GPU in its present form.
     """
     whole = max(64, padded_head_dim(head_dim))
-    half, rest = whole // 2, max(16, next_power_of_2(head_dim - whole // 2))
-    return (half, rest) if two_blocks and 64 <= half <= 128 and rest < half else (whole, 0)
+    half = whole // 2
+    rest = head_dim - half
+    exact = 64 <= half <= 128 and 16 <= rest < half and rest == next_power_of_2(rest)
+    return (half, rest) if two_blocks and exact else (whole, 0)
 
 
 def even(splits: int, tiles: int | None = None) -> int:
