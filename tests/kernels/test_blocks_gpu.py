@@ -13,8 +13,8 @@ from flashpte.kernels.hopper import serves
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
-# Head dims of keys and of values. The second block has 16, 32 or 64 columns, or is missing in the keys, in the values or
-# in both (72, 88, 136, 168). The last two have small tiles of keys, which have one block.
+# Head dims of keys and of values. The second block has 16, 32 or 64 columns, or is missing in the keys, in the values
+# or in both (72, 88, 136, 168). The last two have small tiles of keys, which have one block.
 DIMS = (
     *((dim, dim) for dim in (72, 80, 88, 96, 136, 160, 168, 192)),
     *((192, 128), (128, 192), (96, 64), (64, 80), (72, 136), (80, 512), (320, 96)),
