@@ -15,7 +15,7 @@ KEPT = {
         r"sm_90-(64|128|256|512)-(decode|verify 16|prefill)-positions|sm_90-(256|512)-verify 5-positions"
         r"|sm_90-320-|sm_90-192-verify of many|sm_90-128-prefill-tensor|sm_90-256-verify 16-tensor"
         r"|sm_80-(128|256)-(verify 16|prefill)-positions|sm_8[69]-512-prefill-positions|sm_120-512-decode-positions"
-        r"|sm_(90|86)-576-(decode|prefill)-positions"
+        r"|sm_(90|86)-576-(decode|prefill)-positions|sm_90-(80|160|192)-prefill-positions"
     ),
     "test_resources.py::test_softcaps_and_sinks_spill_no_more": (
         r"sm_90-(64|256|512)-(decode|verify 5|prefill)\]|sm_80-256-(verify 16|prefill)\]"
