@@ -146,7 +146,7 @@ def read_plan_file(path: Path) -> PlanFile:
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is not a plan: it is not JSON") from error
     if not isinstance(content, dict) or content.get("generator") != GENERATOR or "entries" not in content:
-        raise ExportError(f"{path} is not a plan: export-model --plan writes one")
+        raise ExportError(f"{path} is not a plan that export-model wrote")
     if content.get("version") != PLAN_VERSION:
         raise ExportError(f"{path} is a plan of version {content.get('version')}, this flashpte reads {PLAN_VERSION}")
     try:

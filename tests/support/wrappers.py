@@ -39,13 +39,13 @@ def keeping_wrappers() -> Iterator[list[str]]:
     """Inside, ``lower`` appends each method's wrapper to the list and continues."""
     sources: list[str] = []
 
-    def keeping(arch, scratch, package, restore_views, on_wrapper, on_kernels):
+    def keeping(arch, scratch, package, restore_views, on_wrapper, on_kernels, **others):
         def keep(source):
             sources.append(source)
             on_wrapper(source)
 
         (scratch / "triton").symlink_to(_compiled_kernels())
-        return cross_compile(arch, scratch, package, restore_views, keep, on_kernels)
+        return cross_compile(arch, scratch, package, restore_views, keep, on_kernels, **others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "cross_compile", keeping)

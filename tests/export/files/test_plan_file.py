@@ -67,8 +67,8 @@ def test_an_entry_by_its_id(path):
     ("text", "said"),
     [
         ("not JSON", "is not a plan: it is not JSON"),
-        ("[1]", "is not a plan: export-model --plan writes one"),
-        ('{"generator": "flashpte", "version": 2, "arch": "sm_90"}', "is not a plan: export-model --plan writes one"),
+        ("[1]", "is not a plan that export-model wrote"),
+        ('{"generator": "flashpte", "version": 2, "arch": "sm_90"}', "is not a plan that export-model wrote"),
     ],
 )
 def test_another_file_is_refused(path, text, said):
