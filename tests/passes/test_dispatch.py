@@ -8,7 +8,17 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import Attention, CachedLayers, cached_program, calls, check_maps, exported, fresh_module, qkv
+from programs import (
+    Attention,
+    CachedLayers,
+    assert_same_attention,
+    cached_program,
+    calls,
+    check_maps,
+    exported,
+    fresh_module,
+    qkv,
+)
 from torch.export import Dim
 from torch.fx import Graph, GraphModule
 
@@ -43,7 +53,7 @@ def rewrite(module, args, shapes):
 def same_results(new, module, cases, tolerance=None):
     for args in cases:
         out, expected = fresh_module(new)(*args), copy.deepcopy(module)(*args)
-        torch.testing.assert_close(out, expected, **(tolerance or dict(atol=2e-6, rtol=2e-5)))
+        assert_same_attention(out, expected, **(tolerance or {}))
 
 
 @pytest.mark.parametrize("bounds", [(1, 512), (2, 17), (16, 40), (1, None)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import calls, check_maps, exported, fresh_module, mask_tensors, qkv
+from programs import assert_same_attention, calls, check_maps, exported, fresh_module, mask_tensors, qkv
 from torch.export import Dim
 
 from flashpte.passes import replace_sdpa
@@ -232,7 +232,7 @@ class Rewritten:
 
     def check(self, name: str) -> None:
         for expected, out in self.results[name]:
-            torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
+            assert_same_attention(out, expected)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["exported", "decomposed"])

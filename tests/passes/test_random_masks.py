@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import check_maps, exported, qkv
+from programs import assert_same_attention, check_maps, exported, qkv
 
 from flashpte.passes import replace_sdpa
 
@@ -111,5 +111,5 @@ def test_random_masks(seed):
         both = [module(*given) for module in modules]
         for i, (expected, out) in enumerate(zip(*both, strict=True)):
             message = f"mask {i}, {report.nodes[i]}"
-            torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5, msg=lambda m, s=message: f"{s}: {m}")
+            assert_same_attention(out, expected, msg=lambda m, s=message: f"{s}: {m}")
     assert check_maps(new, given) == MASKS

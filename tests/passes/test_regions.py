@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import fresh_module, qkv
+from programs import assert_same_attention, fresh_module, qkv
 from torch.export import Dim, export
 from torch.fx import GraphModule
 
@@ -140,7 +140,7 @@ def rewritten(module, dynamic: bool):
     for positions in (torch.arange(20), torch.arange(20) * 7, torch.arange(20) - 9):
         given = (*args[:3], positions)
         out, expected = fresh_module(new)(*given), fresh_module(program)(*given)
-        torch.testing.assert_close(out, expected, atol=2e-6, rtol=2e-5)
+        assert_same_attention(out, expected)
     return new, report
 
 
@@ -192,7 +192,7 @@ def test_signatures_of_modules_around_a_region():
     names = {node.name for node in new.graph.nodes}
     signature = next(entry.signature for entry in new.module_call_graph if entry.fqn == "layer")
     assert {argument.name for argument in (*signature.inputs, *signature.outputs)} <= names
-    torch.testing.assert_close(new.module()(*args), Outer()(*args), atol=2e-6, rtol=2e-5)
+    assert_same_attention(new.module()(*args), Outer()(*args))
 
 
 def test_a_mask_that_is_written_through_a_view_from_a_region():

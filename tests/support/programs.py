@@ -153,3 +153,22 @@ def check_maps(program: ExportedProgram, args: tuple) -> int:
     with torch.no_grad():
         checker.run(*args)
     return checker.checked
+
+
+def assert_same_attention(actual, expected, **given):
+    """Asserts that two float32 results of the same attention differ by rounding alone.
+
+    They add the same products in other orders, and each processor has an order of its own. So the bound is not a few
+    ulps of an entry, but a part of the largest one: 1e-5, which one key more or less passes a hundredfold.
+
+    Args:
+        actual, expected: tensors of one shape, or tuples of them; NaN is never equal.
+        given: other arguments of :func:`torch.testing.assert_close`, which may have other tolerances.
+    """
+    if isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_attention(one, other, **given)
+        return
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, **{"atol": 1e-5 * largest, "rtol": 1e-5, **given})
