@@ -166,6 +166,7 @@ def rebuild(
     """
     from flashpte.export.models.build import cut_layers
     from flashpte.export.models.registry import get_target
+    from flashpte.export.models.rope import fix_rope
     from flashpte.export.weights.origin import open_origin
     from flashpte.export.weights.random import RandomWeights
     from flashpte.export.weights.recipe import WeightSource, fill_weights, plan_weights, read_recipe
@@ -195,6 +196,7 @@ def rebuild(
     total, kept = int(described["total_layers"]), int(described["layers"])
     if kept < total:
         cut_layers(model, kept)
+    fix_rope(model, int(described["max_seq_len"]))
     dtype = read_dtype(described["dtype"])
     source: WeightSource
     if origin is not None:

@@ -18,6 +18,7 @@ from flashpte.export.common.options import Attention, Format
 from flashpte.export.files.dtypes import dtype_name
 from flashpte.export.files.names import OUTPUT_NAMES
 from flashpte.export.files.output_folder import check_output_folder
+from flashpte.export.lowering.complex_numbers import complex_weights
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_cccl_include, find_compiler
 from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA
 from flashpte.export.lowering.mutated_buffers import mutated_inputs, returned_buffers
@@ -168,9 +169,12 @@ def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype
     """Yields inputs, outputs, weights and buffers with a dtype that ExecuTorch's CUDA delegate does not have."""
     results = {node for node in program.graph.output_node().args[0] if isinstance(node, Node)}
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    rewritten = set(complex_weights(program))
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and not has_dtype(value.dtype):
+            if value.dtype == torch.complex64 and node.name in rewritten:
+                continue
             if node.op == "placeholder" and (node.users or node.name not in names):
                 yield names.get(node.name, f"input {node.name}"), value.dtype
             elif node in results:

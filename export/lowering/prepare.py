@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.fx import Node
 
+from flashpte.export.lowering.complex_numbers import replace_complex
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.top_k import replace_top_k
 
@@ -17,9 +18,13 @@ def prepare_pte(program: ExportedProgram) -> ExportedProgram:
     """Returns a copy of ``program`` for ExecuTorch: it shares the caller's tensors and computes all its outputs.
 
     ExecuTorch's passes move constants out of their input program, so they get a copy with its own tables.
+
+    Raises:
+        LoweringError: the program computes with complex numbers in a way that :func:`.replace_complex` does not know.
     """
     program = deepcopy_sharing_tensors(program, {})
     replace_top_k(program.graph_module)
+    replace_complex(program)
     _clone_returned_placeholders(program)
     return program
 

@@ -21,11 +21,9 @@ from flashpte.export.common.errors import ExportError, Option, UsageError, wante
 from flashpte.export.models.attention_interface import ATTENTION_NAME
 from flashpte.export.models.experts import EXPERTS_NAME
 from flashpte.export.models.probe import attention_shape, probe_attention
+from flashpte.export.models.rope import fix_rope, longest
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
-
-# These recompute frequencies from the positions, with a branch on data or a write to a buffer.
-_UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
 _LEAST_SIZES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1),
@@ -43,9 +41,10 @@ class ModelFacts:
         vocab_size: V of the logits.
         hidden_size: C of the hidden states between layers.
         max_positions: most positions that the model was made for.
-        window: the sliding window in tokens, or ``None`` without sliding layers.
+        window: the smallest sliding window or attention chunk in tokens; ``None`` if no layer has one.
         bos_id: id of the token that starts a sequence; ``None`` if the config has none.
         eos_ids: ids of the tokens that end a sequence; empty if the config has none.
+        window_name: what ``window`` is, for people.
     """
 
     states: tuple[LayerState, ...]
@@ -55,6 +54,7 @@ class ModelFacts:
     window: int | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
+    window_name: str = "sliding window"
 
 
 class EmptyTensorsOnMeta(TorchFunctionMode):
@@ -116,7 +116,6 @@ def build_causal_lm(
         # attention layers look up this name on every call
         config._attn_implementation = ATTENTION_NAME
         config._experts_implementation = EXPERTS_NAME
-        _check_rope(config)
         if check is not None:
             check(config)
         with EmptyTensorsOnMeta():
@@ -130,6 +129,7 @@ def build_causal_lm(
         raise ExportError(f"not a valid {config_class}: {reason}") from error
     share_tied_head(model)
     _order_sets(model)
+    fix_rope(model, longest(config))
     model.eval().requires_grad_(False)
     probe_attention(model, decoder_layers(model))
     return model
@@ -157,16 +157,6 @@ def wrong_size(fields: Mapping[str, Any]) -> str | None:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             return f"{name} is {value!r}, must be a whole number of at least {least}"
     return None
-
-
-def _check_rope(config: Any) -> None:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    per_layer_type = [value for value in parameters.values() if isinstance(value, Mapping)]
-    for rope in per_layer_type or [parameters]:
-        if rope.get("rope_type") in _UNSUPPORTED_ROPE:
-            raise ExportError(
-                f"RoPE of type {rope['rope_type']!r} cannot be exported: it depends on the input's length"
-            )
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -224,7 +214,7 @@ def attention_of(layer: nn.Module) -> LayerState:
         raise ExportError(
             f"a layer of type {type(layer).__name__} has no attention that transformers lets others serve"
         )
-    return attention_state(shape.kv_heads, shape.head_dim, shape.window)
+    return attention_state(shape.kv_heads, shape.head_dim, shape.window, shape.chunk)
 
 
 def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = attention_of) -> ModelFacts:
@@ -238,7 +228,11 @@ def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = 
         ExportError: a layer has no state that the target knows.
     """
     states = tuple(layer_state(layer) for layer in decoder_layers(model))
-    windows = [window for state in states if (window := getattr(state, "window", None)) is not None]
+    windows = {
+        window: getattr(state, "window_name", ModelFacts.window_name)
+        for state in states
+        if (window := getattr(state, "window", None)) is not None
+    }
     config = _untyped(model).config
     eos = config.eos_token_id
     embedding = _untyped(model).get_input_embeddings()
@@ -246,10 +240,11 @@ def describe(model: nn.Module, layer_state: Callable[[nn.Module], LayerState] = 
         states=states,
         vocab_size=embedding.num_embeddings,
         hidden_size=embedding.embedding_dim,
-        max_positions=config.max_position_embeddings,
+        max_positions=longest(config),
         window=min(windows, default=None),
         bos_id=config.bos_token_id,
         eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        window_name=windows[min(windows)] if windows else ModelFacts.window_name,
     )
 
 

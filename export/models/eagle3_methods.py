@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from flashpte.export.common.options import DECODE, DRAFT_DECODE
 from flashpte.export.models.build import decoder_layers, embedding_name
 from flashpte.export.models.eagle3 import Draft, DraftHead, FeatureFusion
 from flashpte.export.models.methods import CausalLMMethod, MethodSpec, example_length, export_method
+from flashpte.export.models.tracing import export_for_lengths
 from flashpte.export.state.kv_cache import FULL, SLIDING
 from flashpte.export.state.model_state import ModelState
 
@@ -161,12 +162,10 @@ def export_with_draft(
         torch.zeros(1, length, draft.head.hidden_size, dtype=dtype),
         torch.arange(length, dtype=torch.int64),
     )
-    rows = Dim("rows", min=spec.min_tokens, max=spec.max_tokens)
-    shapes = {"tokens": {1: rows}, "features": {1: rows}, "input_pos": {0: rows}}
+    dims: dict[str, dict[int, Any]] = {"tokens": {1: None}, "features": {1: None}, "input_pos": {0: None}}
+    drafting = DraftMethod(model, draft.head, draft_cache).eval()
     with torch.no_grad():
-        return torch.export.export(
-            DraftMethod(model, draft.head, draft_cache).eval(), inputs, dynamic_shapes=shapes, strict=False
-        )
+        return export_for_lengths(drafting, inputs, "rows", range(spec.min_tokens, spec.max_tokens + 1), dims)
 
 
 def draft_constants(draft: Draft, specs: Sequence[MethodSpec]) -> dict[str, Any]:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from flashpte.export.common.errors import Option, UsageError, wanted
 from flashpte.export.common.options import DECODE, DRAFT_DECODE, PREFILL, TARGET_VERIFY
 from flashpte.export.models.probe import takes_mask_per_type
+from flashpte.export.models.tracing import export_for_lengths
 from flashpte.export.state.kv_cache import FULL
 from flashpte.export.state.model_state import ModelState
 
@@ -154,15 +155,14 @@ def export_method(
     length = example_length(spec)
     tokens = torch.zeros(1, length, dtype=torch.int64)
     input_pos = torch.arange(length, dtype=torch.int64)
-    dynamic_shapes = None
-    if spec.dynamic:
-        tokens_dim = Dim("tokens", min=spec.min_tokens, max=spec.max_tokens)
-        dynamic_shapes = {"tokens": {1: tokens_dim}, "input_pos": {0: tokens_dim}, **dict.fromkeys(others)}
-    module = module or CausalLMMethod(model, kv_cache, all_logits=spec.all_logits)
+    module = (module or CausalLMMethod(model, kv_cache, all_logits=spec.all_logits)).eval()
+    inputs = (tokens, input_pos, *others.values())
     with torch.no_grad():
-        return torch.export.export(
-            module.eval(), (tokens, input_pos, *others.values()), dynamic_shapes=dynamic_shapes, strict=False
-        )
+        if not spec.dynamic:
+            return torch.export.export(module, inputs, strict=False)
+        lengths = range(spec.min_tokens, spec.max_tokens + 1)
+        dims: dict[str, dict[int, Any]] = {"tokens": {1: None}, "input_pos": {0: None}, **{name: {} for name in others}}
+        return export_for_lengths(module, inputs, "tokens", lengths, dims)
 
 
 def constant_methods(

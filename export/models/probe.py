@@ -18,10 +18,11 @@ from torch._subclasses import FakeTensorMode
 from flashpte.export.common.errors import ExportError
 from flashpte.export.models import attention_interface
 from flashpte.export.models.experts import is_experts, served
-from flashpte.export.state.kv_cache import FULL, SLIDING
+from flashpte.export.state.kv_cache import CHUNKED, FULL, SLIDING
 
 _TOKENS = 3
 _RECORD = "_flashpte_attention"
+_KINDS = (FULL, SLIDING, CHUNKED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class AttentionShape:
         heads: query heads H_q.
         kv_heads: key/value heads H_kv.
         head_dim: D of queries, keys and values.
-        window: the sliding window in tokens; ``None`` for full attention.
+        window: the sliding window in tokens; ``None`` for full or chunked attention.
+        chunk: tokens of a chunk, whose rows attend to that chunk alone; ``None`` without chunks.
         beyond_sdpa: whether the layer asks for something that SDPA has no argument for.
     """
 
@@ -40,6 +42,7 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     window: int | None
+    chunk: int | None = None
     beyond_sdpa: bool = False
 
 
@@ -96,7 +99,7 @@ def probe_attention(model: nn.Module, layers: nn.ModuleList) -> None:
         arguments = {
             "input_ids": tokens,
             "position_ids": positions[None],
-            "attention_mask": {FULL: mask, SLIDING: mask} if takes_mask_per_type(untyped.config) else mask,
+            "attention_mask": dict.fromkeys(_KINDS, mask) if takes_mask_per_type(untyped.config) else mask,
             "past_key_values": _PassingCache(),
             "use_cache": True,
             "logits_to_keep": 1,
@@ -111,14 +114,14 @@ def probe_attention(model: nn.Module, layers: nn.ModuleList) -> None:
     for index, layer in enumerate(layers):
         if id(layer) in found:
             _check_window(model, index, found[id(layer)].window)
-            setattr(layer, _RECORD, found[id(layer)])
+            setattr(layer, _RECORD, dataclasses.replace(found[id(layer)], chunk=_chunk(model, index)))
 
 
 def _check_kinds(model: nn.Module) -> None:
     """Refuses kinds of layers that no cache or kernel serves, before their code fails in other words."""
     untyped: Any = model
     kinds = set(getattr(untyped.config, "layer_types", None) or ())
-    if unknown := sorted(kinds - {FULL, SLIDING}):
+    if unknown := sorted(kinds.difference(_KINDS)):
         raise ExportError(f"{type(model).__name__} has layers of type {unknown[0]}, which this target does not export")
     for name, module in model.named_modules():
         if is_experts(module) and not served(module):
@@ -136,6 +139,13 @@ def _check_window(model: nn.Module, index: int, window: int | None) -> None:
             f"layer {index} of {type(model).__name__} is of type {kinds[index]}, and its attention has a window of "
             f"{window}"
         )
+
+
+def _chunk(model: nn.Module, index: int) -> int | None:
+    """The chunk of a layer whose type says that it has one, as transformers' own masks read it from the config."""
+    untyped: Any = model
+    kinds = getattr(untyped.config, "layer_types", None)
+    return untyped.config.attention_chunk_size if kinds and kinds[index] == CHUNKED else None
 
 
 def takes_mask_per_type(config: Any) -> bool:

@@ -13,6 +13,7 @@ from flashpte.export.models.build import ModelFacts
 from flashpte.export.models.methods import MIN_PREFILL_CHUNK
 from flashpte.export.models.registry import TargetSpec
 from flashpte.export.pipeline.draft_plan import DraftPlan
+from flashpte.export.state.kv_cache import WINDOW_NAMES
 from flashpte.export.state.layer_state import LayerState
 from flashpte.export.state.model_state import state_bytes
 
@@ -57,7 +58,7 @@ def forward_bound(spec: TargetSpec, facts: ModelFacts, max_seq_len: int, draft: 
     """Most tokens of one forward, and the reason for that limit."""
     bounds = [(max_seq_len, "the sequence length")]
     if facts.window is not None:
-        bounds.append((facts.window, "the sliding window"))
+        bounds.append((facts.window, f"the {facts.window_name}"))
     if draft is not None and draft.window is not None:
         bounds.append((draft.window, "the draft's sliding window"))
     if spec.max_forward is not None:
@@ -74,7 +75,7 @@ def prefill_chunk(spec: TargetSpec, options: ExportOptions, facts: ModelFacts, l
     """
     least = max(MIN_PREFILL_CHUNK, spec.min_forward)
     if facts.window is not None and facts.window < least:
-        raise ExportError(f"the model's sliding_window is {facts.window}, must be at least {least}")
+        raise ExportError(f"the model's {facts.window_name} is {facts.window}, must be at least {least}")
     if limit < least:
         raise ExportError(f"one prefill call takes at least {least} tokens, and at most {limit} ({reason})")
     chunk = options.max_prefill_chunk
@@ -103,6 +104,6 @@ def check_verify_window(spec: TargetSpec, options: ExportOptions, window: int | 
     if window > limit:
         bounds: dict[str, tuple[str | Option, ...]] = {
             "the sequence length": (Option("max_seq_len", limit),),
-            "the sliding window": (f"the model's sliding window of {limit}",),
+            **{f"the {name}": (f"the model's {name} of {limit}",) for name in WINDOW_NAMES},
         }
         raise UsageError(*asked, ": must not exceed ", *bounds.get(reason, (f"{reason}, {limit}",)))

@@ -18,6 +18,7 @@ from flashpte.export.models.eagle3_methods import draft_constants
 from flashpte.export.models.executorch_runners import RunnerContract, check_runner, find_runner
 from flashpte.export.models.methods import MIN_PREFILL_CHUNK, MethodSpec, constant_methods, plan_methods
 from flashpte.export.models.registry import TargetSpec, get_target, targets_for
+from flashpte.export.models.rope import FixedRope, fix_rope
 from flashpte.export.pipeline.draft_plan import DraftPlan, plan_draft
 from flashpte.export.pipeline.lengths import (
     check_cache_size,
@@ -56,6 +57,7 @@ class ExportPlan:
         origin: the folder or file that the model comes from; ``None`` for random weights.
         draft: plan of the draft head; ``None`` without one.
         runner: the runner of ExecuTorch that the file is for; ``None`` for ``run-model``.
+        rope: RoPE whose frequencies were fixed for ``max_seq_len`` tokens.
     """
 
     options: ExportOptions
@@ -71,6 +73,7 @@ class ExportPlan:
     origin: Origin | None = None
     draft: DraftPlan | None = None
     runner: RunnerContract | None = None
+    rope: tuple[FixedRope, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,11 +123,13 @@ class ExportPlan:
 
     @property
     def model_notes(self) -> tuple[str, ...]:
-        """What is not known about the model, in lines for people."""
+        """What to know about the model, in lines for people."""
+        notes = tuple(fixed.note for fixed in self.rope)
         tested, model_type = get_target(self.options.target).tested, self.config.get("model_type")
         if not tested or model_type in tested:
-            return ()
-        return (f"no test compares {model_type} with transformers; run-model --check compares this export on a GPU",)
+            return notes
+        untested = f"no test compares {model_type} with transformers; run-model --check compares this export on a GPU"
+        return (*notes, untested)
 
     def manifest(self) -> dict[str, Any]:
         """The model's entries in ``manifest.json``; they hold no path, so equal exports have equal manifests."""
@@ -134,7 +139,7 @@ class ExportPlan:
             weights = self.origin.option
         elif options.random_seed is not None:
             weights = {"random_seed": options.random_seed}
-        manifest = {
+        manifest: dict[str, Any] = {
             "target": options.target,
             "model": {
                 "class": type(self.model).__name__,
@@ -151,6 +156,8 @@ class ExportPlan:
             "tokenizer": [path.name for path in self.extra_files],
             "tokenizer_json": describe_tokenizer_json(self.extra_files),
         }
+        if self.rope:
+            manifest["fixed_rope"] = [dataclasses.asdict(fixed) for fixed in self.rope]
         if self.runner is not None:
             manifest["runner"] = self.runner.name
         return manifest if self.draft is None else {**manifest, "draft": self.draft.manifest()}
@@ -176,6 +183,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
     if origin is not None:
         facts = _with_token_ids(facts, origin.token_ids())
     max_seq_len = sequence_length(spec, options, facts)
+    rope = fix_rope(model, max_seq_len)
     draft = plan_draft(options, spec, facts)
     bound, reason = forward_bound(spec, facts, max_seq_len, draft)
     runner = find_runner(options.runner, spec)
@@ -207,7 +215,7 @@ def plan_export(options: ExportOptions) -> ExportPlan:
         draft=draft is not None,
     )
     layers = (config, total_layers, max_seq_len)
-    return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft, runner)
+    return ExportPlan(options, model, facts, *layers, methods, recipe, weights, source, origin, draft, runner, rope)
 
 
 def _check_not_quantized_again(options: ExportOptions) -> None:

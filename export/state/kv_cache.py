@@ -6,6 +6,9 @@ A layer with full attention keeps one slot per position. A layer with a sliding 
 position p in slot p mod 2 W. One call may write at most W tokens; more would overwrite keys that its own first row
 attends to. A caller may move back (rejected speculative tokens) by at most W positions.
 
+A layer with chunked attention (Llama 4) attends to the earlier positions of its own chunk of C tokens. It keeps the
+same ring, with C for W: a chunk begins at most C - 1 positions before a row.
+
 The position of every slot follows from the last position of a call. So nothing needs clearing between sequences: the
 mask excludes slots that hold older or later tokens.
 """
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +25,7 @@ from flashpte.export.state.layer_state import StateRules
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+CHUNKED = "chunked_attention"
 
 _HOLDS = {"k": "keys", "v": "values"}
 
@@ -88,6 +92,7 @@ class RingCache(_KVCache):
     """The last 2 W positions of a sliding window W; a sequence goes back by at most W."""
 
     window: int
+    window_name: ClassVar[str] = "sliding window"
 
     @property
     def mask_name(self) -> str:
@@ -100,11 +105,7 @@ class RingCache(_KVCache):
 
     def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
         """Bool [1, 1, T, S]: the last W positions up to the row's own that the ring holds."""
-        size = self.slots(max_seq_len)
-        slots = torch.arange(size, device=input_pos.device)
-        last = input_pos[-1]
-        # the newest position up to `last` in each slot; negative if the slot was never written
-        held = last - torch.remainder(last - slots, size)
+        held = self._positions(input_pos, max_seq_len)
         age = input_pos[:, None] - held
         return ((held >= 0) & (age >= 0) & (age < self.window))[None, None]
 
@@ -112,12 +113,44 @@ class RingCache(_KVCache):
         """Rules for a state that goes back by a smaller position, at most W earlier."""
         return StateRules("sliding", self._held(names), most_back=self.window, part=part)
 
+    def _positions(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+        """Int64 [S]: the newest position of each slot after a call; negative if the slot was never written."""
+        size = self.slots(max_seq_len)
+        slots = torch.arange(size, device=input_pos.device)
+        last = input_pos[-1]
+        return last - torch.remainder(last - slots, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRing(RingCache):
+    """The last 2 C positions of a layer whose rows attend to their own chunk of C tokens; ``window`` is C."""
+
+    window_name: ClassVar[str] = "attention chunk"
+
+    @property
+    def mask_name(self) -> str:
+        """Hugging Face's name for layers with chunked attention."""
+        return CHUNKED
+
+    def mask(self, input_pos: torch.Tensor, max_seq_len: int) -> torch.Tensor:
+        """Bool [1, 1, T, S]: the positions up to the row's own, from the start of its chunk."""
+        held = self._positions(input_pos, max_seq_len)
+        start = input_pos - torch.remainder(input_pos, self.window)
+        return ((held >= start[:, None]) & (held <= input_pos[:, None]))[None, None]
+
+    def rules(self, names: Mapping[str, str], part: str) -> StateRules:
+        """Rules for a state that goes back by a smaller position, at most C earlier."""
+        return StateRules("chunked", self._held(names), most_back=self.window, part=part)
+
 
 AttentionState = FullCache | RingCache
+WINDOW_NAMES = (RingCache.window_name, ChunkRing.window_name)
 
 
-def attention_state(kv_heads: int, head_dim: int, window: int | None) -> AttentionState:
-    """The cache of an attention layer; ``window`` is ``None`` for full attention."""
+def attention_state(kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None) -> AttentionState:
+    """The cache of an attention layer; it has full attention if it has neither a window nor a chunk."""
+    if chunk is not None:
+        return ChunkRing(kv_heads, head_dim, chunk)
     return FullCache(kv_heads, head_dim) if window is None else RingCache(kv_heads, head_dim, window)
 
 

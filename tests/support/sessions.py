@@ -10,6 +10,20 @@ TOLERANCE = 1e-4
 VERIFY = 4
 LENGTH = 44  # past a window of 8 and more than twice around the ring of 16
 
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Fields of a small config that all models share."""
+
 
 def reference_model(fields, attention="sdpa"):
     """A Hugging Face model with its own attention and large random weights; norms and scalars differ from 1."""

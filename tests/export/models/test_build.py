@@ -44,14 +44,6 @@ def test_other_gemma4_models_are_refused_by_feature(tiny, change, named):
         gemma4.build({**tiny("gemma4"), **change})
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_input_is_refused(tiny, rope_type):
-    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4} if rope_type == "longrope" else {}
-    with pytest.raises(ExportError, match=rope_type):
-        hugging_face.build({**tiny("llama"), "rope_parameters": rope})
-
-
 def test_quantised_checkpoints_are_refused(tiny):
     with pytest.raises(ExportError, match=r"quantized checkpoint \(fp8\)"):
         hugging_face.build({**tiny("llama"), "quantization_config": {"quant_method": "fp8"}})

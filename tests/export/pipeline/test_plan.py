@@ -127,7 +127,7 @@ def test_caches_larger_than_memory(config):
 
 
 def test_a_window_too_short_for_a_prefill(config):
-    with pytest.raises(ExportError, match="sliding_window is 1, must be at least 2"):
+    with pytest.raises(ExportError, match="sliding window is 1, must be at least 2"):
         plan_export(ExportOptions("gemma4-31b", config=config("gemma4", sliding_window=1)))
 
 
