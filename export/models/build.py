@@ -25,6 +25,17 @@ from flashpte.export.models.rope import fix_rope, longest
 from flashpte.export.state.kv_cache import attention_state
 from flashpte.export.state.layer_state import LayerState
 
+# What transformers and PyTorch raise for the fields of a config that do not fit together.
+_REFUSALS = (
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+)
+
 _LEAST_SIZES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 1),
     **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads", "head_dim", "global_head_dim"), 1),
@@ -124,7 +135,7 @@ def build_causal_lm(
         value = error.args[0] if error.args else None
         field = next((f"{name} is " for name, held in fields.items() if held == value), "")
         raise ExportError(f"not a valid {config_class}: {field}{value!r}, unknown or missing") from error
-    except (StrictDataclassError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except _REFUSALS as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"not a valid {config_class}: {reason}") from error
     share_tied_head(model)

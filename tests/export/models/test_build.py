@@ -64,6 +64,7 @@ def test_invalid_field_is_one_line(tiny):
         ({"max_position_embeddings": 1}, "max_position_embeddings is 1, must be a whole number of at least 2"),
         ({"vocab_size": 10**30}, "not a valid LlamaConfig"),
         ({"hidden_act": "swish9"}, "LlamaConfig: hidden_act is 'swish9', unknown or missing"),
+        ({"pad_token_id": 5000}, "not a valid LlamaConfig: Padding_idx must be within num_embeddings"),
         ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, "not a valid LlamaConfig: .*yarm"),
     ],
     ids=str,
