@@ -1,12 +1,21 @@
-"""Kernel code is made once for equal launches, and again for different ones."""
+"""Work that PyTorch does at every launch is done once for equal launches, and again for different ones."""
 
+from unittest import mock
+
+import pytest
 import sympy
 import torch
 import triton
+from dynamic_attention import dynamic_program
+from torch._inductor.fx_passes import post_grad
 from torch._subclasses import FakeTensorMode
 from triton.runtime.autotuner import Autotuner
+from wrappers import wrapper_source
 
-from flashpte.export.lowering.cross_compile import kernel_code
+from flashpte.export.lowering.cross_compile import kernel_code, overrides
+from flashpte.passes import replace_sdpa
+
+FUNCTIONAL = torch.ops.higher_order.triton_kernel_wrapper_functional
 
 
 @triton.jit
@@ -83,3 +92,43 @@ def test_what_is_not_understood_is_never_remembered():
     assert asked(real, real) == 2
     odd = launch(SIZE=object())
     assert asked(odd, odd) == 2
+
+
+def test_codes_are_read_once():
+    asked = []
+
+    def ttir_to_functions(module):
+        asked.append(module)
+        return {"functions": len(asked)}
+
+    remembering = kernel_code.remember_functions(ttir_to_functions)
+    first, second = object(), object()
+    assert [remembering(module)["functions"] for module in (first, first, second, first)] == [1, 1, 2, 1]
+    assert asked == [first, second]
+
+
+SAVING = ("ttir_to_functions", "decompose_triton_kernel_wrapper_functional")
+
+
+@pytest.mark.lowering
+def test_what_is_saved_changes_no_line_of_the_host_code(tmp_path):
+    """Two layers that each choose between two kernels, in branches, and a tile map whose counts start as zeros."""
+    program, _ = replace_sdpa(dynamic_program(layers=2))
+    traced = []
+
+    def traces(graph):
+        traced.extend(graph.find_nodes(op="call_function", target=FUNCTIONAL))
+        return decompose(graph)
+
+    def source(name):
+        (tmp_path / name).mkdir()
+        return wrapper_source(program, tmp_path / name)
+
+    decompose = post_grad.decompose_triton_kernel_wrapper_functional
+    with mock.patch.object(post_grad, decompose.__name__, traces):
+        saving = source("saving")
+    assert not traced  # every launch was known to write in place
+    rest = tuple(entry for entry in overrides.TABLE if not entry.name.endswith(SAVING))
+    assert len(rest) == len(overrides.TABLE) - len(SAVING)
+    with mock.patch.object(overrides, "TABLE", rest):
+        assert source("rest") == saving
