@@ -1,7 +1,7 @@
 """`export-model` end to end on a machine without a GPU: from a sharded checkpoint of the small Gemma 4 to a .pte.
 
-One process exports for sm_80 without a draft, then for sm_90 with an EAGLE-3 draft. Its second export must hold nothing
-of the first architecture. In ``make test-sweep`` another process repeats the second export in another folder. The
+One process exports prefill for sm_80, then all methods for sm_90 with an EAGLE-3 draft. Its second export must hold
+nothing of the first architecture. In ``make test-sweep`` another process repeats the second export in another folder. The
 first export's host code is checked and not compiled (tests/support/host_code.py).
 """
 
@@ -34,11 +34,7 @@ TAPS = [1, 2, 3]
 
 # arch -> method -> the kernel it must have and the number of its attention nodes
 METHODS = {
-    "sm_80": {
-        "prefill": ("_tiled_kernel", LAYERS),
-        "decode": ("_split_k_kernel", LAYERS),
-        "target_verify": ("_split_k_kernel", LAYERS),
-    },
+    "sm_80": {"prefill": ("_tiled_kernel", LAYERS)},
     "sm_90": {
         "prefill": ("_hopper_kernel", LAYERS),
         "target_verify": ("_split_k_kernel", LAYERS),
@@ -100,7 +96,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 def arguments(checkpoint: Path, draft: Path, out: Path, arch: str) -> list[str]:
     shared = ["--target", "gemma4-31b", "--checkpoint", str(checkpoint), "--max-seq-len", "256"]
-    shared += ["--draft", str(draft), "--chain", "3"] if "draft_decode" in METHODS[arch] else ["--verify-window", "4"]
+    shared += ["--draft", str(draft), "--chain", "3"] if "draft_decode" in METHODS[arch] else ["--method", "prefill"]
     return [*shared, "--arch", arch, "--output-dir", str(out)]
 
 
@@ -154,7 +150,9 @@ def test_the_table_names_a_kernel_for_every_attention_node(exported):
     routing = json.loads((out / "manifest.json").read_text())["routing"]
     nodes = {name: len(report["nodes"]) for name, report in routing.items()}
     assert nodes == {name: count for name, (_, count) in METHODS[arch].items()}
-    assert {node["op"] for node in routing["target_verify"]["nodes"]} == {"flashpte::sdpa_verify"}
+    expected = {"prefill": "dispatch", "target_verify": "verify", "draft_decode": "dispatch"}
+    ops = {name: {node["op"] for node in report["nodes"]} for name, report in routing.items()}
+    assert ops == {name: {f"flashpte::sdpa_{expected[name]}"} for name in METHODS[arch]}
     for report in routing.values():
         for node in report["nodes"]:
             assert node["op"].startswith("flashpte::sdpa_")
