@@ -19,15 +19,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("any machine")
 
-HEADERS = "FLASHPTE_TEST_HEADERS"  # as in tests/support/host_code.py, whose imports take seconds
+# As in tests/support/host_code.py and kernel_cache.py, whose imports take seconds.
+SHARED_FOLDERS = ("FLASHPTE_TEST_HEADERS", "FLASHPTE_TEST_KERNELS")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_configure(config):
-    """Gives all processes of the run one folder for precompiled headers (tests/support/host_code.py)."""
-    if not hasattr(config, "workerinput") and HEADERS not in os.environ:
-        folder = os.environ[HEADERS] = tempfile.mkdtemp(prefix="host-code-")
-        config.add_cleanup(lambda: (os.environ.pop(HEADERS), shutil.rmtree(folder, ignore_errors=True)))
+    """Gives all processes of the run one folder for precompiled headers, and one for compiled kernels."""
+    for name in SHARED_FOLDERS:
+        if not hasattr(config, "workerinput") and name not in os.environ:
+            os.environ[name] = tempfile.mkdtemp(prefix="flashpte-tests-")
+            config.add_cleanup(lambda name=name: shutil.rmtree(os.environ.pop(name), ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
+from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.plain_errors import LoweringError
 from flashpte.passes.graph.planned import Inserted, Value, planned
 
@@ -50,6 +51,17 @@ def replace_complex(program: ExportedProgram) -> None:
         if node.op == "call_function" and not node.users and rewrite.is_done(node):
             program.graph.erase_node(node)
     program.graph_module.recompile()
+
+
+def why_not_real(program: ExportedProgram) -> str | None:
+    """Why :func:`replace_complex` would refuse a program; ``None`` if it would not. The program stays as it is."""
+    if not has_complex(program.graph_module):
+        return None
+    try:
+        replace_complex(deepcopy_sharing_tensors(program, {}))
+    except LoweringError as error:
+        return str(error)
+    return None
 
 
 def complex_weights(program: ExportedProgram) -> Iterator[str]:

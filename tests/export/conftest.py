@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from host_code import checked_host_code, compiled_host_code
+from kernel_cache import own_kernels, shared_kernels
 from run_model_process import Ended, run_model_process
 from sessions import reference_model
 
@@ -68,21 +69,24 @@ def _compiles_host_code(node):
 
 @pytest.fixture(scope="module", autouse=True)
 def _host_code_of_module(request):
-    """Lowering checks its host code and links a stub, also in a module's fixtures; see :mod:`host_code`."""
+    """Lowering checks its host code and links a stub, also in a module's fixtures; see :mod:`host_code`.
+
+    It shares its kernels with the other lowerings; see :mod:`kernel_cache`.
+    """
     if _compiles_host_code(request.node):
         yield
         return
-    with checked_host_code():
+    with checked_host_code(), shared_kernels():
         yield
 
 
 @pytest.fixture(autouse=True)
 def _host_code(request):
-    """Tests marked ``gpu`` or ``host_code`` compile it."""
+    """Tests marked ``gpu`` or ``host_code`` compile it, and their own kernels."""
     if not _compiles_host_code(request.node):
         yield
         return
-    with compiled_host_code():
+    with compiled_host_code(), own_kernels():
         yield
 
 

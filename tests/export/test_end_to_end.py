@@ -1,8 +1,8 @@
 """`export-model` end to end on a machine without a GPU: from a sharded checkpoint of the small Gemma 4 to a .pte.
 
 One process exports prefill for sm_80, then all methods for sm_90 with an EAGLE-3 draft. Its second export must hold
-nothing of the first architecture. In ``make test-sweep`` another process repeats the second export in another folder. The
-first export's host code is checked and not compiled (tests/support/host_code.py).
+nothing of the first architecture. In ``make test-sweep`` another process repeats the second export in another folder.
+The first export's host code is checked and not compiled (tests/support/host_code.py).
 """
 
 from __future__ import annotations

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
-import functools
 import math
 import operator
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kernel_cache import shared_kernels
 from torch.export import ExportedProgram
 
 from flashpte.export.lowering import api
@@ -24,14 +21,6 @@ from flashpte.export.lowering.executorch import write_pte
 
 class HaveSource(Exception):
     """Stops a lowering after its wrapper is generated, before minutes of C++ compiling."""
-
-
-@functools.cache
-def _compiled_kernels() -> Path:
-    """A folder for kernels that Triton compiled; the wrapper does not depend on who compiled them or when."""
-    folder = Path(tempfile.mkdtemp(prefix="flashpte-kernels-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 @contextlib.contextmanager
@@ -44,7 +33,6 @@ def keeping_wrappers() -> Iterator[list[str]]:
             sources.append(source)
             on_wrapper(source)
 
-        (scratch / "triton").symlink_to(_compiled_kernels())
         return cross_compile(arch, scratch, package, restore_views, keep, on_kernels, **others)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -61,8 +49,11 @@ def wrapper_source(program: ExportedProgram, scratch: Path, restore_views: bool 
         raise HaveSource
 
     arch = find_arch(name)
-    (scratch / "triton").symlink_to(_compiled_kernels())  # the place where the lowering makes Triton keep them
-    with pytest.raises(Exception) as stopped, cross_compile(arch, scratch, "pte", restore_views, keep):
+    with (
+        shared_kernels(),
+        pytest.raises(Exception) as stopped,
+        cross_compile(arch, scratch, "pte", restore_views, keep),
+    ):
         write_pte({"forward": program}, scratch, "flashpte", {})
     if not sources:
         raise stopped.value

@@ -18,6 +18,7 @@ from flashpte.export.common.gc_tuning import return_freed_memory
 from flashpte.export.lowering.cross_compile import (
     compile_kernels,
     dependent_launch,
+    edge_passes,
     gluon,
     host_weights,
     kernel_code,
@@ -342,6 +343,20 @@ EXECUTORCH_TABLE: tuple[Override, ...] = (
         "executorch.exir.program._program:lift_constant_tensor_pass",
         "numbers constants in each method separately, but methods share tensors by name",
         _with_original(lifted_constants.lift_by_value),
+    ),
+    Override(
+        "executorch.exir.passes.normalize_transpose_pass:NormalizeTransposePass.call",
+        "interprets the program to look for an operator that it does not have",
+        lambda target, original: edge_passes.only_with(edge_passes.is_transpose, original),
+        adds=True,
+        checked=("2.11", "2.13"),
+    ),
+    Override(
+        "executorch.exir.passes.replace_broken_ops_with_function_ops_pass:ReplaceBrokenOpsWithFunctionalOpsPass.call",
+        "interprets the program to look for views, which it does not have",
+        lambda target, original: edge_passes.only_with(edge_passes.is_view, original),
+        adds=True,
+        checked=("2.11", "2.13"),
     ),
     Override(
         "executorch.backends.aoti.aoti_backend:move_to_device_pass",

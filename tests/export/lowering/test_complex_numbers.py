@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
+from flashpte.export.common.errors import ExportError
 from flashpte.export.lowering.complex_numbers import has_complex, replace_complex
 from flashpte.export.lowering.plain_errors import LoweringError
 from flashpte.export.lowering.preflight import check_programs
@@ -106,3 +107,5 @@ def test_what_is_not_known_is_named(function, named):
     with pytest.raises(LoweringError, match=rf"{re.escape(named)}.*complex numbers") as error:
         replace_complex(program)
     assert "\n" not in str(error.value)
+    with pytest.raises(ExportError, match=rf"method forward: .*{re.escape(named)}"):
+        check_programs({"forward": program}, "pte")
