@@ -31,7 +31,7 @@ from flashpte.kernels.hopper.produce import async_load
 from flashpte.kernels.launch import cdiv, dependent_launch
 from flashpte.kernels.linear.call import Destination, LinearCall
 from flashpte.kernels.linear.dequantize import dequantize, of_planes
-from flashpte.kernels.linear.few_rows_hopper import index, unpacks_in_registers
+from flashpte.kernels.linear.few_rows_hopper import fits_in_registers, index
 from flashpte.kernels.linear.shares import Shares, full_waves, launch_sum_shares, reads_and_writes, share_of
 from flashpte.kernels.linear.tuning import HopperManyRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
@@ -310,8 +310,11 @@ register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twi
 
 
 def serves(call: LinearCall) -> bool:
-    """Whether the kernel takes this call: 4 bits, scales in the dtype of x, and :func:`unpacks_in_registers`."""
-    return call.fmt.bits == 4 and call.fmt.scale_dtype == call.x.dtype and unpacks_in_registers(call)
+    """Whether the kernel takes this call: 4 bits, symmetric or with whole zero points, scales in the dtype of x."""
+    fmt = call.fmt
+    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
+        return False
+    return fits_in_registers(call)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
