@@ -75,14 +75,14 @@ def index(AXIS: gl.constexpr, RANK: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl
 
 @gluon.constexpr_function
 def group_words(words, column_warps, row_warps):
-    """The layout in which each lane holds its row's words ``[KW, T, g, word]``: the four lanes of a row have the same."""
+    """The layout in which each lane holds its row's words ``[KW, T, g, word]``: four lanes have the same ones."""
     lanes = gl.BlockedLayout([1, 1, 1, 1, words], [1, 1, 8, 4, 1], [column_warps, row_warps, 1, 1, 1], [4, 3, 2, 1, 0])
     return gl.SliceLayout(3, lanes)
 
 
 @gluon.jit
 def _group_pointers(ptr, WORDS: gl.constexpr, TILE: gl.constexpr):
-    """Pointers to words ``[KW, tile, g, WORDS]`` of scales, zero points or offsets of the first step, and their units."""
+    """Pointers to words ``[KW, tile, g, WORDS]`` of scales or zero points of the first step, and their units."""
     KW: gl.constexpr = TILE[4]
     STEP: gl.constexpr = 8 * WORDS
     EACH: gl.constexpr = WORDS if WORDS < 4 else 4

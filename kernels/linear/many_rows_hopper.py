@@ -1,9 +1,9 @@
 """Many rows of x on Hopper, in Gluon: two warp groups dequantize the weight in registers and multiply with ``wgmma``.
 
-The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for 4 bits, rows of x that are
-aligned to 16 bytes, scales in the dtype of x, and codes that are symmetric or have whole zero points. Weights are the
-first operand, in registers; ``x^T`` is the second, in shared memory. One group's products run while the other
-dequantizes its next columns. Four more warps copy packed words and x with ``cp.async``.
+The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for every format of 4 bits, x
+in 16 bits and rows of x that are aligned to 16 bytes. Weights are the first operand, in registers
+(:mod:`flashpte.kernels.linear.dequantize`); ``x^T`` is the second, in shared memory. One group's products run while the
+other dequantizes its next columns. Four more warps copy packed words and x with ``cp.async``.
 
 A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. Blocks that
 do not fill a wave are shared equally (:mod:`flashpte.kernels.linear.shares`).
@@ -30,7 +30,7 @@ from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.produce import async_load
 from flashpte.kernels.launch import cdiv, dependent_launch
 from flashpte.kernels.linear.call import Destination, LinearCall
-from flashpte.kernels.linear.dequantize import dequantize, of_planes
+from flashpte.kernels.linear.dequantize import dequantize, float_offsets, floats_of_planes, kind_of, of_planes
 from flashpte.kernels.linear.few_rows_hopper import fits_in_registers, index
 from flashpte.kernels.linear.shares import Shares, full_waves, launch_sum_shares, reads_and_writes, share_of
 from flashpte.kernels.linear.tuning import HopperManyRowsConfig
@@ -46,7 +46,7 @@ def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
         out: ``(bias_ptr, y_ptr, partial_ptr)``.
         sizes: ``(M, N)``.
         slot: where in ``partial`` of :mod:`flashpte.kernels.linear.shares`; negative for the result.
-        FORMAT: ``(GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)``.
+        FORMAT: ``(GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N, OFFSETS, S_DTYPE, Z_DTYPE)``.
     """
     R: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
@@ -131,6 +131,27 @@ def _number_of_segments(segments, units):
     return waves + (last + units - 1) // units - first // units
 
 
+@gluon.constexpr_function
+def group_words(words):
+    """The layout of words ``[R / 16, g, words]`` of scales: the four lanes of a row have the same."""
+    return gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, words], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
+
+
+@gluon.jit
+def _group_pointers(ptr, rows, columns, T: gl.constexpr, GROUPS: gl.constexpr, DTYPE: gl.constexpr):
+    """Pointers to words ``[T, g, words]`` of scales, zero points or offsets: one of 32 bits, or two of 16.
+
+    Args:
+        rows: ``(first, row_tiles)``: the first tile of rows, and the end. Tiles past the last one repeat it.
+        columns: ``(units, begin)``: tiles of columns, and the first of them.
+    """
+    WORDS: gl.constexpr = GROUPS * 2 if gl.float32 == DTYPE else GROUPS
+    LS: gl.constexpr = group_words(WORDS)
+    tile = gl.minimum(rows[0] + index(0, 3, T, LS), rows[1] - 1)
+    offsets = (tile * columns[0] + columns[1]) * (8 * WORDS) + index(1, 3, 8, LS) * WORDS + index(2, 3, WORDS, LS)
+    return ptr + offsets
+
+
 @gluon.jit
 def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, HALF: gl.constexpr):
     """A warp group: half of the rows of the weight of a program's blocks times their rows of x.
@@ -138,7 +159,7 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     Args:
         smem: ``(x0, x1, words)``: columns 0 to 63 and 64 to 127 of x, and packed words, all with slots.
         barriers: ``(full, empty)``.
-        groups: pointers to words of scales and of zero points.
+        groups: pointers to words of scales, and of zero points or offsets.
         place: ``(blocks, units, m_blocks, row_tiles)``.
         out, sizes, FORMAT: as for :func:`_store_columns`.
     """
@@ -156,19 +177,19 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, A)
-    STEP: gl.constexpr = 8 * GROUPS
-    # The four lanes of a row have the same scales.
-    LS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
+    S_DTYPE: gl.constexpr = FORMAT[7]
+    Z_DTYPE: gl.constexpr = FORMAT[8]
+    KIND: gl.constexpr = kind_of(DTYPE, S_DTYPE, Z_DTYPE, ZEROS, FORMAT[6])
+    MOVED: gl.constexpr = ZEROS or FORMAT[6]
     segments = _segments(blocks, units)
     for i in range(_number_of_segments(segments, units)):
         block, begin, end, done = _segment(i, segments, blocks, units)
         n_first = block // m_blocks * BN + HALF * R
-        tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
-        offsets = (tile * units + begin) * STEP + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
-        s_ptrs = s_ptr + offsets
-        z_ptrs = z_ptr + offsets
+        rows = (n_first // 16, row_tiles)
+        s_ptrs = _group_pointers(s_ptr, rows, (units, begin), R // 16, GROUPS, S_DTYPE)
+        z_ptrs = _group_pointers(z_ptr, rows, (units, begin), R // 16, GROUPS, Z_DTYPE)
         s_words = gl.load(s_ptrs)
-        if ZEROS:
+        if MOVED:
             z_words = gl.load(z_ptrs)
         acc = gl.zeros([R, BM], gl.float32, MMA)
         stop = done + end - begin
@@ -177,18 +198,26 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             fence_async_shared()
             words = w_smem.index(slot).slice(HALF * R, R, 0).load(A)
-            scales = of_planes(s_words, DTYPE, False, ROW)
-            s_ptrs += STEP
+            if KIND == "float":
+                scales = floats_of_planes(s_words, S_DTYPE, ROW)
+            else:
+                scales = of_planes(s_words, DTYPE, False, ROW)
+            s_ptrs += 8 * s_words.shape[2]
             s_words = gl.load(s_ptrs, mask=step + 1 < stop, other=0)
-            if ZEROS:
-                zeros = of_planes(z_words, DTYPE, True, ROW)
-                z_ptrs += STEP
+            if MOVED:
+                if KIND == "float":
+                    moved = floats_of_planes(z_words, Z_DTYPE, ROW)
+                else:
+                    moved = of_planes(z_words, DTYPE, KIND == "whole", ROW)
+                z_ptrs += 8 * z_words.shape[2]
                 z_words = gl.load(z_ptrs, mask=step + 1 < stop, other=0)
             else:
-                zeros = ()
-            low = dequantize(words, scales, zeros, False)
+                moved = ()
+            if KIND == "float":
+                moved = float_offsets(scales, moved, ZEROS, FORMAT[6])
+            low = dequantize(words, scales, moved, DTYPE, KIND, False)
             acc = warpgroup_mma(low, x0_smem.index(slot).permute([1, 0]), acc, is_async=True)
-            high = dequantize(words, scales, zeros, True)
+            high = dequantize(words, scales, moved, DTYPE, KIND, True)
             acc = warpgroup_mma(high, x1_smem.index(slot).permute([1, 0]), acc, is_async=True)
             # The other warp group's products run while this one waits, and dequantizes its next columns.
             acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
@@ -267,7 +296,7 @@ def _linear_many_rows_hopper_kernel(
     units,  # K / 128, rounded up: the steps of a block
     row_tiles, m_blocks, blocks, stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
-    GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
+    GROUPS: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +322,9 @@ def _linear_many_rows_hopper_kernel(
     barriers = (full, empty)
     place = (blocks, units, m_blocks, row_tiles)
     out = (bias_ptr, y_ptr, partial_ptr)
-    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)
+    S_DTYPE: gl.constexpr = s_ptr.dtype.element_ty
+    Z_DTYPE: gl.constexpr = z_ptr.dtype.element_ty
+    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N, OFFSETS, S_DTYPE, Z_DTYPE)
     gl.warp_specialize(
         [
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 0)),
@@ -310,11 +341,8 @@ register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twi
 
 
 def serves(call: LinearCall) -> bool:
-    """Whether the kernel takes this call: 4 bits, symmetric or with whole zero points, scales in the dtype of x."""
-    fmt = call.fmt
-    if fmt.bits != 4 or fmt.has_zeros != fmt.whole_zeros or fmt.has_offsets or fmt.scale_dtype != call.x.dtype:
-        return False
-    return fits_in_registers(call)
+    """Whether the kernel takes this call: 4 bits, and :func:`fits_in_registers`."""
+    return call.fmt.bits == 4 and fits_in_registers(call)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
@@ -346,6 +374,7 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         x.stride(0),
         GROUPS=fmt.groups_per_tile,
         ZEROS=fmt.has_zeros,
+        OFFSETS=fmt.has_offsets,
         BIAS=call.bias is not None,
         CHECK_K=fmt.in_features % 128 != 0,
         BLOCK_M=config.block_m,
