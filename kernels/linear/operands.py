@@ -68,10 +68,10 @@ def _groups_as_float(dtype: str, into: str, words: list[str], groups: int) -> li
 
 @gluon.constexpr_function
 def _unpack4(dtype: str, a: str, word: str, plane: int, zero: str) -> list[str]:
-    """``a``: the nibbles ``plane`` of a word of two columns, minus the zero point, a register of :func:`_magic`."""
+    """``a``: the nibbles ``plane`` of a word of two columns, minus ``zero``, if any, a register of :func:`_magic`."""
     shifted = [f"shr.u32 u, {word}, {4 * plane};"] if plane else []
     nibbles = f"lop3.b32 {a}, {'u' if plane else word}, 0x000F000F, {_magic(dtype):#x}, 0xEA;"
-    return [*shifted, nibbles, f"sub.rn.{dtype}x2 {a}, {a}, {zero};"]
+    return [*shifted, nibbles, *([f"sub.rn.{dtype}x2 {a}, {a}, {zero};"] if zero else [])]
 
 
 @gluon.constexpr_function
@@ -95,19 +95,36 @@ def _unpack8(dtype: str, a: str, word: str, high: bool) -> list[str]:
 
 
 @gluon.constexpr_function
-def _moved_start(kind: str, groups: int, bits: int) -> list[str]:
-    """Registers m: what the sum of a group of x is multiplied by, for the codes as they enter the products.
+def _more_than_codes(dtype: str, bits: int) -> int:
+    """What enters the products of weights with offsets, minus the code.
 
-    Those of 8 bits are ``q - 128``: ``q s + o`` is ``(q - 128) s + (o + 128 s)``, and ``q - z`` is
-    ``(q - 128) + (128 - z)``.
+    Where a constant is added, it costs nothing to leave it in, because the sum of x takes it out again. Bits of
+    bfloat16 hold 128 + q exactly. In float16, 1,024 + q would cost 7 of the 24 bits that sums have.
+    """
+    if bits == 8:
+        return -128
+    return 128 if dtype == "bf16" else 0
+
+
+@gluon.constexpr_function
+def _moved_start(kind: str, groups: int, more: int) -> list[str]:
+    """Registers m: what the sum of a group of x is multiplied by, where ``q + more`` enters the products.
+
+    ``q s + o`` is ``(q + more) s + (o - more s)``, and ``q - z`` is ``(q + more) - (more + z)``.
     """
     text = []
     for i in (4 * half + group for half in range(2) for group in range(groups)):
-        if kind == "offsets" and bits == 8:
-            text.append(f"fma.rn.f32 m{i}, s{i}, 0f43000000, m{i};")
-        elif kind == "zeros":
-            text.append(f"sub.rn.f32 m{i}, 0f43000000, m{i};" if bits == 8 else f"neg.f32 m{i}, m{i};")
+        if kind == "zeros":
+            text.append(f"sub.rn.f32 m{i}, {_float(-more)}, m{i};")
+        elif more:
+            text.append(f"fma.rn.f32 m{i}, s{i}, {_float(-more)}, m{i};")
     return text
+
+
+@gluon.constexpr_function
+def _float(number: int) -> str:
+    """A constant of 0, 128 or -128 in PTX."""
+    return {0: "0f00000000", 128: "0f43000000", -128: "0fC3000000"}[number]
 
 
 @gluon.constexpr_function
@@ -137,6 +154,7 @@ def _tile_code(numbers: tuple[str, str, str, str], groups: int, eighths: int, bi
     by_sums = kind in ("offsets", "zeros")
     x_sums = [f"${at + i}" for i in range(2 * groups * eighths if by_sums else 0)]
     pair = _magic(dtype)
+    more = _more_than_codes(dtype, bits)
     # What is subtracted from codes.
     center = 0x64806480 if bits == 8 else pair if by_sums else pair + 8 * 0x10001
     text = [
@@ -156,7 +174,7 @@ def _tile_code(numbers: tuple[str, str, str, str], groups: int, eighths: int, bi
             text.append(f"or.b32 z{4 * half + group}, z{4 * half + group}, {pair:#x};")
     elif by_sums:
         text += [".reg .f32 m<8>;", *_groups_as_float(moved, "m", moved_words, groups)]
-        text += _moved_start(kind, groups, bits)
+        text += _moved_start(kind, groups, more)
     per_group = 4 // groups
     for plane in range(4):
         group = plane // per_group
@@ -165,7 +183,7 @@ def _tile_code(numbers: tuple[str, str, str, str], groups: int, eighths: int, bi
                 if bits == 8:
                     text += _unpack8(dtype, f"a{r}", words[r % 2][2 * plane + c], r >= 2)
                 else:
-                    zero = f"z{4 * (r % 2) + group}" if kind == "whole" else "c"
+                    zero = f"z{4 * (r % 2) + group}" if kind == "whole" else "" if by_sums and more else "c"
                     text += _unpack4(dtype, f"a{r}", words[r % 2][2 * c + r // 2], plane, zero)
             for e in range(eighths):
                 d = [f"d{4 * e + r}" for r in range(4)]
