@@ -1,4 +1,4 @@
-"""Device functions in Gluon that turn packed words of 4-bit codes into the first operand of ``wgmma``, in registers.
+"""Device functions in Gluon that turn packed words of codes into the first operand of ``wgmma``, in registers.
 
 Words come from shared memory in the layout of that operand, so a plane of 32 columns is in its natural order. Weights
 are in the dtype of x, rounded once. There are four kinds (:func:`kind_of`):
@@ -7,7 +7,8 @@ are in the dtype of x, rounded once. There are four kinds (:func:`kind_of`):
 * ``offsets``: ``q * scale + offset`` on pairs, one fused operation,
 * ``float``: ``q * scale + offset`` in float32, for scales of another dtype and zero points that are not whole.
   Codes enter it as ``128 + q``, and the offset is less by ``128 * scale`` (:func:`float_offsets`). That rounds to
-  2^-17 of a scale, far less than a weight's own rounding.
+  2^-17 of a scale, far less than a weight's own rounding. So are all weights of 8 bits, whose codes enter as
+  ``32,768 + q``, which rounds to 2^-9 of a scale: a byte is the second of a float32's bytes, and needs no shift.
 
 Shape legend: ``R`` rows of the weight of one warp group.
 """
@@ -96,25 +97,82 @@ def dequantize(words, scales, moved, DTYPE: gl.constexpr, KIND: gl.constexpr, HI
     return _beside(p, q)
 
 
+@gluon.constexpr_function
+def _two_bytes(dtype: str) -> str:
+    """PTX: word ``$2`` of two signed bytes becomes a pair of weights. Its scale is ``$3``, its offset ``$4``."""
+    return "\n".join(
+        [
+            "{ .reg .b32 w; .reg .f32 p, q;",
+            "cvt.u32.u16 w, $2;",
+            "xor.b32 w, w, 0x8080;",
+            # The float32 0x47000000 | q << 8 is 32,768 + q.
+            "prmt.b32 p, w, 0x47, 0x4505;",
+            "prmt.b32 q, w, 0x47, 0x4515;",
+            "fma.rn.f32 p, p, $3, $4;",
+            "fma.rn.f32 q, q, $3, $4;",
+            f"cvt.rn.{dtype}x2.f32 w, q, p;",
+            "mov.b32 {$0, $1}, w; }",
+        ]
+    )
+
+
+@gluon.constexpr_function
+def _two_bytes_asm(dtype):
+    return _two_bytes("bf16" if dtype == gl.bfloat16 else "f16")
+
+
 @gluon.jit
-def float_offsets(scales, moved, ZEROS: gl.constexpr, OFFSETS: gl.constexpr):
-    """What products of ``128 + q`` with scales are moved by, by plane: float32, as are both arguments."""
+def _half(values, HIGH: gl.constexpr):
+    """The first or the second half of the columns of ``[R, C]``, in registers."""
+    C: gl.constexpr = values.shape[1] // 2
+    low, high = gl.split(gl.permute(gl.reshape(values, [values.shape[0], 2, C]), [0, 2, 1]))
+    return gl.convert_layout(high if HIGH else low, values.type.layout)
+
+
+@gluon.jit
+def _plane_of_bytes(words, scale, offset, DTYPE: gl.constexpr, A: gl.constexpr):
+    """Weights ``[R, 32]`` of one plane, from its words ``[R, 16]``."""
+    ASM: gl.constexpr = _two_bytes_asm(DTYPE)
+    args = [words, scale, offset]
+    types: gl.constexpr = (DTYPE.value, DTYPE.value)
+    p, q = gl.inline_asm_elementwise(ASM, "=h,=h,h,f,f", args, dtype=types.value, is_pure=True, pack=1)
+    return gl.convert_layout(gl.reshape(gl.join(p, q), [words.shape[0], 32]), A)
+
+
+@gluon.jit
+def dequantize_bytes(words, scales, moved, DTYPE: gl.constexpr, A: gl.constexpr, HIGH: gl.constexpr):
+    """As :func:`dequantize`, from words ``[R, 64]`` of two codes of 8 bits, for the layout ``A``."""
+    words = _half(words, HIGH)
+    FIRST: gl.constexpr = 2 if HIGH else 0
+    p = _plane_of_bytes(_half(words, False), scales[FIRST], moved[FIRST], DTYPE, A)
+    q = _plane_of_bytes(_half(words, True), scales[FIRST + 1], moved[FIRST + 1], DTYPE, A)
+    return _beside(p, q)
+
+
+@gluon.jit
+def _float_offset(scale, moved, ZEROS: gl.constexpr, OFFSETS: gl.constexpr, BITS: gl.constexpr):
+    """Of one plane; see :func:`float_offsets`. ``moved`` is used with zero points and offsets."""
+    MORE: gl.constexpr = 128.0 if BITS == 4 else 32768.0
     if OFFSETS:
-        return (
-            moved[0] - 128.0 * scales[0],
-            moved[1] - 128.0 * scales[1],
-            moved[2] - 128.0 * scales[2],
-            moved[3] - 128.0 * scales[3],
-        )
+        return moved - MORE * scale
     elif ZEROS:
-        return (
-            (-128.0 - moved[0]) * scales[0],
-            (-128.0 - moved[1]) * scales[1],
-            (-128.0 - moved[2]) * scales[2],
-            (-128.0 - moved[3]) * scales[3],
-        )
+        return (-MORE - moved) * scale
     else:
-        return -136.0 * scales[0], -136.0 * scales[1], -136.0 * scales[2], -136.0 * scales[3]
+        CENTER: gl.constexpr = MORE + 2 ** (BITS - 1)
+        return -CENTER * scale
+
+
+@gluon.jit
+def float_offsets(scales, moved, ZEROS: gl.constexpr, OFFSETS: gl.constexpr, BITS: gl.constexpr):
+    """What products of a code, plus its constant, with scales are moved by: float32 by plane, as are both arguments."""
+    if len(moved) == 0:
+        moved = scales
+    return (
+        _float_offset(scales[0], moved[0], ZEROS, OFFSETS, BITS),
+        _float_offset(scales[1], moved[1], ZEROS, OFFSETS, BITS),
+        _float_offset(scales[2], moved[2], ZEROS, OFFSETS, BITS),
+        _float_offset(scales[3], moved[3], ZEROS, OFFSETS, BITS),
+    )
 
 
 @gluon.jit

@@ -176,6 +176,8 @@ def choose_many_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperManyRows
     if arch.capability != (9, 0):
         return None
     block_m, block_n, stages = 256, 128, 3
+    if shape.bits == 8:
+        stages = 2  # more do not fit
     if shape.rows is not None and shape.rows <= 128:
         block_m, stages = (64, 5) if shape.rows <= 64 else (128, 4)
     if shape.rows is None:
