@@ -1,4 +1,4 @@
-"""Linear layers with 4-bit weights on one GPU, beside every peer that runs there, with floors from the same run.
+"""Linear layers with packed weights on one GPU, beside every peer that runs there, with floors from the same run.
 
     python examples/benchmarks/linear.py --results run --plot run --vllm vllm/_C.abi3.so
     python examples/benchmarks/linear.py --from-json examples/benchmarks/results/h200 --summary
@@ -33,8 +33,12 @@ GEMMA = {"qkv": (5376, 16384), "o": (8192, 5376), "gate up": (5376, 43008), "dow
 FEW, MANY = (1, 4, 8, 16), (64, 256, 512, 2048)
 
 
+# Bits, largest code and dtype of scales and offsets of GGUF types with offsets.
+GGUF = {"Q4_1": (4, 15, "float16"), "Q4_K": (4, 15, "float32"), "Q5_K": (8, 31, "float32")}
+
+
 def cases(suites: list[str]) -> list[tuple[str, int, int, int, tuple[int, ...]]]:
-    """Name, K, N, group and numbers of rows."""
+    """Name, K, N, group and numbers of rows. A name that ends in a type of ``GGUF`` has offsets."""
     found = []
     if "few" in suites:
         found += [(name, k, n, group, FEW) for group in (32, 64, 128) for name, (k, n) in GEMMA.items()]
@@ -44,6 +48,10 @@ def cases(suites: list[str]) -> list[tuple[str, int, int, int, tuple[int, ...]]]
     if "small" in suites:
         found += [("smollm2 up", 576, 1536, 32, FEW), ("llama-8b o", 4096, 4096, 32, FEW)]
         found += [("llama-8b qkv", 4096, 6144, 32, FEW), ("llama-8b gate up", 4096, 28672, 32, FEW)]
+    if "offsets" in suites:
+        products = {**GEMMA, "llama-8b o": (4096, 4096), "llama-8b gate up": (4096, 28672)}
+        found += [(f"{name} {kind}", k, n, 32, FEW) for kind in GGUF for name, (k, n) in products.items()]
+        found += [(f"{name} {kind}", *GEMMA[name], 32, MANY) for kind in GGUF for name in ("qkv", "down")]
     if "random" in suites:
         rng = random.Random(0)
         for i in range(12):
@@ -52,19 +60,34 @@ def cases(suites: list[str]) -> list[tuple[str, int, int, int, tuple[int, ...]]]
     return found
 
 
+def weight(name: str, n: int, k: int, group: int) -> dict:
+    """Random codes, scales and, where the name ends in a type of ``GGUF``, offsets, as arguments of a problem."""
+    import torch
+
+    bits, most, dtype = GGUF.get(name.split()[-1], (4, 15, "bfloat16"))
+    codes = torch.randint(most + 1, (n, k), dtype=torch.uint8, device="cuda")
+    scales = ((torch.rand(n, k // group, device="cuda") + 0.5) * 0.01).to(getattr(torch, dtype))
+    found = dict(codes=codes, scales=scales, group=group, bits=bits)
+    if name.split()[-1] in GGUF:
+        # About half of a group's range is below zero.
+        found["offsets"] = (-torch.rand(n, k // group, device="cuda") * most * scales).to(scales.dtype)
+    return found
+
+
 def measure(case: tuple, ceiling: dict[str, float], runners: dict, tell) -> list[Row]:
     """One row for each number of rows of x and each runner."""
     import torch
 
     name, k, n, group, counts = case
-    codes = torch.randint(16, (n, k), dtype=torch.uint8, device="cuda")
-    scales = ((torch.rand(n, k // group, device="cuda") + 0.5) * 0.01).bfloat16()
-    packed_bytes = n * k // 2 + n * (k // group) * 2
+    given = weight(name, n, k, group)
+    scales = given["scales"]
+    numbers = (2 if "offsets" in given else 1) * scales.numel() * scales.itemsize
+    packed_bytes = n * k * given["bits"] // 8 + numbers
     copies = max(2, min(16, math.ceil(250e6 / packed_bytes)))
     rows: list[Row] = []
     for m in counts:
         x = torch.randn(m, k, device="cuda").bfloat16()
-        problem = Problem(x, codes, scales, group)
+        problem = Problem(x, **given)
         expected = x.float() @ problem.dense.t()
         floor = max(
             packed_bytes / ceiling["read_bytes_per_us"],
@@ -118,7 +141,7 @@ def draw(rows: list[Row], header: dict, path: Path) -> None:
     axis.set_yticks(range(len(products)), [f"{c}, group {g}, M={m}" for c, g, m in products], fontsize=7)
     axis.set_ylim(len(products) - 0.4, -0.6)
     axis.set_xlabel("speed over the floor's (1 = the measured ceiling), CUDA graphs")
-    axis.set_title(f"4-bit linear layers, {header['gpu']}, {header['date']}", fontsize=10)
+    axis.set_title(f"Linear layers with packed weights, {header['gpu']}, {header['date']}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=8, loc="outside lower center", ncols=6)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +150,7 @@ def draw(rows: list[Row], header: dict, path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    suites = ("few", "many", "small", "random")
+    suites = ("few", "many", "small", "offsets", "random")
     parser.add_argument("--suite", nargs="+", choices=suites, default=list(suites))
     parser.add_argument("--peers", nargs="*", metavar="NAME", help="only peers whose name starts so (none: no peers)")
     parser.add_argument("--vllm", type=Path, metavar="FILE", help="library _C of vLLM, which has Marlin and Machete")

@@ -73,7 +73,8 @@ class LinearCall:
     def shape(self) -> LinearShape:
         """The shape that tile choices depend on."""
         fmt = self.fmt
-        return LinearShape(static_int(self.rows), fmt.out_features, fmt.in_features, fmt.bits, self.x.dtype)
+        rows = static_int(self.rows)
+        return LinearShape(rows, fmt.out_features, fmt.in_features, fmt.bits, self.x.dtype, fmt.sums_x)
 
     def empty_output(self) -> torch.Tensor:
         """Uninitialized memory for the result ``[..., N]``."""

@@ -1,8 +1,8 @@
 """Few rows of x on Hopper, in Gluon: weights of 4 or 8 bits go through a ring in shared memory to tensor cores.
 
-The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for x and scales in 16 bits,
-rows of x that are aligned to 16 bytes, and codes that are symmetric or, with 4 bits, have whole zero points. Unpacked
-weights stay in registers (:mod:`flashpte.kernels.linear.operands`).
+The result is that of the plain few-rows kernel (:mod:`flashpte.kernels.linear.plain`), for every packed format, x in 16
+bits and rows of x that are aligned to 16 bytes. Unpacked weights stay in registers
+(:mod:`flashpte.kernels.linear.operands`).
 
 ``x^T`` is the second operand, so M is padded to 8 or 16 only. ``COLUMN_WARPS`` warps take tiles of 128 columns in turn,
 ``ROW_WARPS`` warps share the rows of the weight. Packed words, scales and x wait in a ring of ``STAGES`` steps, which
@@ -40,8 +40,11 @@ from flashpte.kernels.linear.operands import (
     held_words,
     lane_layout,
     multiply_tile,
+    numbers_of,
     rows_of_sums,
+    sums_of_x,
     words_in_memory,
+    words_of,
     words_of_lanes,
     x_of_lanes,
     zero_sums,
@@ -70,23 +73,41 @@ def index(AXIS: gl.constexpr, RANK: gl.constexpr, SIZE: gl.constexpr, LAYOUT: gl
     return numbers
 
 
+@gluon.constexpr_function
+def group_words(words, column_warps, row_warps):
+    """The layout in which each lane holds its row's words ``[KW, T, g, word]``: four lanes have the same ones."""
+    lanes = gl.BlockedLayout([1, 1, 1, 1, words], [1, 1, 8, 4, 1], [column_warps, row_warps, 1, 1, 1], [4, 3, 2, 1, 0])
+    return gl.SliceLayout(3, lanes)
+
+
+@gluon.jit
+def _group_pointers(ptr, WORDS: gl.constexpr, TILE: gl.constexpr):
+    """Pointers to words ``[KW, tile, g, WORDS]`` of scales or zero points of the first step, and their units."""
+    KW: gl.constexpr = TILE[4]
+    STEP: gl.constexpr = 8 * WORDS
+    EACH: gl.constexpr = WORDS if WORDS < 4 else 4
+    LS: gl.constexpr = gl.BlockedLayout([1, 1, 1, EACH], [1, 1, 8, 4], [KW, TILE[5], 1, 1], [3, 2, 1, 0])
+    kw = index(0, 4, KW, LS)
+    off = index(1, 4, TILE[2] // 16, LS) * ((1 if TILE[7] else TILE[0]) * STEP) + kw * (0 if TILE[7] else STEP)
+    off += index(2, 4, 8, LS) * WORDS + index(3, 4, WORDS, LS)
+    return ptr.to(gl.pointer_type(gl.int32), bitcast=True) + off, kw
+
+
 @gluon.jit
 def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
-    """What each thread copies of the first step: pointers and units of words, of scales, and of x with its rows.
+    """What each thread copies of the first step: pointers and units of words, scales, zero points, and x with its rows.
 
     Args:
         tensors: ``(x_ptr, w_ptr, s_ptr, z_ptr)``.
-        TILE: ``(UNITS, GROUPS, BN, BM, KW, RW, BITS, PER_CHANNEL)``.
+        TILE: ``(UNITS, GROUPS, BN, BM, KW, RW, BITS, PER_CHANNEL, S_WORDS, Z_WORDS)``.
     """
     x_ptr, w_ptr, s_ptr, z_ptr = tensors
     UNITS: gl.constexpr = TILE[0]
-    GROUPS: gl.constexpr = TILE[1]
     TILES: gl.constexpr = TILE[2] // 16
     BM: gl.constexpr = TILE[3]
     KW: gl.constexpr = TILE[4]
     RW: gl.constexpr = TILE[5]
     WORDS: gl.constexpr = 4 * TILE[6]
-    SCALE_UNITS: gl.constexpr = 1 if TILE[7] else UNITS
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
     # Words of weights [KW, tile, half, g, word].
     LW: gl.constexpr = copied_words(TILE[6], KW, RW)
@@ -94,13 +115,8 @@ def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
     w_off = index(1, 5, TILES, LW) * (UNITS * 16 * WORDS) + w_kw * (16 * WORDS)
     w_off += index(2, 5, 2, LW) * (8 * WORDS) + index(3, 5, 8, LW) * WORDS + index(4, 5, WORDS, LW)
     weights = (w_ptr.to(WORD, bitcast=True) + w_off, w_kw)
-    # Pairs of scales [KW, tile, g, GROUPS].
-    LS: gl.constexpr = gl.BlockedLayout([1, 1, 1, GROUPS], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
-    STEP: gl.constexpr = 8 * GROUPS
-    s_kw = index(0, 4, KW, LS)
-    s_off = index(1, 4, TILES, LS) * (SCALE_UNITS * STEP) + s_kw * (0 if TILE[7] else STEP)
-    s_off += index(2, 4, 8, LS) * GROUPS + index(3, 4, GROUPS, LS)
-    scales = (s_ptr.to(WORD, bitcast=True) + s_off, s_kw, z_ptr.to(WORD, bitcast=True) + s_off)
+    scales = _group_pointers(s_ptr, TILE[8], TILE)
+    zeros = _group_pointers(z_ptr, TILE[9], TILE)
     # Pairs of x [KW, 1, m, 16 plane + pair].
     LX: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 1, 8, 4], [KW, RW, 1, 1], [3, 2, 1, 0])
     x_kw = index(0, 4, KW, LX)
@@ -108,50 +124,58 @@ def _pointers(tensors, M, stride_xm, TILE: gl.constexpr):
     x_off = x_m * (stride_xm // 2) + x_kw * 64 + index(3, 4, 64, LX)
     # Quarters of the words, so that 4 words are known to be copied together.
     x_quarter = x_kw * 16 + index(3, 4, 64, LX) // 4
-    return weights, scales, (x_ptr.to(WORD, bitcast=True) + x_off, x_quarter, x_m < M)
+    return weights, scales, zeros, (x_ptr.to(WORD, bitcast=True) + x_off, x_quarter, x_m < M)
+
+
+@gluon.jit
+def _groups_at(memory, pointers, place, FORMAT: gl.constexpr):
+    """Where a step's scales, zero points or offsets begin, and which of them are of units that exist."""
+    _, tile, unit = place
+    STEP: gl.constexpr = 8 * memory.shape[4]
+    if FORMAT[2]:
+        scales_at = tile * STEP
+    else:
+        scales_at = (tile * FORMAT[0] + unit) * STEP
+    inside = pointers[1] + unit < FORMAT[0]
+    return scales_at, inside
 
 
 @gluon.jit
 def _copy_weights(ring, pointers, slot, place, FORMAT: gl.constexpr):
-    """Starts the copies of words, scales and zero points of a step, zeros past the last unit.
+    """Starts the copies of words, scales, and zero points or offsets of a step, zeros past the last unit.
 
     Args:
-        ring: shared memory for words, scales, zero points and x.
+        ring: shared memory for words, scales, zero points or offsets, and x.
         pointers: the result of :func:`_pointers`.
         place: number of the step, its first tile of rows, and its first unit.
-        FORMAT: ``(UNITS, ZEROS, PER_CHANNEL)``.
+        FORMAT: ``(UNITS, MOVED, PER_CHANNEL)``.
     """
-    weights, scales, _ = pointers
+    weights, scales, zeros, _ = pointers
     UNITS: gl.constexpr = FORMAT[0]
-    ZEROS: gl.constexpr = FORMAT[1]
-    KW: gl.constexpr = ring[0].shape[1]
+    MOVED: gl.constexpr = FORMAT[1]
     TILE_WORDS: gl.constexpr = 16 * ring[0].shape[5]
-    STEP: gl.constexpr = 8 * ring[1].shape[4]
     _, tile, unit = place
     at = tile * UNITS + unit
-    if FORMAT[2]:
-        scales_at = tile * STEP
-    else:
-        scales_at = at * STEP
-    if UNITS % KW == 0:
+    s_at, s_inside = _groups_at(ring[1], scales, place, FORMAT)
+    z_at, z_inside = _groups_at(ring[2], zeros, place, FORMAT)
+    if UNITS % ring[0].shape[1] == 0:
         async_copy.async_copy_global_to_shared(ring[0].index(slot), weights[0] + at * TILE_WORDS)
-        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + scales_at)
-        if ZEROS:
-            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + scales_at)
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + s_at)
+        if MOVED:
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), zeros[0] + z_at)
     else:
-        inside = scales[1] + unit < UNITS
         async_copy.async_copy_global_to_shared(
             ring[0].index(slot), weights[0] + at * TILE_WORDS, mask=weights[1] + unit < UNITS
         )
-        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + scales_at, mask=inside)
-        if ZEROS:
-            async_copy.async_copy_global_to_shared(ring[2].index(slot), scales[2] + scales_at, mask=inside)
+        async_copy.async_copy_global_to_shared(ring[1].index(slot), scales[0] + s_at, mask=s_inside)
+        if MOVED:
+            async_copy.async_copy_global_to_shared(ring[2].index(slot), zeros[0] + z_at, mask=z_inside)
 
 
 @gluon.jit
 def _copy_x(ring, pointers, slot, unit, K: gl.constexpr):
     """Starts the copies of x of a step; zeros past K and past M."""
-    x = pointers[2]
+    x = pointers[3]
     KW: gl.constexpr = ring[0].shape[1]
     if K % (KW * 128) == 0:
         inside = x[2]
@@ -215,7 +239,7 @@ def _linear_few_rows_hopper_kernel(
     stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
     BITS: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, PER_CHANNEL: tl.constexpr, ZEROS: tl.constexpr,
-    BIAS: tl.constexpr,
+    OFFSETS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, COLUMN_WARPS: tl.constexpr, ROW_WARPS: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, DEPENDENT: tl.constexpr, EARLY_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -228,22 +252,26 @@ def _linear_few_rows_hopper_kernel(
     UNITS: gl.constexpr = (K + 127) // 128
     STEPS: gl.constexpr = (UNITS + KW - 1) // KW
     LANES: gl.constexpr = lane_layout(KW, ROW_WARPS)
-    TILE: gl.constexpr = (UNITS, GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS, BITS, PER_CHANNEL)
-    FORMAT: gl.constexpr = (UNITS, ZEROS, PER_CHANNEL)
+    MOVED: gl.constexpr = ZEROS or OFFSETS
+    NUMBERS: gl.constexpr = numbers_of(
+        x_ptr.dtype.element_ty, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty, ZEROS, OFFSETS, BITS
+    )
+    S_WORDS: gl.constexpr = GROUPS * words_of(NUMBERS[1])
+    Z_WORDS: gl.constexpr = GROUPS * words_of(NUMBERS[2])
+    TILE: gl.constexpr = (UNITS, GROUPS, BLOCK_N, BLOCK_M, KW, ROW_WARPS, BITS, PER_CHANNEL, S_WORDS, Z_WORDS)
+    FORMAT: gl.constexpr = (UNITS, MOVED, PER_CHANNEL)
     if not EARLY_WEIGHTS:
         wait_for_earlier_kernels(DEPENDENT)
     pointers = _pointers((x_ptr, w_ptr, s_ptr, z_ptr), M, stride_xm, TILE)
     LW: gl.constexpr = held_words(BITS, KW, ROW_WARPS)
-    # The four lanes of a row have the same scales.
-    LS: gl.constexpr = gl.SliceLayout(
-        3, gl.BlockedLayout([1, 1, 1, 1, GROUPS], [1, 1, 8, 4, 1], [KW, ROW_WARPS, 1, 1, 1], [4, 3, 2, 1, 0])
-    )
-    LX: gl.constexpr = pointers[2][1].type.layout
+    LS: gl.constexpr = group_words(S_WORDS, KW, ROW_WARPS)
+    LZ: gl.constexpr = group_words(Z_WORDS, KW, ROW_WARPS)
+    LX: gl.constexpr = pointers[3][1].type.layout
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 2, 8, 4 * BITS], words_in_memory(BITS))
     FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-    s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, GROUPS], FLAT4)
-    if ZEROS:
-        z_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, GROUPS], FLAT4)
+    s_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, S_WORDS], FLAT4)
+    if MOVED:
+        z_smem = gl.allocate_shared_memory(gl.int32, [STAGES, KW, TILES, 8, Z_WORDS], FLAT4)
     else:
         z_smem = s_smem
     # Even and odd rows of x are in different halves of the banks.
@@ -288,11 +316,12 @@ def _linear_few_rows_hopper_kernel(
             words = words_of_lanes(w_smem.index(slot).load(LW), LANES)
             scales = groups_of_lanes(s_smem.index(slot).load(LS), LANES)
             x = x_of_lanes(x_smem.index(slot).load(LX), LANES)
-            if ZEROS:
-                zeros = groups_of_lanes(z_smem.index(slot).load(LS), LANES)
+            if MOVED:
+                zeros = groups_of_lanes(z_smem.index(slot).load(LZ), LANES)
             else:
                 zeros = ()
-            sums = multiply_tile(sums, words, x, scales, zeros, x_ptr.dtype.element_ty, s_ptr.dtype.element_ty)
+            x_sums = sums_of_x(x, GROUPS, NUMBERS)
+            sums = multiply_tile(sums, words, x, scales, zeros, x_sums, GROUPS, NUMBERS)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
         if end == last:
             let_dependents_start(DEPENDENT)
@@ -308,19 +337,16 @@ register(_linear_few_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twin
 _16_BITS = (torch.bfloat16, torch.float16)
 
 
-def unpacks_in_registers(call: LinearCall) -> bool:
-    """Whether kernels in Gluon take this call: they can be launched, and x and the weight fit."""
-    fmt = call.fmt
-    if call.x.dtype not in _16_BITS or fmt.scale_dtype not in _16_BITS or not all_of_triton(call.x):
-        return False
-    if fmt.has_zeros != (fmt.whole_zeros and fmt.bits == 4) or fmt.has_offsets or call.weight.nbytes >= 2**33:
+def fits_in_registers(call: LinearCall) -> bool:
+    """Whether kernels in Gluon can be launched for this call, and copy its x and its weight."""
+    if call.x.dtype not in _16_BITS or not all_of_triton(call.x) or call.weight.nbytes >= 2**33:
         return False
     return copies_in_16_bytes(call.rows_of_x) and all(map(starts_at_16_bytes, call.tensors[:3]))
 
 
 def serves(call: LinearCall, config: HopperFewRowsConfig) -> bool:
-    """Whether the kernel takes this call: blocks divide the weight's rows, and :func:`unpacks_in_registers`."""
-    return call.fmt.row_tiles % (config.block_n // 16) == 0 and unpacks_in_registers(call)
+    """Whether the kernel takes this call: blocks divide the weight's rows, and :func:`fits_in_registers`."""
+    return call.fmt.row_tiles % (config.block_n // 16) == 0 and fits_in_registers(call)
 
 
 def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: Destination) -> None:
@@ -355,6 +381,7 @@ def launch_few_rows_hopper(call: LinearCall, config: HopperFewRowsConfig, into: 
         GROUPS=fmt.groups_per_tile,
         PER_CHANNEL=fmt.per_channel,
         ZEROS=fmt.has_zeros,
+        OFFSETS=fmt.has_offsets,
         BIAS=call.bias is not None,
         BLOCK_N=config.block_n,
         BLOCK_M=block_m,

@@ -100,6 +100,11 @@ class PackedFormat:
         return torch.int16 if self.whole_zeros else self.scale_dtype
 
     @property
+    def sums_x(self) -> bool:
+        """Whether a product of few rows needs sums of x: codes of 4 bits minus whole zero points need none."""
+        return self.has_offsets or (self.has_zeros and not (self.whole_zeros and self.bits == 4))
+
+    @property
     def row_tiles(self) -> int:
         """Tiles along N."""
         return cdiv(self.out_features, TILE_ROWS)

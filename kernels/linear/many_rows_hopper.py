@@ -1,9 +1,9 @@
 """Many rows of x on Hopper, in Gluon: two warp groups dequantize the weight in registers and multiply with ``wgmma``.
 
-The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for 4 bits, rows of x that are
-aligned to 16 bytes, scales in the dtype of x, and codes that are symmetric or have whole zero points. Weights are the
-first operand, in registers; ``x^T`` is the second, in shared memory. One group's products run while the other
-dequantizes its next columns. Four more warps copy packed words and x with ``cp.async``.
+The result is that of the plain many-rows kernel (:mod:`flashpte.kernels.linear.plain`), for every packed format, x in
+16 bits and rows of x that are aligned to 16 bytes. Weights are the first operand, in registers
+(:mod:`flashpte.kernels.linear.dequantize`); ``x^T`` is the second, in shared memory. One group's products run while the
+other dequantizes its next columns. Four more warps copy packed words and x with ``cp.async``.
 
 A block has ``BLOCK_N`` rows of the weight and ``BLOCK_M`` rows of x. Programs take whole blocks in waves. Blocks that
 do not fill a wave are shared equally (:mod:`flashpte.kernels.linear.shares`).
@@ -30,54 +30,19 @@ from flashpte.kernels.facts import register
 from flashpte.kernels.hopper.produce import async_load
 from flashpte.kernels.launch import cdiv, dependent_launch
 from flashpte.kernels.linear.call import Destination, LinearCall
-from flashpte.kernels.linear.dequantize import dequantize, of_planes
-from flashpte.kernels.linear.few_rows_hopper import index, unpacks_in_registers
+from flashpte.kernels.linear.dequantize import (
+    dequantize,
+    dequantize_bytes,
+    float_offsets,
+    floats_of_planes,
+    kind_of,
+    of_planes,
+)
+from flashpte.kernels.linear.few_rows_hopper import fits_in_registers, index
 from flashpte.kernels.linear.shares import Shares, full_waves, launch_sum_shares, reads_and_writes, share_of
+from flashpte.kernels.linear.store_columns import store_columns
 from flashpte.kernels.linear.tuning import HopperManyRowsConfig
 from flashpte.kernels.primitives import let_dependents_start, wait_for_earlier_kernels
-
-
-@gluon.jit
-def _store_columns(acc, at, out, sizes, slot, FORMAT: gl.constexpr):
-    """Stores ``acc [R, BM]`` as R columns of the result, 32 rows at a time; neighboring columns to one thread.
-
-    Args:
-        at: ``(n_first, m_first, n, m)``: the first column and row, in the result and within the block.
-        out: ``(bias_ptr, y_ptr, partial_ptr)``.
-        sizes: ``(M, N)``.
-        slot: where in ``partial`` of :mod:`flashpte.kernels.linear.shares`; negative for the result.
-        FORMAT: ``(GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)``.
-    """
-    R: gl.constexpr = acc.shape[0]
-    BM: gl.constexpr = acc.shape[1]
-    n_first, m_first, n_block, m_block = at
-    if BM > 32:
-        low, high = gl.split(gl.permute(gl.reshape(acc, [R, 2, BM // 2]), [0, 2, 1]))
-        _store_columns(low, at, out, sizes, slot, FORMAT)
-        HALF: gl.constexpr = BM // 2
-        _store_columns(high, (n_first, m_first + HALF, n_block, m_block + HALF), out, sizes, slot, FORMAT)
-    else:
-        bias_ptr, y_ptr, partial_ptr = out
-        M, N = sizes
-        OUT: gl.constexpr = gl.BlockedLayout([8, 1], [R // 8, 256 // R], [1, 4], [0, 1])
-        row = gl.arange(0, R, gl.SliceLayout(1, OUT))
-        m = gl.arange(0, BM, gl.SliceLayout(0, OUT))
-        result = slot < 0
-        if FORMAT[2] or result:
-            if FORMAT[3]:
-                n = n_first + gl.arange(0, R, gl.SliceLayout(1, acc.type.layout))
-                acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
-            value = gl.convert_layout(acc.to(y_ptr.dtype.element_ty), OUT)
-            inside = (n_first + row < N)[:, None] & (m_first + m < M)[None, :]
-            gl.store(y_ptr + (m_first + m).to(gl.int64)[None, :] * N + (n_first + row)[:, None], value, mask=inside)
-        else:
-            # Each thread stores what it has: the scratch memory of a conversion would be twice as large.
-            ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-            COLUMN: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-            first = slot.to(gl.int64) * (FORMAT[4] * FORMAT[5])
-            n = n_block + gl.arange(0, R, ROW)
-            at_m = m_block + gl.arange(0, BM, COLUMN)
-            gl.store(partial_ptr + first + at_m[None, :] * FORMAT[5] + n[:, None], acc)
 
 
 @gluon.jit
@@ -131,6 +96,27 @@ def _number_of_segments(segments, units):
     return waves + (last + units - 1) // units - first // units
 
 
+@gluon.constexpr_function
+def group_words(words):
+    """The layout of words ``[R / 16, g, words]`` of scales: the four lanes of a row have the same."""
+    return gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, words], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
+
+
+@gluon.jit
+def _group_pointers(ptr, rows, columns, T: gl.constexpr, GROUPS: gl.constexpr, DTYPE: gl.constexpr):
+    """Pointers to words ``[T, g, words]`` of scales, zero points or offsets: one of 32 bits, or two of 16.
+
+    Args:
+        rows: ``(first, row_tiles)``: the first tile of rows, and the end. Tiles past the last one repeat it.
+        columns: ``(units, begin)``: tiles of columns, and the first of them.
+    """
+    WORDS: gl.constexpr = GROUPS * 2 if gl.float32 == DTYPE else GROUPS
+    LS: gl.constexpr = group_words(WORDS)
+    tile = gl.minimum(rows[0] + index(0, 3, T, LS), rows[1] - 1)
+    offsets = (tile * columns[0] + columns[1]) * (8 * WORDS) + index(1, 3, 8, LS) * WORDS + index(2, 3, WORDS, LS)
+    return ptr + offsets
+
+
 @gluon.jit
 def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, HALF: gl.constexpr):
     """A warp group: half of the rows of the weight of a program's blocks times their rows of x.
@@ -138,9 +124,9 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     Args:
         smem: ``(x0, x1, words)``: columns 0 to 63 and 64 to 127 of x, and packed words, all with slots.
         barriers: ``(full, empty)``.
-        groups: pointers to words of scales and of zero points.
+        groups: pointers to words of scales, and of zero points or offsets.
         place: ``(blocks, units, m_blocks, row_tiles)``.
-        out, sizes, FORMAT: as for :func:`_store_columns`.
+        out, sizes, FORMAT: as for :func:`flashpte.kernels.linear.store_columns.store_columns`.
     """
     x0_smem, x1_smem, w_smem = smem
     full, empty = barriers
@@ -153,22 +139,32 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
     R: gl.constexpr = BN // 2
     BM: gl.constexpr = x0_smem.shape[1]
     DTYPE: gl.constexpr = x0_smem.dtype
+    BYTES: gl.constexpr = w_smem.shape[2] == 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    ROW: gl.constexpr = gl.SliceLayout(1, A)
-    STEP: gl.constexpr = 8 * GROUPS
-    # The four lanes of a row have the same scales.
-    LS: gl.constexpr = gl.SliceLayout(2, gl.BlockedLayout([1, 1, 1, GROUPS], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
+    # A word of two codes of 8 bits is two columns of A.
+    WORDS: gl.constexpr = gl.DotOperandLayout(0, MMA, 1) if BYTES else A
+    ROW: gl.constexpr = gl.SliceLayout(1, WORDS)
+    S_DTYPE: gl.constexpr = FORMAT[7]
+    Z_DTYPE: gl.constexpr = FORMAT[8]
+    KIND: gl.constexpr = "float" if BYTES else kind_of(DTYPE, S_DTYPE, Z_DTYPE, ZEROS, FORMAT[6])
+    # With one scale per row, all steps have the same words.
+    S_STEP: gl.constexpr = 0 if FORMAT[9] else 8
+    BITS: gl.constexpr = 8 if BYTES else 4
+    MOVED: gl.constexpr = ZEROS or FORMAT[6]
     segments = _segments(blocks, units)
     for i in range(_number_of_segments(segments, units)):
         block, begin, end, done = _segment(i, segments, blocks, units)
         n_first = block // m_blocks * BN + HALF * R
-        tile = gl.minimum(n_first // 16 + index(0, 3, R // 16, LS), row_tiles - 1)
-        offsets = (tile * units + begin) * STEP + index(1, 3, 8, LS) * GROUPS + index(2, 3, GROUPS, LS)
-        s_ptrs = s_ptr + offsets
-        z_ptrs = z_ptr + offsets
+        rows = (n_first // 16, row_tiles)
+        if FORMAT[9]:
+            columns = (1, 0)
+        else:
+            columns = (units, begin)
+        s_ptrs = _group_pointers(s_ptr, rows, columns, R // 16, GROUPS, S_DTYPE)
+        z_ptrs = _group_pointers(z_ptr, rows, columns, R // 16, GROUPS, Z_DTYPE)
         s_words = gl.load(s_ptrs)
-        if ZEROS:
+        if MOVED:
             z_words = gl.load(z_ptrs)
         acc = gl.zeros([R, BM], gl.float32, MMA)
         stop = done + end - begin
@@ -176,19 +172,33 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
             slot = step % STAGES
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             fence_async_shared()
-            words = w_smem.index(slot).slice(HALF * R, R, 0).load(A)
-            scales = of_planes(s_words, DTYPE, False, ROW)
-            s_ptrs += STEP
+            words = w_smem.index(slot).slice(HALF * R, R, 0).load(WORDS)
+            if KIND == "float":
+                scales = floats_of_planes(s_words, S_DTYPE, ROW)
+            else:
+                scales = of_planes(s_words, DTYPE, False, ROW)
+            s_ptrs += S_STEP * s_words.shape[2]
             s_words = gl.load(s_ptrs, mask=step + 1 < stop, other=0)
-            if ZEROS:
-                zeros = of_planes(z_words, DTYPE, True, ROW)
-                z_ptrs += STEP
+            if MOVED:
+                if KIND == "float":
+                    moved = floats_of_planes(z_words, Z_DTYPE, ROW)
+                else:
+                    moved = of_planes(z_words, DTYPE, KIND == "whole", ROW)
+                z_ptrs += S_STEP * z_words.shape[2]
                 z_words = gl.load(z_ptrs, mask=step + 1 < stop, other=0)
             else:
-                zeros = ()
-            low = dequantize(words, scales, zeros, False)
+                moved = ()
+            if KIND == "float":
+                moved = float_offsets(scales, moved, ZEROS, FORMAT[6], BITS)
+            if BYTES:
+                low = dequantize_bytes(words, scales, moved, DTYPE, A, False)
+            else:
+                low = dequantize(words, scales, moved, DTYPE, KIND, False)
             acc = warpgroup_mma(low, x0_smem.index(slot).permute([1, 0]), acc, is_async=True)
-            high = dequantize(words, scales, zeros, True)
+            if BYTES:
+                high = dequantize_bytes(words, scales, moved, DTYPE, A, True)
+            else:
+                high = dequantize(words, scales, moved, DTYPE, KIND, True)
             acc = warpgroup_mma(high, x1_smem.index(slot).permute([1, 0]), acc, is_async=True)
             # The other warp group's products run while this one waits, and dequantizes its next columns.
             acc, low, high = warpgroup_mma_wait(0, [acc, low, high])
@@ -197,7 +207,7 @@ def _multiply(smem, barriers, groups, place, out, sizes, FORMAT: gl.constexpr, H
         slot_of_sums = 2 * gl.program_id(0) + (begin == 0).to(gl.int32)
         slot_of_sums = gl.where((begin == 0) & (end == units), -1, slot_of_sums)
         at = (n_first, block % m_blocks * BM, HALF * R, 0)
-        _store_columns(acc, at, out, sizes, slot_of_sums, FORMAT)
+        store_columns(acc, at, out, sizes, slot_of_sums, FORMAT)
 
 
 @gluon.jit
@@ -219,29 +229,31 @@ def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
     BN: gl.constexpr = w_smem.shape[1]
     # A few rows at a time, because the addresses of more would need more registers than a producer has.
     CX: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    CW: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
+    WIDTH: gl.constexpr = w_smem.shape[2]
+    CW: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    ROWS: gl.constexpr = 1024 // WIDTH
     column = gl.arange(0, 64, gl.SliceLayout(0, CX))
     row = gl.arange(0, 16, gl.SliceLayout(1, CX))
-    w_row = gl.arange(0, 32, gl.SliceLayout(1, CW))
-    word = gl.arange(0, 32, gl.SliceLayout(0, CW))
+    w_row = gl.arange(0, ROWS, gl.SliceLayout(1, CW))
+    word = gl.arange(0, WIDTH, gl.SliceLayout(0, CW))
     x_off = (row * stride_xm)[:, None] + column[None, :]
-    w_off = (w_row // 16 * (units * 512) + w_row % 16 * 32)[:, None] + word[None, :]
+    w_off = (w_row // 16 * (units * (16 * WIDTH)) + w_row % 16 * WIDTH)[:, None] + word[None, :]
     segments = _segments(blocks, units)
     for i in range(_number_of_segments(segments, units)):
         block, begin, end, done = _segment(i, segments, blocks, units)
         m_first = block % m_blocks * BM
         n_tile = block // m_blocks * (BN // 16)
         x_source = x_ptr + m_first.to(gl.int64) * stride_xm + begin * 128 + x_off
-        w_source = w_ptr + (n_tile.to(gl.int64) * units + begin) * 512 + w_off
+        w_source = w_ptr + (n_tile.to(gl.int64) * units + begin) * (16 * WIDTH) + w_off
         columns = K - begin * 128
         stop = done + end - begin
         for step in range(done, stop):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            for chunk in gl.static_range(BN // 32):
-                ok = w_row // 16 + chunk * 2 < row_tiles - n_tile
-                words = w_smem.index(slot).slice(chunk * 32, 32, 0)
-                async_load(words, w_source + chunk * 2 * units * 512, mask=ok[:, None])
+            for chunk in gl.static_range(BN // ROWS):
+                ok = w_row // 16 + chunk * (ROWS // 16) < row_tiles - n_tile
+                words = w_smem.index(slot).slice(chunk * ROWS, ROWS, 0)
+                async_load(words, w_source + chunk * (ROWS // 16) * units * (16 * WIDTH), mask=ok[:, None])
             for chunk in gl.static_range(BM // 16):
                 ok = (row + chunk * 16 < M - m_first)[:, None]
                 source = x_source + chunk * 16 * stride_xm
@@ -255,7 +267,7 @@ def _copy(smem, barriers, pointers, place, x_sizes, CHECK_K: gl.constexpr):
                     async_load(x1, source + 64, mask=ok)
             async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
             x_source += 128
-            w_source += 512
+            w_source += 16 * WIDTH
             columns -= 128
 
 
@@ -267,7 +279,8 @@ def _linear_many_rows_hopper_kernel(
     units,  # K / 128, rounded up: the steps of a block
     row_tiles, m_blocks, blocks, stride_xm,
     # Use tl.constexpr: Inductor copies the parameters into code that knows only Triton's language, not Gluon's.
-    GROUPS: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, CHECK_K: tl.constexpr,
+    GROUPS: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr, PER_CHANNEL: tl.constexpr, BIAS: tl.constexpr,
+    CHECK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     CONSUMER_REGISTERS: tl.constexpr, PRODUCER_REGISTERS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -276,10 +289,12 @@ def _linear_many_rows_hopper_kernel(
     Blocks with the same rows of the weight follow each other, so that they share them in L2.
     """
     XS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    WS: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    # Codes of 8 bits are read as words of two.
+    WIDTH: gl.constexpr = 64 if w_ptr.dtype.element_ty == gl.int8 else 32
+    WS: gl.constexpr = gl.SwizzledSharedLayout(8, 64 // WIDTH, WIDTH // 8, [1, 0])
     x0_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, BLOCK_M, 64], XS)
     x1_smem = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [STAGES, BLOCK_M, 64], XS)
-    w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, 32], WS)
+    w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, WIDTH], WS)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -288,17 +303,20 @@ def _linear_many_rows_hopper_kernel(
         mbarrier.init(empty.index(stage), count=256)
     wait_for_earlier_kernels(DEPENDENT)
     WORD: gl.constexpr = gl.pointer_type(gl.int32)
+    words = w_ptr.to(gl.pointer_type(gl.int16), bitcast=True)
     groups = (s_ptr.to(WORD, bitcast=True), z_ptr.to(WORD, bitcast=True))
     smem = (x0_smem, x1_smem, w_smem)
     barriers = (full, empty)
     place = (blocks, units, m_blocks, row_tiles)
     out = (bias_ptr, y_ptr, partial_ptr)
-    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N)
+    S_DTYPE: gl.constexpr = s_ptr.dtype.element_ty
+    Z_DTYPE: gl.constexpr = z_ptr.dtype.element_ty
+    FORMAT: gl.constexpr = (GROUPS, ZEROS, WHOLE, BIAS, BLOCK_M, BLOCK_N, OFFSETS, S_DTYPE, Z_DTYPE, PER_CHANNEL)
     gl.warp_specialize(
         [
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 0)),
             (_multiply, (smem, barriers, groups, place, out, (M, N), FORMAT, 1)),
-            (_copy, (smem, barriers, (x_ptr, w_ptr), place, (M, K, stride_xm), CHECK_K)),
+            (_copy, (smem, barriers, (x_ptr, words), place, (M, K, stride_xm), CHECK_K)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -310,8 +328,8 @@ register(_linear_many_rows_hopper_kernel, "matmul", early_start="DEPENDENT", twi
 
 
 def serves(call: LinearCall) -> bool:
-    """Whether the kernel takes this call: 4 bits, scales in the dtype of x, and :func:`unpacks_in_registers`."""
-    return call.fmt.bits == 4 and call.fmt.scale_dtype == call.x.dtype and unpacks_in_registers(call)
+    """Whether the kernel takes this call: :func:`fits_in_registers`."""
+    return fits_in_registers(call)
 
 
 def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into: Destination) -> None:
@@ -343,6 +361,8 @@ def launch_many_rows_hopper(call: LinearCall, config: HopperManyRowsConfig, into
         x.stride(0),
         GROUPS=fmt.groups_per_tile,
         ZEROS=fmt.has_zeros,
+        OFFSETS=fmt.has_offsets,
+        PER_CHANNEL=fmt.per_channel,
         BIAS=call.bias is not None,
         CHECK_K=fmt.in_features % 128 != 0,
         BLOCK_M=config.block_m,

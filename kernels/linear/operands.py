@@ -8,6 +8,13 @@ in the same order. So unpacked codes never pass through shared memory.
 A tile's arithmetic is one piece of inline PTX (:func:`_tile_code`), applied to tensors that hold one value per lane.
 Everything around it renames registers.
 
+Whole zero points of 4 bits are subtracted from the codes. Offsets and other zero points need the sum of a group's
+columns of x, which all rows of the weight share::
+
+    sum((q s + o) x) = s sum(q x) + o sum(x),    sum((q - z) s x) = s (sum(q x) - z sum(x))
+
+A product of ones with x gives that sum to every lane that needs it (:func:`sums_of_x`), once for all tiles of a warp.
+
 Shape legend: ``KW`` column warps, ``T`` tiles of 16 rows of the weight, ``M`` rows of x (8 or 16). Lane ``4 g + l`` has
 rows ``g`` and ``g + 8`` of a tile.
 """
@@ -37,18 +44,34 @@ def _product(dtype: str, d: list[str], a: list[str], b: list[str], c: list[str])
 
 @gluon.constexpr_function
 def _as_float(dtype: str, low: str, high: str, word: str) -> list[str]:
-    """The two values of a word of scales, as float32."""
+    """The two values of a word of ``dtype`` (bf16, f16 or s16), as float32."""
     if dtype == "bf16":
         return [f"shl.b32 {low}, {word}, 16;", f"and.b32 {high}, {word}, 0xFFFF0000;"]
-    return [f"mov.b32 {{h0, h1}}, {word};", f"cvt.f32.f16 {low}, h0;", f"cvt.f32.f16 {high}, h1;"]
+    convert = "cvt.f32.f16" if dtype == "f16" else "cvt.rn.f32.s16"
+    return [f"mov.b32 {{h0, h1}}, {word};", f"{convert} {low}, h0;", f"{convert} {high}, h1;"]
+
+
+@gluon.constexpr_function
+def _groups_as_float(dtype: str, into: str, words: list[str], groups: int) -> list[str]:
+    """Registers ``into``: a value of each group as float32. Group j of row g is number j, of row g + 8 it is 4 + j."""
+    if dtype == "f32":
+        return [f"mov.b32 {into}{4 * (i // groups) + i % groups}, {word};" for i, word in enumerate(words)]
+    if groups == 1:
+        return _as_float(dtype, f"{into}0", f"{into}4", words[0])
+    text = []
+    for half in range(2):
+        for i in range(groups // 2):
+            first = 4 * half + 2 * i
+            text += _as_float(dtype, f"{into}{first}", f"{into}{first + 1}", words[half * groups // 2 + i])
+    return text
 
 
 @gluon.constexpr_function
 def _unpack4(dtype: str, a: str, word: str, plane: int, zero: str) -> list[str]:
-    """``a``: the nibbles ``plane`` of a word of two columns, minus the zero point, a register of :func:`_magic`."""
+    """``a``: the nibbles ``plane`` of a word of two columns, minus ``zero``, if any, a register of :func:`_magic`."""
     shifted = [f"shr.u32 u, {word}, {4 * plane};"] if plane else []
     nibbles = f"lop3.b32 {a}, {'u' if plane else word}, 0x000F000F, {_magic(dtype):#x}, 0xEA;"
-    return [*shifted, nibbles, f"sub.rn.{dtype}x2 {a}, {a}, {zero};"]
+    return [*shifted, nibbles, *([f"sub.rn.{dtype}x2 {a}, {a}, {zero};"] if zero else [])]
 
 
 @gluon.constexpr_function
@@ -72,13 +95,50 @@ def _unpack8(dtype: str, a: str, word: str, high: bool) -> list[str]:
 
 
 @gluon.constexpr_function
-def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool, bits: int) -> tuple[str, str]:
+def _more_than_codes(dtype: str, bits: int) -> int:
+    """What enters the products of weights with offsets, minus the code.
+
+    Where a constant is added, it costs nothing to leave it in, because the sum of x takes it out again. Bits of
+    bfloat16 hold 128 + q exactly. In float16, 1,024 + q would cost 7 of the 24 bits that sums have.
+    """
+    if bits == 8:
+        return -128
+    return 128 if dtype == "bf16" else 0
+
+
+@gluon.constexpr_function
+def _moved_start(kind: str, groups: int, more: int) -> list[str]:
+    """Registers m: what the sum of a group of x is multiplied by, where ``q + more`` enters the products.
+
+    ``q s + o`` is ``(q + more) s + (o - more s)``, and ``q - z`` is ``(q + more) - (more + z)``.
+    """
+    text = []
+    for i in (4 * half + group for half in range(2) for group in range(groups)):
+        if kind == "zeros":
+            text.append(f"sub.rn.f32 m{i}, {_float(-more)}, m{i};")
+        elif more:
+            text.append(f"fma.rn.f32 m{i}, s{i}, {_float(-more)}, m{i};")
+    return text
+
+
+@gluon.constexpr_function
+def _float(number: int) -> str:
+    """A constant of 0, 128 or -128 in PTX."""
+    return {0: "0f00000000", 128: "0f43000000", -128: "0fC3000000"}[number]
+
+
+@gluon.constexpr_function
+def _tile_code(numbers: tuple[str, str, str, str], groups: int, eighths: int, bits: int) -> tuple[str, str]:
     """PTX and constraints of a tile's products.
 
     Outputs: ``4 * eighths`` sums, by eighth of x's rows and register. Inputs: the sums so far; ``2 * bits`` words of
     codes (row ``g``, then row ``g + 8``, with 8 bits by plane); words of x by plane, eighth and word; words of scales;
-    words of zero points.
+    words of zero points or offsets; where they need them, sums of x by group, eighth and column.
+
+    Args:
+        numbers: result of :func:`numbers_of`.
     """
+    dtype, scales, moved, kind = numbers
     outs = 4 * eighths
     at = outs
     sums = [f"${at + i}" for i in range(outs)]
@@ -87,34 +147,34 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool, 
     at += 2 * bits
     x = [[[f"${at + (p * eighths + e) * 4 + i}" for i in range(4)] for e in range(eighths)] for p in range(4)]
     at += 16 * eighths
-    count = groups  # words of the scales of rows g and g + 8
-    scale_words = [f"${at + i}" for i in range(count)]
-    at += count
-    zero_words = [f"${at + i}" for i in range(count if zeros else 0)]
+    scale_words = [f"${at + i}" for i in range(groups * words_of(scales))]
+    at += len(scale_words)
+    moved_words = [f"${at + i}" for i in range(groups * words_of(moved) if kind else 0)]
+    at += len(moved_words)
+    by_sums = kind in ("offsets", "zeros")
+    x_sums = [f"${at + i}" for i in range(2 * groups * eighths if by_sums else 0)]
     pair = _magic(dtype)
-    center = 0x64806480 if bits == 8 else pair + 8 * 0x10001
+    more = _more_than_codes(dtype, bits)
+    # What is subtracted from codes.
+    center = 0x64806480 if bits == 8 else pair if by_sums else pair + 8 * 0x10001
     text = [
         "{",
         ".reg .b32 t, u; .reg .b16 h0, h1; .reg .f32 o;",
         f".reg .b32 a<4>; .reg .f32 d<{outs}>; .reg .f32 s<8>; .reg .b32 z<8>; .reg .f32 y<{outs}>;",
         f".reg .b32 c; mov.b32 c, {center:#x}; mov.f32 o, 0f00000000;",
     ]
-    # Registers s and z: group j of row g is j, of row g + 8 it is 4 + j.
-    if groups == 1:
-        text += _as_float(scales, "s0", "s4", scale_words[0])
-    else:
-        for half in range(2):
-            for i in range(count // 2):
-                text += _as_float(
-                    scales, f"s{4 * half + 2 * i}", f"s{4 * half + 2 * i + 1}", scale_words[half * count // 2 + i]
-                )
-    if zeros:
+    text += _groups_as_float(scales, "s", scale_words, groups)
+    if kind == "whole":
+        # Registers z are numbered as s, and hold two equal zero points each.
         for number in range(2 * groups):
             half, group = divmod(number, groups)
-            word = zero_words[0] if groups == 1 else zero_words[half * count // 2 + group // 2]
+            word = moved_words[0] if groups == 1 else moved_words[half * groups // 2 + group // 2]
             high = half if groups == 1 else group % 2
             text.append(f"prmt.b32 z{4 * half + group}, {word}, 0, {0x3232 if high else 0x1010:#x};")
             text.append(f"or.b32 z{4 * half + group}, z{4 * half + group}, {pair:#x};")
+    elif by_sums:
+        text += [".reg .f32 m<8>;", *_groups_as_float(moved, "m", moved_words, groups)]
+        text += _moved_start(kind, groups, more)
     per_group = 4 // groups
     for plane in range(4):
         group = plane // per_group
@@ -123,7 +183,7 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool, 
                 if bits == 8:
                     text += _unpack8(dtype, f"a{r}", words[r % 2][2 * plane + c], r >= 2)
                 else:
-                    zero = f"z{4 * (r % 2) + group}" if zeros else "c"
+                    zero = f"z{4 * (r % 2) + group}" if kind == "whole" else "" if by_sums and more else "c"
                     text += _unpack4(dtype, f"a{r}", words[r % 2][2 * c + r // 2], plane, zero)
             for e in range(eighths):
                 d = [f"d{4 * e + r}" for r in range(4)]
@@ -132,17 +192,64 @@ def _tile_code(dtype: str, scales: str, groups: int, eighths: int, zeros: bool, 
                 text.append(_product(dtype, d, [f"a{r}" for r in range(4)], b, start))
         if plane % per_group == per_group - 1:
             for i in range(outs):
-                scale = f"s{(4 if i % 4 >= 2 else 0) + group}"
+                number = (4 if i % 4 >= 2 else 0) + group
                 into = f"${i}" if plane == 3 else f"y{i}"
                 so_far = sums[i] if group == 0 else f"y{i}"
-                text.append(f"fma.rn.f32 {into}, {scale}, d{i}, {so_far};")
-    kinds = ["=&f"] * outs + ["f"] * outs + ["r"] * (2 * bits + 16 * eighths + count + len(zero_words))
-    return "\n".join([*text, "}"]), ",".join(kinds)
+                x_sum = x_sums[(group * eighths + i // 4) * 2 + i % 2] if by_sums else ""
+                if kind == "zeros":
+                    text.append(f"fma.rn.f32 d{i}, m{number}, {x_sum}, d{i};")
+                if kind == "offsets":
+                    text.append(f"fma.rn.f32 y{i}, m{number}, {x_sum}, {so_far};")
+                    so_far = f"y{i}"
+                text.append(f"fma.rn.f32 {into}, s{number}, d{i}, {so_far};")
+    ins = ["r"] * (2 * bits + 16 * eighths + len(scale_words) + len(moved_words)) + ["f"] * len(x_sums)
+    return "\n".join([*text, "}"]), ",".join(["=&f"] * outs + ["f"] * outs + ins)
+
+
+@gluon.constexpr_function
+def _x_sums_code(dtype: str, groups: int, eighths: int) -> tuple[str, str]:
+    """PTX and constraints of the sums of x: by group, eighth, and the two columns of a lane's sums."""
+    outs = 2 * groups * eighths
+    x = [[[f"${outs + (p * eighths + e) * 4 + i}" for i in range(4)] for e in range(eighths)] for p in range(4)]
+    text = [
+        "{ .reg .b32 a; .reg .f32 o; .reg .f32 d<4>;",
+        f"mov.b32 a, {0x3F803F80 if dtype == 'bf16' else 0x3C003C00:#x}; mov.f32 o, 0f00000000;",
+    ]
+    for number in range(groups * eighths):
+        group, e = divmod(number, eighths)
+        start = ["o"] * 4
+        for plane in range(group * 4 // groups, (group + 1) * 4 // groups):
+            for c in range(2):
+                b = [x[plane][e][2 * c], x[plane][e][2 * c + 1]]
+                text.append(_product(dtype, ["d0", "d1", "d2", "d3"], ["a"] * 4, b, start))
+                start = ["d0", "d1", "d2", "d3"]
+        text += [f"mov.f32 ${2 * number}, d0;", f"mov.f32 ${2 * number + 1}, d1;"]
+    return "\n".join([*text, "}"]), ",".join(["=&f"] * outs + ["r"] * (16 * eighths))
 
 
 @gluon.constexpr_function
 def _name(dtype) -> str:
-    return "bf16" if dtype == gl.bfloat16 else "f16"
+    names = {gl.bfloat16: "bf16", gl.float16: "f16", gl.float32: "f32", gl.int16: "s16"}
+    return next(name for known, name in names.items() if known == dtype)
+
+
+@gluon.constexpr_function
+def words_of(name: str) -> int:
+    """Words of the values of rows g and g + 8 that belong to one group, where a dtype has this name in PTX."""
+    return 2 if name == "f32" else 1
+
+
+@gluon.constexpr_function
+def numbers_of(x, scales, moved, zeros: bool, offsets: bool, bits: int) -> tuple[str, str, str, str]:
+    """How :func:`multiply_tile` reads numbers: names of the dtypes of x, of scales and of what moves codes, and how.
+
+    It is ``whole`` (zero points that are subtracted from codes of 4 bits), ``zeros`` (other zero points), ``offsets``,
+    or empty for symmetric codes.
+    """
+    kind = "offsets" if offsets else "zeros" if zeros else ""
+    if zeros and bits == 4 and _name(moved) == "s16":
+        kind = "whole"
+    return _name(x), _name(scales), _name(moved), kind
 
 
 @gluon.constexpr_function
@@ -151,8 +258,8 @@ def _floats(count):
 
 
 @gluon.constexpr_function
-def _tile_asm(dtype, scales, groups, eighths, zeros, bits):
-    return _tile_code(_name(dtype), _name(scales), groups, eighths, zeros, bits)
+def _tile_asm(numbers, groups, eighths, bits):
+    return _tile_code(numbers, groups, eighths, bits)
 
 
 @gluon.constexpr_function
@@ -245,8 +352,20 @@ def zero_sums(KW: gl.constexpr, T: gl.constexpr, EIGHTHS: gl.constexpr, LANES: g
 
 
 @gluon.jit
-def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl.constexpr):
-    """``sums += scale * (q - zero) x`` over a tile of 128 columns for each of KW warps.
+def sums_of_x(x, GROUPS: gl.constexpr, NUMBERS: gl.constexpr):
+    """Sums of each group's columns of x, for :func:`multiply_tile`; an empty tuple where it does not need them."""
+    if NUMBERS[3] == "offsets" or NUMBERS[3] == "zeros":
+        EIGHTHS: gl.constexpr = len(x) // 16
+        ASM: gl.constexpr = _x_sums_code(NUMBERS[0], GROUPS, EIGHTHS)
+        COUNT: gl.constexpr = 2 * GROUPS * EIGHTHS
+        return gl.inline_asm_elementwise(ASM[0], ASM[1], x, dtype=_floats(COUNT).value, is_pure=True, pack=1)
+    else:
+        return ()
+
+
+@gluon.jit
+def multiply_tile(sums, words, x, scales, moved, x_sums, GROUPS: gl.constexpr, NUMBERS: gl.constexpr):
+    """``sums +=`` the product of a tile of 128 columns with x, for each of KW warps.
 
     The sum of a group is scaled in float32.
 
@@ -254,15 +373,15 @@ def multiply_tile(sums, words, x, scales, zeros, DTYPE: gl.constexpr, SCALES: gl
         sums: float32, as :func:`zero_sums` makes them.
         words: result of :func:`words_of_lanes`.
         x: result of :func:`x_of_lanes`.
-        scales: result of :func:`groups_of_lanes`: words of two scales each.
-        zeros: whole zero points in 16 bits, like ``scales``; an empty tuple if codes are symmetric.
-        DTYPE: of x, bfloat16 or float16.
-        SCALES: dtype of the scales, bfloat16 or float16.
+        scales: result of :func:`groups_of_lanes`: words of two scales each, or of one in float32.
+        moved: zero points or offsets, like ``scales``; an empty tuple if codes are symmetric.
+        x_sums: result of :func:`sums_of_x`.
+        GROUPS: groups of a row in one tile.
+        NUMBERS: result of :func:`numbers_of`.
     """
     EIGHTHS: gl.constexpr = len(sums) // 4
-    GROUPS: gl.constexpr = len(scales)
-    ASM: gl.constexpr = _tile_asm(DTYPE, SCALES, GROUPS, EIGHTHS, len(zeros) > 0, len(words) // 2)
-    args = sums + words + x + scales + zeros
+    ASM: gl.constexpr = _tile_asm(NUMBERS, GROUPS, EIGHTHS, len(words) // 2)
+    args = sums + words + x + scales + moved + x_sums
     return gl.inline_asm_elementwise(ASM[0], ASM[1], args, dtype=_floats(4 * EIGHTHS).value, is_pure=True, pack=1)
 
 

@@ -20,13 +20,18 @@ _COLUMNS = 128  # of a tile of packed weights
 
 @dataclasses.dataclass(frozen=True)
 class LinearShape:
-    """The shape of one call: M rows (``None`` if dynamic), N = ``out_features``, K = ``in_features``."""
+    """The shape of one call: M rows (``None`` if dynamic), N = ``out_features``, K = ``in_features``.
+
+    ``sums_x`` says whether few rows of x need the sums of their groups: with offsets, and with zero points that are not
+    subtracted from codes.
+    """
 
     rows: int | None
     out_features: int
     in_features: int
     bits: int
     dtype: torch.dtype
+    sums_x: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +121,8 @@ def choose_few_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperFewRowsCo
     if arch.capability != (9, 0):
         return None
     rows, sm_count, tiles = shape.rows or MAX_FEW_ROWS, arch.sm_count, cdiv(shape.out_features, 16)
+    if shape.sums_x:
+        return _choose_few_rows_hopper_with_sums(shape, rows, tiles, sm_count)
     if shape.bits == 8:
         return _choose_few_rows_hopper_8_bits(shape, rows, tiles, sm_count)
     short = shape.in_features <= 8192
@@ -150,6 +157,17 @@ def _choose_few_rows_hopper_8_bits(shape: LinearShape, rows: int, tiles: int, sm
     return HopperFewRowsConfig(64, column_warps=1, row_warps=4, num_stages=3, num_programs=4 * sm_count)
 
 
+def _choose_few_rows_hopper_with_sums(shape: LinearShape, rows: int, tiles: int, sm_count: int) -> HopperFewRowsConfig:
+    """Sums of x take registers: three programs with 64 rows of the weight fit on a multiprocessor instead of four."""
+    narrow = tiles <= (3 if rows <= 4 else 2) * sm_count
+    if tiles % 4 or (narrow and shape.in_features <= 8192):
+        return HopperFewRowsConfig(16, column_warps=4, row_warps=1, num_stages=3)
+    if rows > 8 and tiles % 8 == 0:
+        return HopperFewRowsConfig(128, column_warps=1, row_warps=4, num_stages=3, num_programs=2 * sm_count)
+    programs = (3 if rows <= 8 and shape.bits == 4 else 2) * sm_count
+    return HopperFewRowsConfig(64, column_warps=2, row_warps=2, num_stages=3, num_programs=programs)
+
+
 def choose_many_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperManyRowsConfig | None:
     """Tiles of the many-rows kernel for Hopper; ``None`` on another arch.
 
@@ -158,6 +176,8 @@ def choose_many_rows_hopper(shape: LinearShape, arch: GpuArch) -> HopperManyRows
     if arch.capability != (9, 0):
         return None
     block_m, block_n, stages = 256, 128, 3
+    if shape.bits == 8:
+        stages = 2  # more do not fit
     if shape.rows is not None and shape.rows <= 128:
         block_m, stages = (64, 5) if shape.rows <= 64 else (128, 4)
     if shape.rows is None:

@@ -1,11 +1,11 @@
-"""Shows whether a change of the source leaves the code of the attention kernels unchanged.
+"""Shows whether a change of the source leaves the code of the attention and linear kernels unchanged.
 
 Before the change:  python tests/support/same_kernels.py record before.json
 After it:           python tests/support/same_kernels.py compare before.json
 
 The operators' launchers are called as PyTorch calls them, for all kinds of calls on several archs. Kernels are compiled
 but not launched. The script compares the last intermediate code of Triton itself (TTGIR), from which all machine code
-follows, except for names of values, source lines and the order of constants. It takes 90 s of CPU time;
+follows, except for names of values, source lines and the order of constants. It takes 120 s of CPU time;
 ``same_bytes.py`` compares the machine code of whole exports.
 """
 
@@ -23,8 +23,11 @@ from pathlib import Path
 import torch
 from attention_cases import Case, build, with_intervals
 from compile_only import compiling_for
+from linear_cases import Case as LinearCase
+from linear_cases import build as build_linear
 
 from flashpte.kernels import ops
+from flashpte.kernels.linear.dispatch import launch_linear
 
 ARCHES = ("sm_80", "sm_90")
 CONSTANT = re.compile(r"\s*(%[-\w.$]+) = (arith\.constant .*)")
@@ -63,24 +66,49 @@ CALLS = (
 )
 
 
+def _linear(rows: int, **changes) -> LinearCase:
+    columns = 1168 if changes.get("bits") == 8 else 1024
+    return LinearCase(rows, **{"out_features": 256, "in_features": columns, "dtype": torch.bfloat16, **changes})
+
+
+LINEAR_CALLS = (
+    *(_linear(rows, group=group) for rows in (1, 16, 64, 300) for group in (32, 128)),
+    *(_linear(rows, group=group, zeros="whole") for rows in (8, 16, 64) for group in (32, 64, 128)),
+    *(_linear(rows, bits=8, group=group) for rows in (1, 16, 64) for group in (32, 1168)),
+    *(_linear(rows, zeros=zeros) for rows in (1, 64) for zeros in ("real", "offsets")),
+    *(_linear(rows, bits=8, zeros="offsets", scale_dtype=torch.float32) for rows in (16, 64)),
+    *(_linear(rows, dtype=torch.float16, scale_dtype=torch.float16, bias=True) for rows in (3, 64)),
+    *(_linear(rows, dtype=torch.float16) for rows in (3, 64)),
+    *(_linear(rows, dtype=torch.float32) for rows in (3, 64)),
+)
+
+
+def _launch_attention(call: Call) -> None:
+    problem, intervals = build(call.case), None
+    if call.intervals is not None:
+        problem, intervals = with_intervals(call.case, call.intervals)
+    p, masked = problem, intervals is not None
+    mask = None if masked else p.mask
+    bounds = (intervals.bounds, intervals.values) if masked else (None, None)
+    causal = p.is_causal and not masked
+    launcher = getattr(ops, call.op)._init_fn
+    launcher(p.query, p.key, p.value, mask, None, None, causal, p.scale, list(call.case.dim_order), *bounds)
+
+
 def digests(arch: str, folder: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yields, for each kernel that the calls compile, its name with the call's, and the SHA-256 of its code."""
-    for number, call in enumerate(CALLS):
-        problem, intervals = build(call.case), None
-        if call.intervals is not None:
-            problem, intervals = with_intervals(call.case, call.intervals)
-        p, masked = problem, intervals is not None
-        mask = None if masked else p.mask
-        bounds = (intervals.bounds, intervals.values) if masked else (None, None)
-        causal = p.is_causal and not masked
-        launcher = getattr(ops, call.op)._init_fn
+    calls = [(f"{number} {call.op}", call) for number, call in enumerate(CALLS)]
+    for label, call in [*calls, *((f"linear {case}", case) for case in LINEAR_CALLS)]:
         with compiling_for(arch, to_the_end=False) as compiled:
-            launcher(p.query, p.key, p.value, mask, None, None, causal, p.scale, list(call.case.dim_order), *bounds)
+            if isinstance(call, LinearCase):
+                launch_linear(build_linear(call).call)
+            else:
+                _launch_attention(call)
         for place, (name, code) in enumerate(compiled):
             digest = hashlib.sha256(without_names(code).encode()).hexdigest()
-            yield f"{arch} {number} {call.op} {place} {name}", digest
+            yield f"{arch} {label} {place} {name}", digest
             if folder is not None:
-                (folder / f"{arch}_{number}_{place}_{name}.ttgir").write_text(without_names(code))
+                (folder / f"{arch}_{label.replace(' ', '_')}_{place}_{name}.ttgir").write_text(without_names(code))
 
 
 def without_names(code: str) -> str:

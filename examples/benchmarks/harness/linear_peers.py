@@ -1,4 +1,4 @@
-"""Who multiplies by 4-bit weights beside flashpte: each packs the same codes and scales for itself.
+"""Who multiplies by packed weights beside flashpte: each packs the same codes and scales for itself.
 
 A peer takes a :class:`Problem` and returns a function that packs one more copy of the weight and gives back the call.
 Where it is missing or refuses, it raises, and that is the result.
@@ -30,33 +30,49 @@ class Problem:
 
     Attributes:
         x: bfloat16 ``[M, K]``.
-        codes: uint8 ``[N, K]``, from 0 to 15, with 8 for zero.
-        scales: bfloat16 ``[N, K / group]``.
+        codes: uint8 ``[N, K]``, from 0 to 15, with 8 for zero if there are no offsets.
+        scales: ``[N, K / group]``, bfloat16 if there are no offsets.
         group: columns that share a scale.
+        offsets: like ``scales``, or ``None``. Peers but cuBLAS refuse them.
+        bits: of a stored code; 8 with offsets alone.
     """
 
     x: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
     group: int
+    offsets: torch.Tensor | None = None
+    bits: int = 4
 
     @property
     def dense(self) -> torch.Tensor:
         """The weight, float32 ``[N, K]``."""
         n, k = self.codes.shape
-        grouped = self.codes.view(n, -1, self.group).float() - 8
-        return (grouped * self.scales.float()[..., None]).view(n, k)
+        grouped = self.codes.view(n, -1, self.group).float()
+        if self.offsets is None:
+            return ((grouped - 8) * self.scales.float()[..., None]).view(n, k)
+        return (grouped * self.scales.float()[..., None] + self.offsets.float()[..., None]).view(n, k)
+
+    @property
+    def symmetric(self) -> Problem:
+        """The same problem, for peers that take symmetric codes of 4 bits alone."""
+        if self.offsets is not None:
+            raise ValueError("for symmetric codes")
+        return self
 
 
 def flashpte(problem: Problem) -> Callable[[], Call]:
     """The operator, launched from Python: in a lowered program weights are also read before the kernel before ends."""
     n, k = problem.codes.shape
-    packed = pack(Groupwise(problem.codes, problem.scales), PackedFormat(4, problem.group, n, k))
-    numbers = (4, problem.group, n, k)
+    numbers = (problem.bits, problem.group, n, k)
+    moved = problem.offsets is not None
+    fmt = PackedFormat(*numbers, scale_dtype=problem.scales.dtype, has_offsets=moved)
+    packed = pack(Groupwise(problem.codes, problem.scales, None, problem.offsets), fmt)
 
     def copy() -> Call:
         weight, scales = packed.weight.clone(), packed.scales.clone()
-        return lambda: quantized_linear(problem.x, weight, scales, None, None, None, *numbers)
+        offsets = None if packed.offsets is None else packed.offsets.clone()
+        return lambda: quantized_linear(problem.x, weight, scales, None, offsets, None, *numbers)
 
     return copy
 
@@ -76,7 +92,7 @@ def tinygemm(problem: Problem) -> Callable[[], Call]:
     """PyTorch's own kernel."""
     if len(problem.x) > 16:
         raise ValueError("for few rows")
-    codes = problem.codes
+    codes = problem.symmetric.codes
     packed = torch.ops.aten._convert_weight_to_int4pack(((codes[:, ::2] << 4) | codes[:, 1::2]).contiguous(), 8)
     groups = torch.stack([problem.scales.t(), torch.zeros_like(problem.scales.t())], -1).contiguous()
 
@@ -106,7 +122,7 @@ def _by_eight(codes: torch.Tensor) -> torch.Tensor:
 
 def marlin(problem: Problem) -> Callable[[], Call]:
     """Marlin as vLLM builds it."""
-    library, (n, k), m = _vllm(), problem.codes.shape, len(problem.x)
+    library, (n, k), m = _vllm(), problem.symmetric.codes.shape, len(problem.x)
     none = torch.empty(0, dtype=torch.int32, device="cuda")
     space = torch.zeros(4 * torch.cuda.get_device_properties(0).multi_processor_count, dtype=torch.int32, device="cuda")
     packed = library.gptq_marlin_repack(_by_eight(problem.codes), none, k, n, 4, False)
@@ -124,7 +140,7 @@ def marlin(problem: Problem) -> Callable[[], Call]:
 def machete(problem: Problem) -> Callable[[], Call]:
     """Machete as vLLM builds it, for groups of 64 columns or more."""
     library = _vllm()
-    columns = _by_eight(problem.codes).t().contiguous().t()
+    columns = _by_eight(problem.symmetric.codes).t().contiguous().t()
     packed = library.machete_prepack_B(columns, torch.bfloat16, U4B8, torch.bfloat16)
     scales = problem.scales.t().contiguous()
 
@@ -139,7 +155,7 @@ def humming(problem: Problem) -> Callable[[], Call]:
     """Humming, which compiles for a shape and quantizes for itself."""
     from humming.layer import HummingLayer
 
-    n, k = problem.codes.shape
+    n, k = problem.symmetric.codes.shape
     weight_config = {"dtype": "int4", "group_size": problem.group}
     dense = problem.dense.bfloat16()
 

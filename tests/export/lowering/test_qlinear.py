@@ -58,3 +58,15 @@ def test_a_tied_head_and_embedding_share_their_codes(tmp_path):
     assert not [entry.fqn for entry in matrices if entry.dtype.is_floating_point]
     tables = [entry.fqn for entry in found.weights if entry.dtype == torch.int8]
     assert tables == ["model.model.embed_tokens.packed"]
+
+
+@pytest.mark.lowering
+def test_zero_points_that_are_not_whole_get_the_kernels_for_hopper(tmp_path):
+    sizes = dict(small=True, random_seed=0, layers=1, method="prefill")
+    plan = plan_export(ExportOptions("gemma4-31b", qlinear="4w", qalgorithm="hqq", **sizes))
+    programs, _ = replace_attention(export_programs(plan))
+    lowered = lower(programs, output_dir=tmp_path / "out", arch="sm_90", manifest=plan.manifest())
+    (found,) = inspect_pte(lowered.model).methods.values()
+    names = {kernel for cubin in found.library.cubins for kernel in cubin.kernels if kernel.startswith("_linear")}
+    assert {"_linear_few_rows_hopper_kernel", "_linear_many_rows_hopper_kernel"} <= names
+    assert names.isdisjoint({"_linear_few_rows_kernel", "_linear_many_rows_kernel"})

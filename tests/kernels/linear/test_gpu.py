@@ -90,6 +90,27 @@ HOPPER += [
     )
     if layout == "contiguous" or n == 256
 ]
+# What GGUF files, HQQ, AWQ and torchao hold: offsets, zero points that are not whole, scales of any dtype.
+MOVED = [
+    *((4, 32, "offsets", torch.float16), (4, 32, "offsets", torch.float32), (4, 64, "offsets", torch.bfloat16)),
+    *((4, 128, "offsets", torch.float32), (4, 32, "real", torch.bfloat16), (4, 128, "real", torch.float16)),
+    *((4, 64, "whole", torch.float32), (4, 32, "none", torch.float16), (8, 32, "offsets", torch.float16)),
+    *((8, 32, "offsets", torch.float32), (8, 0, "offsets", torch.bfloat16), (8, 0, "whole", torch.float16)),
+    *((8, 128, "real", torch.float32), (8, 64, "none", torch.float32)),
+]
+
+
+def moved_cases(shapes: tuple[tuple[int, int, int], ...]) -> list[Case]:
+    """Products of rows, N and K with each format of ``MOVED``, in both dtypes of x."""
+    return [
+        Case(m, n, k, bits, group or k, zeros, bias=m % 2 == 1, dtype=dtype, scale_dtype=scales, layout=layout)
+        for (m, n, k), (bits, group, zeros, scales), (dtype, layout) in itertools.product(
+            shapes, MOVED, ((torch.bfloat16, "contiguous"), (torch.float16, "sliced"))
+        )
+    ]
+
+
+HOPPER += moved_cases(((1, 1536, 576), (3, 192, 576), (8, 5376, 1168), (9, 1000, 1168), (16, 4096, 1536)))
 
 
 def needs_hopper() -> None:
@@ -123,17 +144,18 @@ TILES = [
 def test_kernel_for_hopper_does_not_depend_on_its_tiles(config, group, dtype):
     needs_hopper()
     for rows in (1, 8, 13):
-        bits, zeros = 8 if rows == 13 else 4, "whole" if rows == 8 else "none"
-        problem = build(
-            Case(rows, 256, 1152, bits=bits, group=group, zeros=zeros, bias=True, dtype=dtype, scale_dtype=dtype)
-        )
-        call = problem.call_on("cuda")
-        out = call.empty_output()
-        launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(out, 1))
-        check(problem, out)
-        again = torch.empty_like(out)
-        launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(again, 1))
-        assert torch.equal(out, again)
+        bits = 8 if rows == 13 else 4
+        for zeros, scales in (("whole" if rows == 8 else "none", dtype), ("offsets", torch.float32)):
+            problem = build(
+                Case(rows, 256, 1152, bits=bits, group=group, zeros=zeros, bias=True, dtype=dtype, scale_dtype=scales)
+            )
+            call = problem.call_on("cuda")
+            out = call.empty_output()
+            launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(out, 1))
+            check(problem, out)
+            again = torch.empty_like(out)
+            launch_few_rows_hopper(call, HopperFewRowsConfig(*config), Destination(again, 1))
+            assert torch.equal(out, again)
 
 
 # Ragged rows of x and of the weight, and columns that end within a tile and within a group.
@@ -146,6 +168,7 @@ MANY_HOPPER = [
         (("none", "contiguous"), ("whole", "sliced")),
     )
 ]
+MANY_HOPPER += moved_cases(((17, 192, 576), (64, 1000, 1168), (300, 576, 1536)))
 # Programs: one per block, more than blocks, and fewer.
 MANY_TILES = [(128, 256, 4), (256, 128, 3, 132), (64, 256, 4, 3), (128, 128, 4, 7), (64, 128, 5, 2)]
 
@@ -156,7 +179,10 @@ def test_kernel_of_many_rows_for_hopper(case):
     problem = build(case)
     call = problem.call_on("cuda")
     assert many_rows_hopper.serves(call)
-    for config in MANY_TILES:
+    for block_m, block_n, stages, *programs in MANY_TILES:
         out = call.empty_output().fill_(float("nan"))
-        launch_many_rows_hopper(call, HopperManyRowsConfig(*config), Destination(out, 1))
+        # With 8 bits, fewer stages fit.
+        stages = min(stages, 2) if case.bits == 8 else stages
+        config = HopperManyRowsConfig(block_m, block_n, stages, *programs)
+        launch_many_rows_hopper(call, config, Destination(out, 1))
         check(problem, out)

@@ -32,15 +32,17 @@ SERVED = Case(3, 48, 256, dtype=torch.bfloat16)
         ({}, (True, True)),
         (dict(group=64, zeros="whole"), (True, True)),
         (dict(group=128, in_features=400), (True, True)),  # 400 is a multiple of 16, but not of 128
-        (dict(dtype=torch.float16), (True, False)),  # bfloat16 scales would be rounded
+        (dict(dtype=torch.float16), (True, True)),
         (dict(dtype=torch.float16, scale_dtype=torch.float16), (True, True)),
-        (dict(scale_dtype=torch.float32), (False, False)),
+        (dict(scale_dtype=torch.float32), (True, True)),
         (dict(dtype=torch.float32), (False, False)),
-        (dict(bits=8), (True, False)),
-        (dict(bits=8, zeros="whole"), (False, False)),
-        (dict(zeros="integer"), (False, False)),
-        (dict(zeros="real"), (False, False)),
-        (dict(zeros="offsets"), (False, False)),
+        (dict(bits=8), (True, True)),
+        (dict(bits=8, zeros="whole"), (True, True)),
+        (dict(bits=8, zeros="offsets", scale_dtype=torch.float32), (True, True)),
+        (dict(zeros="integer"), (True, True)),
+        (dict(zeros="real"), (True, True)),
+        (dict(zeros="offsets", scale_dtype=torch.float16), (True, True)),
+        (dict(zeros="offsets", scale_dtype=torch.float32), (True, True)),
         (dict(in_features=264), (False, False)),  # rows of x begin between multiples of 32 bytes
         (dict(layout="batched"), (True, True)),
     ],
@@ -50,9 +52,19 @@ def test_formats_and_shapes(changes, expected):
     assert served(dataclasses.replace(SERVED, **changes)) == expected
 
 
-@pytest.mark.parametrize("name", ["weight", "scales", "zeros"])
-def test_memory_between_multiples_of_16_bytes(name):
-    case = dataclasses.replace(SERVED, zeros="whole")
+@pytest.mark.parametrize(
+    ("bits", "zeros", "expected"),
+    [(4, "none", False), (4, "whole", False), (4, "real", True), (4, "offsets", True), (8, "whole", True)],
+)
+def test_which_formats_need_sums_of_x(bits, zeros, expected):
+    assert build(dataclasses.replace(SERVED, bits=bits, zeros=zeros)).call.shape().sums_x == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "zeros"), [("weight", "whole"), ("scales", "whole"), ("zeros", "whole"), ("offsets", "offsets")]
+)
+def test_memory_between_multiples_of_16_bytes(name, zeros):
+    case = dataclasses.replace(SERVED, zeros=zeros)
     tensor = getattr(build(case).call, name)
     memory = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype)
     first = next(i for i in range(1, 9) if memory[i:].data_ptr() % 16)
@@ -68,9 +80,11 @@ def test_other_archs_have_no_tiles():
 
 @pytest.mark.parametrize("out_features", [1, 16, 48, 528, 1000, 4096, 5376, 16384, 43008, 262144])
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, None])
-def test_tiles_divide_the_rows_of_the_weight(rows, out_features):
-    shape = dataclasses.replace(build(SERVED).call.shape(), rows=rows, out_features=out_features, in_features=21504)
-    config = choose_few_rows_hopper(shape, HOPPER)
+@pytest.mark.parametrize("sums_x", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_divide_the_rows_of_the_weight(rows, out_features, sums_x, bits):
+    changes = dict(rows=rows, out_features=out_features, in_features=21504, sums_x=sums_x, bits=bits)
+    config = choose_few_rows_hopper(dataclasses.replace(build(SERVED).call.shape(), **changes), HOPPER)
     assert config is not None
     assert -(-out_features // 16) % (config.block_n // 16) == 0
     assert config.block_n >= 16 * config.row_warps

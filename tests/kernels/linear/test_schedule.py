@@ -55,7 +55,7 @@ def test_every_step_has_one_program_and_its_number(schedule, blocks, programs, u
     assert owners == dict.fromkeys(itertools.product(range(blocks), range(units)), 1)
 
 
-@pytest.mark.parametrize("zeros", ["none", "whole"])
+@pytest.mark.parametrize("zeros", ["none", "whole", "offsets", "real"])
 def test_no_warps_count_from_another_number(zeros):
     """Triton's constant propagation once made the copying warps count each segment's steps from 0: a deadlock."""
     case = Case(64, 1000, 1168, zeros=zeros, dtype=torch.bfloat16)
