@@ -9,13 +9,16 @@ import torch
 import triton
 
 from flashpte.kernels.contract import SUPPORTED_DTYPES, Size, may_be_equal, printable
-from flashpte.kernels.launch import with_unit_stride
+from flashpte.kernels.launch import copies_in_16_bytes, with_unit_stride
 
 MAX_TOKENS = 16
 """The most tokens of a call that ``flashpte::delta_recurrent`` takes."""
 
 MAX_HEAD_DIM = 256
 """The largest D_k and D_v."""
+
+MAX_CHUNKED_DIM = 128
+"""The largest D_k and D_v of the chunked kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,14 @@ class DeltaCall:
     k_dim = property(lambda self: self.key.shape[3])
     v_dim = property(lambda self: self.value.shape[3])
 
-    def for_launch(self) -> DeltaCall:
-        """The same call in the memory layouts that kernels take: rows, gates and the state are contiguous."""
+    def for_launch(self, aligned: bool = False) -> DeltaCall:
+        """The same call in the memory layouts that kernels take: rows, gates and the state are contiguous.
+
+        With ``aligned``, rows that are not known to start at multiples of 16 bytes are copied.
+        """
         rows = {name: with_unit_stride(getattr(self, name)) for name in ("query", "key", "value")}
+        if aligned:
+            rows = {name: row if copies_in_16_bytes(row) else row.contiguous() for name, row in rows.items()}
         gates = {name: getattr(self, name).contiguous() for name in ("g", "beta")}
         return dataclasses.replace(self, **rows, **gates, state=None if self.state is None else self.state.contiguous())
 
@@ -104,8 +112,20 @@ def _why_not_sizes(call: DeltaCall) -> str | None:
     return None
 
 
+def _why_not_chunked(call: DeltaCall) -> str | None:
+    """Which head dim the chunked kernels refuse, or ``None``.
+
+    Their loop needs operands that are copied to shared memory in 16 bytes and two stages of them. On an H200 with
+    Triton 3.6, other operands gave wrong results and illegal accesses, for a reason that is not known.
+    """
+    for name, dim in (("key", call.k_dim), ("value", call.v_dim)):
+        if dim % 16 or dim > MAX_CHUNKED_DIM:
+            return f"{name} head dim {dim}: the chunked kernels take multiples of 16 up to {MAX_CHUNKED_DIM}"
+    return None
+
+
 def why_not(call: DeltaCall, most_tokens: int | None = None) -> str | None:
-    """Why the kernels refuse a call, as one sentence, or ``None``."""
+    """Why the kernels refuse a call, as one sentence, or ``None``. Without ``most_tokens``, the chunked kernels."""
     for name, tensor in (("query", call.query), ("key", call.key), ("value", call.value)):
         if tensor.dim() != 4:
             return f"{name} has {tensor.dim()} dimensions; the kernels take [B, L, H, D]"
@@ -123,6 +143,8 @@ def why_not(call: DeltaCall, most_tokens: int | None = None) -> str | None:
         if tensor is not None and tensor.device != value.device:
             return f"{name} is on {tensor.device}, value on {value.device}"
     if (reason := _why_not_sizes(call)) is not None:
+        return reason
+    if most_tokens is None and (reason := _why_not_chunked(call)) is not None:
         return reason
     if most_tokens is not None and isinstance(call.length, int) and call.length > most_tokens:
         return f"the kernel takes at most {most_tokens} tokens, got {call.length}"

@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
 def _delta_prepare_kernel(
     q_ptr, k_ptr, g_ptr, beta_ptr, solve_ptr, scores_ptr, factors_ptr, L,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALE: tl.constexpr, HEADS, GROUP, K_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
     L2NORM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head."""
@@ -101,7 +101,7 @@ def launch_prepare(call: DeltaCall, config: ChunkedConfig) -> Prepared:
         call.length,
         *call.strides[:6],
         SCALE=call.scale,
-        DOT="ieee",
+        DOT="tf32x3" if call.value.dtype == torch.float32 else "ieee",
         num_warps=config.prepare_warps,
         **call.constants,
     )

@@ -39,7 +39,7 @@ def _load_token(pointers, t, there, strides, d_ok, v_ok):
 def _delta_recurrent_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, state_ptr, out_ptr, new_state_ptr, L,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    SCALE: tl.constexpr, HEADS, GROUP, K_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """All tokens of ``BLOCK_V`` columns of one head's state. Without a first state, ``state_ptr`` is ``None``."""

@@ -34,7 +34,7 @@ from flashpte.kernels.primitives import INTERPRETED, load_tile
 def _delta_scan_kernel(
     q_ptr, k_ptr, v_ptr, solve_ptr, scores_ptr, factors_ptr, state_ptr, out_ptr, new_state_ptr, L,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEADS, GROUP, K_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, L2NORM: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All chunks of ``BLOCK_V`` columns of one head. Without a first state, ``state_ptr`` is ``None``."""
@@ -96,9 +96,9 @@ def launch_chunked(call: DeltaCall, config: ChunkedConfig | None = None) -> tupl
         ``[B, L, H_v, D_v]``, contiguous, and the state after the last token, float32.
     """
     check(call)
-    call = call.for_launch()
+    call = call.for_launch(aligned=True)
     if config is None:
-        config = choose_chunked(call.k_dim, call.value.itemsize, tuning.current_arch(call.value.device))
+        config = choose_chunked(call.value.itemsize, tuning.current_arch(call.value.device))
     out, new_state = call.empty_results()
     if static_int(call.batch) == 0:
         return out, new_state
@@ -110,7 +110,7 @@ def launch_chunked(call: DeltaCall, config: ChunkedConfig | None = None) -> tupl
         *call.strides,
         V_DIM=call.v_dim,
         BLOCK_V=config.block_v,
-        DOT="ieee",
+        DOT="tf32x3" if call.value.dtype == torch.float32 else "ieee",
         STAGES=config.scan_stages,
         num_warps=config.scan_warps,
         **call.constants,
