@@ -20,7 +20,7 @@ def arguments(call):
 
 
 def random_case(seed: int, longest: int) -> Case:
-    """A case of any length and number of heads; head dims come from a list, since each pair compiles its own kernels."""
+    """A case of any length and number of heads; head dims come from a list, as each pair has its own kernels."""
     pick = random.Random(seed)
     heads_k = pick.randint(1, 4)
     dtype = pick.choice([torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float16, torch.float16, torch.float32])
