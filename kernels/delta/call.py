@@ -59,8 +59,9 @@ class DeltaCall:
         rows = {name: with_unit_stride(getattr(self, name)) for name in ("query", "key", "value")}
         if aligned:
             rows = {name: row if copies_in_16_bytes(row) else row.contiguous() for name, row in rows.items()}
-        gates = {name: getattr(self, name).contiguous() for name in ("g", "beta")}
-        return dataclasses.replace(self, **rows, **gates, state=None if self.state is None else self.state.contiguous())
+        state = None if self.state is None else self.state.contiguous()
+        g, beta = self.g.contiguous(), self.beta.contiguous()
+        return DeltaCall(rows["query"], rows["key"], rows["value"], g, beta, state, self.scale, self.l2norm)
 
     @property
     def strides(self) -> tuple[int, ...]:

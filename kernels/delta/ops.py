@@ -50,7 +50,7 @@ def _operator(name: str, launch: Callable[[DeltaCall], Results], most_tokens: in
         call = DeltaCall(*args)  # type: ignore[arg-type]
         check(call, most_tokens)
         tensors = (call.query, call.key, call.value, call.g, call.beta, call.state)
-        out, state = delta_reference(*tensors, call.scale, call.l2norm)  # type: ignore[arg-type]
+        out, state = delta_reference(*tensors, call.scale, call.l2norm)
         return out.to(call.value.dtype), state
 
     op = cast(CustomOpDef, triton_op(f"flashpte::{name}", cuda, mutates_args=()))
