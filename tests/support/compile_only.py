@@ -13,6 +13,9 @@ from triton.runtime import driver
 
 from flashpte.export.lowering.cross_compile.triton_driver import make_driver
 from flashpte.kernels import combine, intervals, split_k, tile_map, tiled, tuning
+from flashpte.kernels.delta import prepare as delta_prepare
+from flashpte.kernels.delta import recurrent as delta_recurrent
+from flashpte.kernels.delta import scan as delta_scan
 from flashpte.kernels.dense import few_rows as dense_few_rows
 from flashpte.kernels.hopper import launch as hopper_launch
 from flashpte.kernels.linear import embedding as linear_embedding
@@ -24,6 +27,7 @@ from flashpte.kernels.linear import splits as linear_splits
 # The modules that launch kernels.
 LAUNCHING = (
     *(combine, dense_few_rows, hopper_launch, split_k, tiled, tile_map, intervals),
+    *(delta_prepare, delta_recurrent, delta_scan),
     *(linear_embedding, few_rows_hopper, many_rows_hopper, linear_plain, linear_shares, linear_splits),
 )
 

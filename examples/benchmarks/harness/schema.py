@@ -75,6 +75,7 @@ REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
     "variants": ("topic", "case", "variant", "graph_us"),
     "masks": ("part", "case"),
     "linear": ("case", "k", "n", "m", "group", "runner", "floor_us"),
+    "delta": ("case", "k", "n", "m", "runner", "floor_us"),
     "dense": ("case", "k", "n", "m", "runner", "floor_us"),
     "gemm": ("m", "n", "k", "tile_m", "tile_n", "tile_k", "stages", "warps"),
     "reads": ("kv_bytes", "time_us"),
