@@ -13,9 +13,8 @@ operator                     L_q                  kernel
 
 ``flashpte::quantized_linear`` is a linear layer with weights of 4 or 8 bits, and ``flashpte::quantized_embedding``
 picks rows of such a weight (:mod:`flashpte.kernels.linear`). ``flashpte::few_rows_linear`` is a linear layer with
-16-bit weights and at most 16 rows of x (:mod:`flashpte.kernels.dense`). ``flashpte::delta_recurrent`` and
-``flashpte::delta_chunked`` are the gated delta rule of up to 16 and of any number of tokens
-(:mod:`flashpte.kernels.delta`).
+16-bit weights and at most 16 rows of x (:mod:`flashpte.kernels.dense`). ``flashpte::delta_recurrent`` is the gated
+delta rule of up to 16 tokens (:mod:`flashpte.kernels.delta`).
 
 On sm_90, the Hopper kernel (:mod:`flashpte.kernels.hopper`) replaces the split-K kernel and the tiled kernel in most
 16-bit calls with more than 16 packed rows (L_q x H_q / H_kv). It serves prefill with more than 64 query rows or a
@@ -23,7 +22,7 @@ dynamic L_q. It serves decode and verify above 16 packed rows if D_v is above 64
 :mod:`flashpte.kernels.tuning.hopper` lists the exceptions.
 """
 
-from flashpte.kernels.delta import delta_chunked, delta_recurrent, delta_reference
+from flashpte.kernels.delta import delta_recurrent, delta_reference
 from flashpte.kernels.dense import few_rows_linear
 from flashpte.kernels.linear import quantized_embedding, quantized_linear
 from flashpte.kernels.ops import sdpa_decode, sdpa_dispatch, sdpa_prefill, sdpa_verify
@@ -31,7 +30,6 @@ from flashpte.kernels.reference import attention_reference
 
 __all__ = [
     "attention_reference",
-    "delta_chunked",
     "delta_recurrent",
     "delta_reference",
     "few_rows_linear",

@@ -69,9 +69,11 @@ def measure(name: str, length: int, ceiling: dict[str, float]) -> list[Row]:
     """A row for each runner."""
     import torch
 
-    from flashpte.kernels import delta_chunked, delta_recurrent, delta_reference
+    from flashpte.kernels import delta_recurrent, delta_reference
+    from flashpte.kernels.delta.call import DeltaCall
+    from flashpte.kernels.delta.scan import launch_chunked
 
-    runners = {OURS: delta_recurrent if length <= 16 else delta_chunked}
+    runners = {OURS: delta_recurrent if length <= 16 else lambda *call: launch_chunked(DeltaCall(*call))}
     if (theirs := peer(length)) is not None:
         runners["fla"] = theirs
     given = [inputs(length) for _ in range(32 if length <= 1024 else 4)]

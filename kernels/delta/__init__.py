@@ -1,6 +1,6 @@
 """The gated delta rule of Qwen3-Next and Qwen3.5 (gated DeltaNet): decode, verify and prefill."""
 
-from flashpte.kernels.delta.ops import delta_chunked, delta_recurrent
+from flashpte.kernels.delta.ops import delta_recurrent
 from flashpte.kernels.delta.reference import delta_reference
 
-__all__ = ["delta_chunked", "delta_recurrent", "delta_reference"]
+__all__ = ["delta_recurrent", "delta_reference"]

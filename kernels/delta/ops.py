@@ -1,8 +1,11 @@
-"""The operators of the gated delta rule: registration, fake and CPU implementations.
+"""The operator of the gated delta rule: registration, fake and CPU implementations.
 
-Their CUDA implementations are the launchers, which AOTInductor traces into. Their CPU implementation is the reference.
-All raise the same ``ValueError`` (:func:`flashpte.kernels.delta.call.why_not`). They return the new state and change
-none of their arguments. A model copies it to its buffer at the end of a method.
+Its CUDA implementation is the launcher, which AOTInductor traces into. Its CPU implementation is the reference. All
+raise the same ``ValueError`` (:func:`flashpte.kernels.delta.call.why_not`). It returns the new state and changes none
+of its arguments. A model copies the state to its buffer at the end of a method.
+
+Prefill's kernels (:mod:`flashpte.kernels.delta.scan`) have no operator: they gave wrong results in some layouts on a
+GPU, for a reason that is not known (docs/notes/delta.md).
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from torch.library import CustomOpDef, triton_op
 from flashpte.kernels.delta.call import MAX_TOKENS, DeltaCall, check
 from flashpte.kernels.delta.recurrent import launch_recurrent
 from flashpte.kernels.delta.reference import delta_reference
-from flashpte.kernels.delta.scan import launch_chunked
 
 Results = tuple[torch.Tensor, torch.Tensor]
 
@@ -61,6 +63,3 @@ def _operator(name: str, launch: Callable[[DeltaCall], Results], most_tokens: in
 
 delta_recurrent = _operator("delta_recurrent", launch_recurrent, MAX_TOKENS)
 """The gated delta rule of 1 to 16 tokens: decode and verify."""
-
-delta_chunked = _operator("delta_chunked", launch_chunked, None)
-"""The gated delta rule of any number of tokens: prefill."""

@@ -1,4 +1,4 @@
-"""The delta rule's operators on a GPU: random shapes against float64, the same bits each time, opcheck."""
+"""The delta rule's kernels on a GPU: random shapes against float64, the same bits each time, opcheck."""
 
 import dataclasses
 import random
@@ -7,7 +7,9 @@ import pytest
 import torch
 from delta_cases import Case, build, check
 
-from flashpte.kernels import delta_chunked, delta_recurrent
+from flashpte.kernels import delta_recurrent
+from flashpte.kernels.delta.call import DeltaCall
+from flashpte.kernels.delta.scan import launch_chunked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -17,6 +19,11 @@ RECURRENT_DIMS = [*DIMS, (40, 24), (1, 16), (256, 256)]
 
 def arguments(call):
     return [getattr(call, field.name) for field in dataclasses.fields(call)]
+
+
+def delta_chunked(*given):
+    """Prefill's kernels, which no operator launches yet."""
+    return launch_chunked(DeltaCall(*given))
 
 
 def random_case(seed: int, longest: int) -> Case:
@@ -51,6 +58,5 @@ def test_the_same_bits_every_time(op, length):
         assert all(torch.equal(a, b) for a, b in zip(op(*given), first, strict=True))
 
 
-@pytest.mark.parametrize(("op", "length"), [(delta_recurrent, 4), (delta_chunked, 70)])
-def test_opcheck(op, length):
-    torch.library.opcheck(op, tuple(arguments(build(Case(length, dtype=torch.bfloat16), "cuda"))))
+def test_opcheck():
+    torch.library.opcheck(delta_recurrent, tuple(arguments(build(Case(4, dtype=torch.bfloat16), "cuda"))))
