@@ -36,14 +36,23 @@ _CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._t
 _CONJUGATES = (aten._conj.default, aten.conj.default, aten.conj_physical.default)
 
 
-def replace_complex(program: ExportedProgram) -> None:
-    """Rewrites a program, in place, so that no tensor in it is complex.
+def with_real_numbers(program: ExportedProgram) -> ExportedProgram:
+    """Rewrites a program so that no tensor in it is complex.
+
+    Args:
+        program: a program; it stays as it is.
+
+    Returns:
+        A functional program with the same weights, or ``program`` itself if nothing in it is complex.
 
     Raises:
-        LoweringError: a complex tensor is an input or an output, or an operator on one is not known here.
+        LoweringError: a complex tensor is an input or an output, is written, or is in a branch, or an operator on one
+            is not known here.
     """
-    if not any(_is_complex(node) for node in program.graph.nodes):
-        return
+    if not has_complex(program.graph_module):
+        return program
+    # Without writes in place, the parts of a tensor may be computed where they are used.
+    program = deepcopy_sharing_tensors(program, {}).run_decompositions({})
     rewrite = _Rewrite(program)
     for node in list(program.graph.nodes):
         rewrite.visit(node)
@@ -51,21 +60,22 @@ def replace_complex(program: ExportedProgram) -> None:
         if node.op == "call_function" and not node.users and rewrite.is_done(node):
             program.graph.erase_node(node)
     program.graph_module.recompile()
+    if has_complex(program.graph_module):
+        raise LoweringError("an input, a buffer that is written, or a branch has complex numbers")
+    return program
 
 
 def why_not_real(program: ExportedProgram) -> str | None:
-    """Why :func:`replace_complex` would refuse a program; ``None`` if it would not. The program stays as it is."""
-    if not has_complex(program.graph_module):
-        return None
+    """Why :func:`with_real_numbers` would refuse a program; ``None`` if it would not."""
     try:
-        replace_complex(deepcopy_sharing_tensors(program, {}))
+        with_real_numbers(program)
     except LoweringError as error:
         return str(error)
     return None
 
 
 def complex_weights(program: ExportedProgram) -> Iterator[str]:
-    """Names of the placeholders of complex weights and buffers that :func:`replace_complex` takes: none is written."""
+    """Names of the placeholders of weights and buffers that nothing writes, so that they may be complex."""
     written = set(program.graph_signature.buffers_to_mutate.values())
     for spec in program.graph_signature.input_specs:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and (
@@ -94,7 +104,11 @@ class _Rewrite:
             if _is_complex(node) and node.name in self._weights:
                 self._split_weight(node)
         elif _is_complex(node):
-            self._parts[node] = self._compute(node)
+            self._parts[node] = parts = self._compute(node)
+            value = node.meta["val"]
+            for part in parts:  # a broadcast or a promotion that only complex tensors have
+                if part.meta["val"].shape != value.shape or part.meta["val"].dtype != value.dtype.to_real():
+                    raise _unknown(node)
             self._done.add(node)
         elif any(map(self._is_complex, node.all_input_nodes)):
             self._replace(node)
@@ -108,7 +122,7 @@ class _Rewrite:
         held: Any = self._program.constants
         if spec.target in self._program.state_dict:
             held = self._program.state_dict
-        tensor = torch.view_as_real(held[spec.target].detach().resolve_conj())
+        tensor = torch.view_as_real(held[spec.target].detach().resolve_conj()).contiguous()
         held[spec.target] = torch.nn.Parameter(tensor, False) if spec.kind == InputKind.PARAMETER else tensor
         value = node.meta["val"]
         node.meta["val"] = value.new_empty((*value.shape, 2), dtype=value.dtype.to_real())
@@ -123,9 +137,6 @@ class _Rewrite:
             result: Value = planned(aten.stack.default, list(parts), -1, near=node)
         elif node.target in (aten.real.default, aten.imag.default):
             result = parts[node.target is aten.imag.default]
-        elif node.target is aten.abs.default:
-            squares = [planned(aten.mul.Tensor, part, part, near=node) for part in parts]
-            result = planned(aten.sqrt.default, planned(aten.add.Tensor, *squares, near=node), near=node)
         else:
             raise _unknown(node)
         [made] = self._inserted.insert([result], before=node)

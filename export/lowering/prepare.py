@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.fx import Node
 
-from flashpte.export.lowering.complex_numbers import replace_complex
+from flashpte.export.lowering.complex_numbers import with_real_numbers
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.top_k import replace_top_k
 
@@ -20,11 +20,10 @@ def prepare_pte(program: ExportedProgram) -> ExportedProgram:
     ExecuTorch's passes move constants out of their input program, so they get a copy with its own tables.
 
     Raises:
-        LoweringError: the program computes with complex numbers in a way that :func:`.replace_complex` does not know.
+        LoweringError: the program computes with complex numbers in a way that :func:`.with_real_numbers` does not know.
     """
-    program = deepcopy_sharing_tensors(program, {})
+    program = deepcopy_sharing_tensors(with_real_numbers(program), {})
     replace_top_k(program.graph_module)
-    replace_complex(program)
     _clone_returned_placeholders(program)
     return program
 

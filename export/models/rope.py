@@ -2,9 +2,9 @@
 
 transformers has two such types. ``dynamic`` (NTK) raises the base when a sequence grows past the positions of the
 training; ``longrope`` (Phi-3) has one set of factors for sequences up to the original length and another for longer
-ones. Its modules look at the positions in every call, branch on them and write to a buffer, which cannot be exported.
+ones. The modules look at the positions in every call, branch on them and write to a buffer, which cannot be exported.
 A cache also could not follow: keys that were rotated by the old frequencies stay in it. So the frequencies are those of
-a sequence as long as the caches, for every position, as servers such as vLLM do it.
+a sequence as long as the caches, for every position, as in servers such as vLLM.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FixedRope:
     Attributes:
         kind: its type in the config, ``"dynamic"`` or ``"longrope"``.
         length: tokens of the sequence that the frequencies are for.
-        original: tokens up to which they would be the original ones.
+        original: longest sequence that uses the original frequencies.
     """
 
     kind: str
@@ -44,7 +44,8 @@ class FixedRope:
 def fix_rope(model: nn.Module, length: int) -> tuple[FixedRope, ...]:
     """Gives each RoPE of a Hugging Face model that depends on the length the frequencies for ``length`` tokens.
 
-    It may be called again with another length.
+    It may be called again with another length. Frequencies are float32; a later ``model.to(dtype)`` changes them, as it
+    changes those of transformers.
 
     Args:
         model: a model; it is changed in place.
@@ -63,7 +64,9 @@ def fix_rope(model: nn.Module, length: int) -> tuple[FixedRope, ...]:
 def longest(config: Any) -> int:
     """Most positions that a config's model was made for; ``dynamic`` RoPE scales them by its factor."""
     positions: int = config.max_position_embeddings
-    factors = [rope.get("factor") or 1.0 for rope in _parameters(config) if rope.get("rope_type") == "dynamic"]
+    factors = [
+        (rope.get("factor") or 1.0) if rope.get("rope_type") == "dynamic" else 1.0 for rope in _parameters(config)
+    ]
     return int(positions * min(factors, default=1.0))
 
 

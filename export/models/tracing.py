@@ -1,7 +1,7 @@
 """Traces a method for a whole range of lengths, past conditions that hold in the range but that PyTorch cannot prove.
 
 Llama 4's experts reshape a tensor of T rows such that its stride is ``T min(48, 48 T)``. The trace asks whether that is
-``48 T``. It is, but sympy does not see it, so ``torch.export`` says that T may not have its range. Then the method is
+``48 T``. It is, but sympy does not see it, so ``torch.export`` rejects the range of T. Then the method is
 traced again with such conditions as assertions in the program, and each is evaluated for every T.
 """
 
@@ -52,7 +52,11 @@ def export_for_lengths(
 def _drop_assertions(program: ExportedProgram, lengths: range) -> bool:
     """Drops the program's assertions on sizes if all hold for every length; returns whether they do."""
     found = program.graph.find_nodes(op="call_function", target=aten._assert_scalar.default)
-    if not all(_holds(node.args[0], lengths) for node in found):
+    shapes = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
+    sizes = [size for value in shapes if isinstance(value, torch.Tensor) for size in value.shape]
+    # The sizes of inputs are the one that they share; any other symbol depends on data.
+    known = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
+    if not all(_holds(node.args[0], lengths, known) for node in found):
         return False
     for node in found:
         program.graph.erase_node(node)
@@ -61,11 +65,10 @@ def _drop_assertions(program: ExportedProgram, lengths: range) -> bool:
     return True
 
 
-def _holds(condition: Any, lengths: range) -> bool:
+def _holds(condition: Any, lengths: range, known: set[Any]) -> bool:
     value = condition.meta.get("val") if isinstance(condition, Node) else condition
     if not isinstance(value, torch.SymBool):
         return value is True
     expression = value.node.expr
-    # Every dynamic size of the program is the one that its inputs share.
     symbols = expression.free_symbols
-    return all(expression.subs(dict.fromkeys(symbols, length)) is sympy.true for length in lengths)
+    return symbols <= known and all(expression.subs(dict.fromkeys(symbols, length)) is sympy.true for length in lengths)

@@ -32,7 +32,7 @@ _HOLDS = {"k": "keys", "v": "values"}
 
 @dataclasses.dataclass(frozen=True)
 class _KVCache:
-    """The common part of both kinds: H_kv heads of dimension D."""
+    """What all kinds share: H_kv heads of dimension D."""
 
     kv_heads: int
     head_dim: int

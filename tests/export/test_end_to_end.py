@@ -86,8 +86,12 @@ import contextlib, json, sys
 from flashpte.export.cli import main
 sys.path.insert(0, sys.argv[2])
 from host_code import checked_host_code
+from kernel_cache import shared_kernels
 for arguments in json.loads(sys.argv[1]):
-    with checked_host_code() if "sm_80" in arguments else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if "sm_80" in arguments:
+            stack.enter_context(checked_host_code())
+            stack.enter_context(shared_kernels())
         assert main(arguments) == 0
     print(chr(12), end="")
 """

@@ -112,8 +112,8 @@ SAVING = ("ttir_to_functions", "decompose_triton_kernel_wrapper_functional")
 
 @pytest.mark.lowering
 def test_what_is_saved_changes_no_line_of_the_host_code(tmp_path):
-    """Two layers that each choose between two kernels, in branches, and a tile map whose counts start as zeros."""
-    program, _ = replace_sdpa(dynamic_program(layers=2))
+    """A layer that chooses between two kernels, in branches, and a tile map whose counts start as zeros."""
+    program, _ = replace_sdpa(dynamic_program(layers=1))
     traced = []
 
     def traces(graph):

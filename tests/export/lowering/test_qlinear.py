@@ -60,6 +60,7 @@ def test_a_tied_head_and_embedding_share_their_codes(tmp_path):
     assert tables == ["model.model.embed_tokens.packed"]
 
 
+@pytest.mark.sweep  # tests/kernels/linear/test_hopper_serves.py asks the same of every format, without an export
 @pytest.mark.lowering
 def test_zero_points_that_are_not_whole_get_the_kernels_for_hopper(tmp_path):
     sizes = dict(small=True, random_seed=0, layers=1, method="prefill")

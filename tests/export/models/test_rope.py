@@ -84,16 +84,20 @@ def test_dynamic_rope_has_as_many_positions_as_its_factor_gives(tmp_path):
     model = hugging_face.build(fields)
     assert longest(model.config) == describe(model).max_positions == 64
     assert planned(tmp_path, fields, 64).max_seq_len == 64
+    mixed = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(DYNAMIC)}
+    mixed = config("gemma3_text", mixed, max_position_embeddings=16, head_dim=16, sliding_window_pattern=2)
+    assert longest(hugging_face.build(mixed).config) == 16  # the other layers were made for no more
 
 
 def test_rope_of_each_layer_type_is_fixed(tmp_path):
     """Gemma 3 has one RoPE for windows and one for full attention, in one module."""
     rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(DYNAMIC)}
     fields = config(
-        "gemma3_text", rope, max_position_embeddings=16, head_dim=16, sliding_window=8, sliding_window_pattern=2
+        "gemma3_text", rope, max_position_embeddings=48, head_dim=16, sliding_window=8, sliding_window_pattern=2
     )
     plan = planned(tmp_path, fields, 48, random_seed=0)
-    assert plan.rope == (FixedRope("dynamic", 48, 16),)
+    # Dynamic RoPE would go on to 192 positions; the layers with windows were made for 48.
+    assert plan.rope == (FixedRope("dynamic", 48, 48),)
     rotary = plan.model.model.rotary_emb
     expected = rotary.rope_type
     assert expected == {"sliding_attention": "default", "full_attention": "default"}

@@ -39,3 +39,14 @@ def test_a_condition_that_fails_for_one_length_is_refused(question):
     with pytest.raises(UserError, match="rows"):
         traced(question, range(2, 11))
     assert traced(question, range(2, 9)).range_constraints
+
+
+def test_a_condition_on_data_is_not_about_the_length():
+    class Reads(torch.nn.Module):
+        def forward(self, x, y):
+            count = y[0, 0].to(torch.int64).item()
+            torch._check(count <= 8)
+            return Asks(lambda rows: rows * torch.sym_min(48, 48 * rows) == 48 * rows)(x, y) * count
+
+    with pytest.raises(UserError, match="rows"):
+        export_for_lengths(Reads(), (torch.randn(5, 4), torch.ones(5, 4)), "rows", range(2, 9), DIMS)

@@ -16,6 +16,7 @@ SCRIPT = """
 
     sys.path.insert(0, {support!r})
     from host_code import checked_host_code
+    from kernel_cache import shared_kernels
 
     wide, output = int(sys.argv[1]), Path(sys.argv[2])
     sizes = dict(TARGET.small_config, intermediate_size=wide)
@@ -23,7 +24,7 @@ SCRIPT = """
     known = registry._builtin_targets()
     registry._builtin_targets = lambda: {{**known, TARGET.name: small}}
     options = ExportOptions(TARGET.name, small=True, random_seed=0, layers=2, max_seq_len=64, method="decode")
-    with checked_host_code():
+    with checked_host_code(), shared_kernels():
         export_model(plan_export(options), output, arch="sm_90")
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
