@@ -53,7 +53,7 @@ def _drop_assertions(program: ExportedProgram, lengths: range) -> bool:
     """Drops the program's assertions on sizes if all hold for every length; returns whether they do."""
     found = program.graph.find_nodes(op="call_function", target=aten._assert_scalar.default)
     shapes = (node.meta.get("val") for node in program.graph.find_nodes(op="placeholder"))
-    sizes = [size for value in shapes if isinstance(value, torch.Tensor) for size in value.shape]
+    sizes: list[Any] = [size for value in shapes if isinstance(value, torch.Tensor) for size in value.shape]
     # The sizes of inputs are the one that they share; any other symbol depends on data.
     known = {symbol for size in sizes if isinstance(size, torch.SymInt) for symbol in size.node.expr.free_symbols}
     if not all(_holds(node.args[0], lengths, known) for node in found):
