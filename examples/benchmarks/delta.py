@@ -11,16 +11,13 @@ compared with float64 before it is timed.
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
-from harness.linear_table import table
-from harness.options import add_result_flags, read_suite
-from harness.results import OURS, here
-from harness.schema import Row, flat_row, new_file, write
-from harness.timing import ceilings, graph_times, require_gpu
+from harness.linear_suite import run_suite
+from harness.results import OURS
+from harness.schema import Row, flat_row
+from harness.timing import graph_times
 
 HEADS_K, HEADS, DIM = 16, 32, 128
 CASES = {"decode": 1, "verify": 4, "verify of 16": 16, "prefill 256": 256, "prefill 1024": 1024, "prefill 4096": 4096}
@@ -98,33 +95,16 @@ def measure(name: str, length: int, ceiling: dict[str, float]) -> list[Row]:
     return rows
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Measures; what is measured is written after each case."""
+def case(name: str, length: int, ceiling: dict[str, float]) -> list[Row]:
+    """:func:`measure` without gradients."""
     import torch
 
-    torch.manual_seed(0)
-    start, ceiling, rows = time.monotonic(), ceilings(), []
     with torch.no_grad():
-        for name, length in CASES.items():
-            rows += measure(name, length, ceiling)
-            seconds = round(time.monotonic() - start, 1)
-            print(f"[{seconds:6.1f} s] {name}", file=sys.stderr, flush=True)
-            data = new_file("delta", rows=rows, ceilings=ceiling, seconds=seconds, **here())
-            if args.results is not None:
-                write(data, args.results / "delta.json")
-    return data
+        return measure(name, length, ceiling)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_result_flags(parser)
-    args = parser.parse_args()
-    if args.from_json is not None:
-        data = read_suite(args.from_json, "delta")
-    else:
-        require_gpu()
-        data = run(args)
-    print("\n".join(table(data["rows"], args.summary)))
+    run_suite("delta", __doc__, [(name, partial(case, name, length)) for name, length in CASES.items()])
 
 
 if __name__ == "__main__":

@@ -10,16 +10,13 @@ read bandwidth. ExecuTorch's programs have no cuBLAS; it is the bar.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-import time
+from functools import partial
 
-from harness.linear_table import table
-from harness.options import add_result_flags, read_suite
-from harness.results import OURS, here
-from harness.schema import Row, flat_row, new_file, write
-from harness.timing import ceilings, graph_times, require_gpu
+from harness.linear_suite import run_suite
+from harness.results import OURS
+from harness.schema import Row, flat_row
+from harness.timing import graph_times
 
 PRODUCTS = {
     "smollm2 qkv": (576, 960),
@@ -60,33 +57,13 @@ def measure(name: str, k: int, n: int, m: int, read_bytes_per_us: float) -> list
     ]
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Measures; what is measured is written after each product."""
-    import torch
-
-    torch.manual_seed(0)
-    start, ceiling, rows = time.monotonic(), ceilings(), []
-    for name, (k, n) in PRODUCTS.items():
-        for m in ROWS:
-            rows += measure(name, k, n, m, ceiling["read_bytes_per_us"])
-        seconds = round(time.monotonic() - start, 1)
-        print(f"[{seconds:6.1f} s] {name}", file=sys.stderr, flush=True)
-        data = new_file("dense", rows=rows, ceilings=ceiling, seconds=seconds, **here())
-        if args.results is not None:
-            write(data, args.results / "dense.json")
-    return data
+def product(name: str, k: int, n: int, ceiling: dict[str, float]) -> list[Row]:
+    """The rows of a product, for each number of rows of x."""
+    return [row for m in ROWS for row in measure(name, k, n, m, ceiling["read_bytes_per_us"])]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_result_flags(parser)
-    args = parser.parse_args()
-    if args.from_json is not None:
-        data = read_suite(args.from_json, "dense")
-    else:
-        require_gpu()
-        data = run(args)
-    print("\n".join(table(data["rows"], args.summary)))
+    run_suite("dense", __doc__, [(name, partial(product, name, *sizes)) for name, sizes in PRODUCTS.items()])
 
 
 if __name__ == "__main__":
