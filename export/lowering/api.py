@@ -31,9 +31,9 @@ from flashpte.export.lowering.executorch import (
 from flashpte.export.lowering.parts import check_part, read_answer
 from flashpte.export.lowering.plain_errors import plain_errors
 from flashpte.export.lowering.preflight import check_programs, check_request, check_surroundings
+from flashpte.export.lowering.prepare import plain_program
 from flashpte.export.lowering.program_digest import program_digest
 from flashpte.export.lowering.self_check import can_disassemble, check_pt2, check_pte
-from flashpte.passes.graph.subclasses import unwrap_weights
 
 _SPARE_BYTES = 200_000_000  # for code, caches and intermediate files, in addition to the weights
 
@@ -116,7 +116,7 @@ def lower(
     if parts and (format != "pte" or not parts.keys() <= programs.keys()):
         raise UsageError(f"compiled methods ({', '.join(parts)}) must be methods of the programs, and the format pte")
     check_surroundings(output, extra_files)
-    programs = {name: unwrap_weights(program) for name, program in programs.items()}
+    programs = {name: plain_program(program, format) for name, program in programs.items()}
     check_programs(programs, format)
     for name, path in parts.items():
         check_part(path, method=name, arch=target.name, program=program_digest(programs[name], attention))

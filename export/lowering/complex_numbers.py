@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.plain_errors import LoweringError
 from flashpte.passes.graph.planned import Inserted, Value, planned
+from flashpte.passes.graph.values import all_nodes
 
 aten = torch.ops.aten
 
@@ -65,6 +66,14 @@ def with_real_numbers(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def real_if_known(program: ExportedProgram) -> ExportedProgram:
+    """The result of :func:`with_real_numbers`; a program that it refuses stays as it is."""
+    try:
+        return with_real_numbers(program)
+    except LoweringError:
+        return program
+
+
 def why_not_real(program: ExportedProgram) -> str | None:
     """Why :func:`with_real_numbers` would refuse a program; ``None`` if it would not."""
     try:
@@ -72,16 +81,6 @@ def why_not_real(program: ExportedProgram) -> str | None:
     except LoweringError as error:
         return str(error)
     return None
-
-
-def complex_weights(program: ExportedProgram) -> Iterator[str]:
-    """Names of the placeholders of weights and buffers that nothing writes, so that they may be complex."""
-    written = set(program.graph_signature.buffers_to_mutate.values())
-    for spec in program.graph_signature.input_specs:
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and (
-            spec.target not in written
-        ):
-            yield spec.arg.name
 
 
 class _Rewrite:
@@ -92,7 +91,7 @@ class _Rewrite:
         self._done: set[Node] = set()
         self._inserted = Inserted()
         self._program = program
-        self._weights = set(complex_weights(program))
+        self._weights = set(_unwritten_weights(program))
 
     def is_done(self, node: Node) -> bool:
         """Whether a node was replaced, so that it can go once nothing uses it."""
@@ -223,6 +222,16 @@ class _Rewrite:
         return argument
 
 
+def _unwritten_weights(program: ExportedProgram) -> Iterator[str]:
+    """Names of the placeholders of weights and buffers that nothing writes."""
+    written = set(program.graph_signature.buffers_to_mutate.values())
+    for spec in program.graph_signature.input_specs:
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and (
+            spec.target not in written
+        ):
+            yield spec.arg.name
+
+
 def _halves(tensor: Value) -> Parts:
     real, imag = (planned(aten.select.int, tensor, -1, place, near=tensor) for place in (0, 1))
     return real, imag
@@ -246,5 +255,4 @@ def _unknown(node: Node) -> LoweringError:
 
 def has_complex(module: GraphModule) -> bool:
     """Whether some tensor in a graph, or in the branches in it, is complex."""
-    graphs = (inner.graph for inner in module.modules() if isinstance(inner, GraphModule))
-    return any(_is_complex(node) for graph in graphs for node in graph.nodes)
+    return any(map(_is_complex, all_nodes(module)))

@@ -20,8 +20,8 @@ from flashpte.export.lowering.executorch import write_pte
 from flashpte.export.lowering.parts import Part, build_versions, write_part
 from flashpte.export.lowering.plain_errors import LoweringError, plain_errors
 from flashpte.export.lowering.preflight import check_programs, check_request, check_tools
+from flashpte.export.lowering.prepare import plain_program
 from flashpte.export.lowering.program_digest import program_digest
-from flashpte.passes.graph.subclasses import unwrap_weights
 
 
 @fewer_collections()
@@ -62,7 +62,7 @@ def compile_method(
     target = find_arch(arch)
     check_request({method: program}, "pte", attention, {}, {})
     check_tools()
-    program = unwrap_weights(program)
+    program = plain_program(program, "pte")
     check_programs({method: program}, "pte")
     # Before compiling, which may set guards on the program's dynamic sizes.
     part = Part(method, target.name, program_digest(program, attention), plan, build_versions())

@@ -18,7 +18,7 @@ from flashpte.export.common.options import Attention, Format
 from flashpte.export.files.dtypes import dtype_name
 from flashpte.export.files.names import OUTPUT_NAMES
 from flashpte.export.files.output_folder import check_output_folder
-from flashpte.export.lowering.complex_numbers import complex_weights, why_not_real
+from flashpte.export.lowering.complex_numbers import why_not_real
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError, find_cccl_include, find_compiler
 from flashpte.export.lowering.executorch import MUTABLE_BUFFER_METADATA
 from flashpte.export.lowering.mutated_buffers import mutated_inputs, returned_buffers
@@ -150,13 +150,12 @@ def check_programs(programs: Mapping[str, ExportedProgram], package: str) -> Non
                 f"method {name} multiplies float64 matrices ({matmuls[0]}, {len(matmuls)} in all), "
                 "for which ExecuTorch's CUDA backend has no kernel: use float32"
             )
-        reason = why_not_real(program)
-        for what, dtype in _foreign_dtypes(program, rewritten=set() if reason else set(complex_weights(program))):
+        for what, dtype in _foreign_dtypes(program):
             raise ExportError(
                 f"method {name}: {what} is {dtype_name(dtype)}, which ExecuTorch's CUDA delegate does "
                 "not have: convert it, or lower to .pt2"
             )
-        if reason is not None:
+        if (reason := why_not_real(program)) is not None:
             raise ExportError(f"method {name}: {reason}")
     _check_shared_tensors(programs)
 
@@ -168,18 +167,13 @@ def _unsigned_products(program: ExportedProgram) -> Iterator[str]:
             yield node.name
 
 
-def _foreign_dtypes(program: ExportedProgram, rewritten: Collection[str]) -> Iterator[tuple[str, torch.dtype]]:
-    """Yields inputs, outputs, weights and buffers with a dtype that ExecuTorch's CUDA delegate does not have.
-
-    Complex placeholders in ``rewritten`` become real ones and do not count.
-    """
+def _foreign_dtypes(program: ExportedProgram) -> Iterator[tuple[str, torch.dtype]]:
+    """Yields inputs, outputs, weights and buffers with a dtype that ExecuTorch's CUDA delegate does not have."""
     results = {node for node in program.graph.output_node().args[0] if isinstance(node, Node)}
     names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and not has_dtype(value.dtype):
-            if value.dtype == torch.complex64 and node.name in rewritten:
-                continue
             if node.op == "placeholder" and (node.users or node.name not in names):
                 yield names.get(node.name, f"input {node.name}"), value.dtype
             elif node in results:

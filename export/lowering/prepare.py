@@ -9,20 +9,27 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 from torch.fx import Node
 
-from flashpte.export.lowering.complex_numbers import with_real_numbers
+from flashpte.export.lowering.complex_numbers import real_if_known
 from flashpte.export.lowering.cross_compile.host_weights import deepcopy_sharing_tensors
 from flashpte.export.lowering.top_k import replace_top_k
+from flashpte.passes.graph.subclasses import unwrap_weights
+
+
+def plain_program(program: ExportedProgram, package: str) -> ExportedProgram:
+    """A caller's program with plain tensors for torchao's and, for a ``.pte``, real numbers for complex ones.
+
+    All that follows, from the first check to that of the written files, takes this program.
+    """
+    program = unwrap_weights(program)
+    return real_if_known(program) if package == "pte" else program
 
 
 def prepare_pte(program: ExportedProgram) -> ExportedProgram:
     """Returns a copy of ``program`` for ExecuTorch: it shares the caller's tensors and computes all its outputs.
 
     ExecuTorch's passes move constants out of their input program, so they get a copy with its own tables.
-
-    Raises:
-        LoweringError: the program computes with complex numbers in a way that :func:`.with_real_numbers` does not know.
     """
-    program = deepcopy_sharing_tensors(with_real_numbers(program), {})
+    program = deepcopy_sharing_tensors(program, {})
     replace_top_k(program.graph_module)
     _clone_returned_placeholders(program)
     return program

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from flashpte.export.common.errors import ExportError
 from flashpte.export.files.mapped_tensors import mapped_file, sha256_of
@@ -30,6 +29,7 @@ from flashpte.export.files.pte_contents import (
 from flashpte.export.lowering.cross_compile import GpuArch
 from flashpte.export.lowering.mutated_buffers import mutated_buffers
 from flashpte.export.lowering.shims import missing_shims
+from flashpte.passes.graph.values import all_nodes
 
 _COMPARE_BYTES = 64 << 20
 
@@ -154,9 +154,7 @@ def _called_operators(program: ExportedProgram) -> frozenset[str]:
     """Qualified names (``namespace::name``) of the operators that a program calls, also in regions and branches."""
     return frozenset(
         node.target._schema.name
-        for module in program.graph_module.modules()
-        if isinstance(module, GraphModule)
-        for node in module.graph.nodes
+        for node in all_nodes(program.graph_module)
         if isinstance(node.target, torch._ops.OpOverload)
     )
 

@@ -96,8 +96,10 @@ def _fix(module: Any, layer_type: str | None, kind: str, length: int) -> FixedRo
         module.rope_type = {**module.rope_type, layer_type: "default"}
     parameters = module.config.rope_parameters
     parameters = parameters if layer_type is None else parameters[layer_type]
-    original = parameters.get("original_max_position_embeddings") or module.config.max_position_embeddings
-    return FixedRope(kind, length, original if kind == "longrope" else module.config.max_position_embeddings)
+    original = module.config.max_position_embeddings
+    if kind == "longrope":
+        original = parameters.get("original_max_position_embeddings") or original
+    return FixedRope(kind, length, original)
 
 
 def _parameters(config: Any) -> list[Mapping[str, Any]]:

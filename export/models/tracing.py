@@ -1,8 +1,8 @@
 """Traces a method for a whole range of lengths, past conditions that hold in the range but that PyTorch cannot prove.
 
 Llama 4's experts reshape a tensor of T rows such that its stride is ``T min(48, 48 T)``. The trace asks whether that is
-``48 T``. It is, but sympy does not see it, so ``torch.export`` rejects the range of T. Then the method is
-traced again with such conditions as assertions in the program, and each is evaluated for every T.
+``48 T``. It is, but sympy does not see it, so ``torch.export`` rejects the range of T. The method is then traced again
+with such conditions as assertions in the program, and each is evaluated for every T.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import sympy
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 # An exported program's ranges of its dynamic sizes. The graph's own symbols start at 2 even where a size may be 1.
@@ -32,6 +32,13 @@ class Described(Protocol):
     @property
     def name(self) -> str:
         """The node's name."""
+
+
+def all_nodes(graph_module: GraphModule) -> Iterator[Node]:
+    """The nodes of a graph, and of the regions and branches in it."""
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 def is_edge(node: Described) -> bool:

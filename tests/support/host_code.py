@@ -11,7 +11,6 @@ refused. Tests of the library itself (its instructions, equal bytes, running it)
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import re
@@ -21,6 +20,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+from shared_folders import shared_folder
 
 from flashpte.export.lowering.cross_compile.toolchain import ReproducibleFlags, find_compiler
 
@@ -98,10 +99,5 @@ def _stub(source: str) -> str:
     )
 
 
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="host-code-")  # removed when the process ends
-
-
 def _folder() -> Path:
-    return Path(os.environ.get(HEADERS) or _temporary().name)
+    return shared_folder(HEADERS)

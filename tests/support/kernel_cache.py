@@ -8,15 +8,12 @@ source, its options and the versions of the compilers, so a program is the same 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+from shared_folders import shared_folder
 
 from flashpte.export.lowering.cross_compile import session
 
@@ -24,16 +21,6 @@ KERNELS = "FLASHPTE_TEST_KERNELS"
 """Variable of the environment with the cache's folder, which all processes of a test run share."""
 
 _ENVIRONMENT = session._environment
-
-
-@functools.cache
-def folder() -> Path:
-    """The cache's folder."""
-    if KERNELS in os.environ:
-        return Path(os.environ[KERNELS])
-    made = Path(tempfile.mkdtemp(prefix="kernels-"))
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return made
 
 
 @contextlib.contextmanager
@@ -44,7 +31,7 @@ def shared_kernels() -> Iterator[None]:
     def environment(cuda_home: Path, work_dir: Path) -> Iterator[None]:
         place = work_dir / "triton"  # where a lowering makes Triton keep them
         if not place.exists():
-            place.symlink_to(folder())
+            place.symlink_to(shared_folder(KERNELS))
         with _ENVIRONMENT(cuda_home, work_dir):
             yield
 

@@ -15,6 +15,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
+from flashpte.passes.graph.values import all_nodes
+
 Call = Callable[[Any, GraphModule], PassResult]
 
 
@@ -23,8 +25,7 @@ def only_with(found: Callable[[Node], bool], original: Call) -> Call:
 
     @functools.wraps(original)
     def call(self: Any, graph_module: GraphModule) -> PassResult:
-        graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
-        if any(node.op == "call_function" and found(node) for graph in graphs for node in graph.nodes):
+        if any(node.op == "call_function" and found(node) for node in all_nodes(graph_module)):
             return original(self, graph_module)
         return PassResult(graph_module, False)
 

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from flashpte.export.files.mapped_tensors import mapped_file
 from flashpte.export.lowering.cross_compile.toolchain import CrossCompileError
 from flashpte.passes.graph.insert import keep_names
+from flashpte.passes.graph.values import all_nodes
 
 _HOST = "_flashpte_host"  # attribute of a fake CUDA tensor: its value, as a HostBackedCuda
 
@@ -101,10 +102,8 @@ def move_program(
             program.example_inputs,
         )
     # Nothing may require a gradient: autograd metadata of a CUDA tensor asks the device guard for a stream.
-    for module in program.graph_module.modules():
-        if isinstance(module, torch.fx.GraphModule):
-            for node in module.graph.nodes:
-                node.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta.get("val"))
+    for node in all_nodes(program.graph_module):
+        node.meta["val"] = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, node.meta.get("val"))
     # Moving a tensor sorts its strides. Comparing a dynamic size with a number would add a guard on which is larger,
     # and the code would be compiled for only a part of the range.
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()

@@ -7,10 +7,11 @@ import torch
 from torch.export import Dim, export
 
 from flashpte.export.common.errors import ExportError
+from flashpte.export.lowering import inspect_pte, lower
 from flashpte.export.lowering.complex_numbers import has_complex, with_real_numbers
 from flashpte.export.lowering.plain_errors import LoweringError
 from flashpte.export.lowering.preflight import check_programs
-from flashpte.export.lowering.prepare import prepare_pte
+from flashpte.export.lowering.prepare import plain_program, prepare_pte
 
 
 class Llama4Rope(torch.nn.Module):
@@ -86,12 +87,24 @@ def test_results_stay(name, module, args, shapes, decompose):
         program = program.run_decompositions({})
     assert has_complex(program.graph_module)
     expected = module(*args)
-    check_programs({"forward": program}, "pte")
-    prepared = prepare_pte(program)
+    plain = plain_program(program, "pte")
+    check_programs({"forward": plain}, "pte")
+    prepared = prepare_pte(plain)
     assert not has_complex(prepared.graph_module)
     prepared.graph_module.graph.lint()
     torch.testing.assert_close(prepared.module()(*args), expected)
     torch.testing.assert_close(program.module()(*args), expected)  # the caller's program is as it was
+
+
+@pytest.mark.lowering
+def test_a_complex_table_lowers(tmp_path):
+    """The written files are compared with the program that was compiled, which holds the table's real numbers."""
+    _, module, args, shapes = next(case for case in programs() if case[0] == "meta")
+    program = export(module, args, dynamic_shapes=shapes)
+    lowered = lower({"forward": program}, output_dir=tmp_path / "out", arch="sm_90")
+    table = inspect_pte(lowered.model).weight("forward", "table")
+    assert torch.equal(table, torch.view_as_real(module.table))
+    assert program.state_dict["table"].is_complex()  # the caller's
 
 
 def test_a_program_without_complex_numbers_stays():
